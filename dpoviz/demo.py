@@ -1,0 +1,276 @@
+"""The main job on the small world: from nothing to beta(x) by task, against the entropy of the reference."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import random
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from dpoviz import logprobs, models, tasks
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.data import load_pairs, split_by_group
+from dpoviz.logprobs import sample_answers
+from dpoviz.losses import Form
+from dpoviz.reference import reference_pass
+from dpoviz.table import beta_table
+from dpoviz.train import TrainConfig, calibrate_alpha, train
+
+FORMS: tuple[Form, ...] = ("inverse", "standard")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The small world: its reference model and its preference pairs.
+
+    Attributes:
+        demonstrations: answers that the reference learns from, over all tasks.
+        hidden_size: width of the reference.
+        layers: depth of the reference.
+        problems: prompts a task that answers are sampled for.
+        samples: answers sampled for each prompt, out of which pairs are made.
+        pairs_per_prompt: the most pairs made of one prompt's answers.
+        held_out: share of the prompts that is held out.
+        entropy_samples: answers a prompt for the entropy of the reference.
+        max_new_tokens: limit of a sampled answer, in tokens.
+        seed: everything that is drawn.
+    """
+
+    demonstrations: int = 45_000
+    hidden_size: int = 128
+    layers: int = 4
+    problems: int = 320
+    samples: int = 8
+    pairs_per_prompt: int = 2
+    held_out: float = 0.25
+    entropy_samples: int = 8
+    max_new_tokens: int = 48
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """What `small_world` returns.
+
+    Attributes:
+        reference: the tiny language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        train: pairs to train on, with the reference's columns.
+        held_out: pairs of other prompts, likewise.
+        rewards: by task, the mean true reward of the reference's own samples.
+        left_out: by task, the prompts without a pair, because all sampled answers earn the same reward.
+    """
+
+    reference: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    train: Dataset
+    held_out: Dataset
+    rewards: Mapping[str, float]
+    left_out: Mapping[str, int]
+
+
+def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
+    """Train the reference, sample and label pairs from it, and pass the reference over them.
+
+    Args:
+        config: the settings.
+        cache_dir: a folder in which all of it is kept for the next time, by a fingerprint of the settings and
+            of the code that they drive; None keeps nothing.
+        progress: show bars.
+    """
+    if cache_dir is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return small_world(config, cache_dir=scratch, progress=progress)
+    folder = Path(cache_dir) / f"small-world-{_fingerprint(config)}"
+    if not folder.exists():
+        _build(config, folder, progress)
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
+    facts = json.loads((folder / "facts.json").read_text())
+    pairs = load_pairs(folder / "pairs.jsonl", tasks=tasks.TASKS)
+    train_pairs, held_out = (
+        reference_pass(
+            reference,
+            tokenizer,
+            part,
+            max_length=reference.config.max_position_embeddings,
+            entropy_samples=config.entropy_samples,
+            max_new_tokens=config.max_new_tokens,
+            seed=config.seed,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        for part in split_by_group(pairs, config.held_out, config.seed)
+    )
+    return World(reference, tokenizer, train_pairs, held_out, facts["rewards"], facts["left_out"])
+
+
+def _fingerprint(config: WorldConfig) -> str:
+    """Of all that decides what the reference and its pairs are: settings, the code that they drive, torch."""
+    parts = [json.dumps(asdict(config)), torch.__version__]
+    parts += [inspect.getsource(module) for module in (models, tasks, logprobs)]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
+    """Make the reference and its labelled pairs, and move them to `folder` when they are complete."""
+    demonstrations = tasks.corpus(config.demonstrations, config.seed)
+    tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations[:6000]])
+    reference = models.tiny_lm(tokenizer, hidden_size=config.hidden_size, layers=config.layers, seed=config.seed)
+    models.fit_lm(reference, tokenizer, demonstrations, seed=config.seed, progress=progress)
+    records, facts = _sample_pairs(reference, tokenizer, config, progress)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        reference.save_pretrained(new / "reference")
+        tokenizer.save_pretrained(new / "reference")
+        (new / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (new / "facts.json").write_text(json.dumps(facts))
+        new.rename(folder)
+
+
+def _sample_pairs(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: WorldConfig, progress: bool
+) -> tuple[list[dict], dict[str, dict]]:
+    """Answers sampled from the reference, in labelled pairs; and what the samples earn, by task."""
+    problems = [p for task in tasks.TASKS for p in tasks.sample_problems(task, config.problems, config.seed)]
+    sampled = sample_answers(
+        reference,
+        tokenizer([problem.prompt for problem in problems])["input_ids"],
+        config.samples,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.seed,
+        progress=progress,
+    )
+    rng = random.Random(f"labels {config.seed}")
+    records, left_out, rewards = [], dict.fromkeys(tasks.TASKS, 0), {task: [] for task in tasks.TASKS}
+    for problem, answers in zip(problems, sampled.answers, strict=True):
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        rewards[problem.task] += [tasks.reward(problem, text) for text in texts]
+        pairs = tasks.label_pairs(problem, texts, config.pairs_per_prompt, rng)
+        records += pairs
+        left_out[problem.task] += not pairs
+    means = {task: sum(values) / len(values) for task, values in rewards.items()}
+    return records, {"rewards": means, "left_out": left_out}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo: the world and the two runs of stage 2.
+
+    Attributes:
+        world: the small world.
+        inverse: settings of the run in the inverse form.
+        standard: settings of the run in the standard form.
+    """
+
+    world: WorldConfig
+    inverse: TrainConfig
+    standard: TrainConfig
+
+    @classmethod
+    def default(cls, seed: int = 0, *, fast: bool = False, s0: float = 0.25) -> DemoConfig:
+        """The demo as the README shows it; `fast` is a minute's worth, for a first look and for tests."""
+        world, steps = WorldConfig(seed=seed), {}
+        if fast:
+            world = replace(world, demonstrations=6_000, problems=60, samples=6, entropy_samples=4)
+            steps = {"stage1_steps": 10, "stage2_steps": 20, "probe_every": 10, "probe_prompts": 8}
+        forms = {form: TrainConfig.around(s0, form, seed=seed, **steps) for form in FORMS}
+        return cls(world=world, **forms)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `run_demo` returns.
+
+    Attributes:
+        world: the small world.
+        betas: by form, the trained beta.
+        policies: by form, the trained policy.
+        table: a row per form and held-out prompt (`beta_table`).
+        history: the rows of stage 1, once for each form, and of stage 2.
+        alpha: by form, beta per nat of entropy.
+    """
+
+    world: World
+    betas: Mapping[Form, Beta]
+    policies: Mapping[Form, PreTrainedModel]
+    table: pd.DataFrame
+    history: pd.DataFrame
+    alpha: Mapping[Form, float]
+
+
+def run_demo(
+    config: DemoConfig,
+    *,
+    out: Path | str | None = None,
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+) -> Demo:
+    """The small world, stage 1, and stage 2 in both forms.
+
+    Stage 1 runs once: with a fixed beta the two forms are the same loss, as both start at the same scale.
+
+    Args:
+        config: the settings.
+        out: a folder for the checkpoints; a run that was killed goes on from there.
+        cache_dir: where the small world is kept; None keeps nothing.
+        progress: show bars.
+    """
+    world = small_world(config.world, cache_dir=cache_dir, progress=progress)
+    common = {
+        "pad_id": world.tokenizer.pad_token_id,
+        "eos_id": world.tokenizer.eos_token_id,
+        "held_out": world.held_out,
+        "reference": world.reference,
+        "progress": progress,
+    }
+    place = (lambda name: None) if out is None else (lambda name: Path(out) / name)
+    start = copy.deepcopy(world.reference)
+    fixed = ConstantBeta(config.inverse.beta0)
+    stage1 = train(start, fixed, world.train, config.inverse, stage=1, out=place("stage1"), **common)
+
+    x = torch.tensor(world.train["ref_features"][:])
+    betas, policies, tables, history, alpha = {}, {}, [], [], {}
+    for form in FORMS:
+        settings = getattr(config, form)
+        policies[form] = copy.deepcopy(start)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            betas[form] = BetaNetwork(x.shape[1], beta0=settings.beta0)
+        betas[form].calibrate(x)
+        stage2 = train(policies[form], betas[form], world.train, settings, stage=2, out=place(form), **common)
+        history += [stage1.assign(form=form), stage2]
+        alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
+        tables.append(held_out_table(betas[form], world, form=form, seed=settings.seed))
+    return Demo(world, betas, policies, pd.concat(tables, ignore_index=True), pd.concat(history), alpha)
+
+
+@torch.no_grad()
+def held_out_table(beta: Beta, world: World, *, form: Form, seed: int) -> pd.DataFrame:
+    """Beta at each held-out prompt, once a prompt, beside the reference's entropy there."""
+    rows = world.held_out.to_pandas().drop_duplicates("prompt")
+    entropy = torch.tensor(rows["ref_entropy"].to_numpy())
+    x = torch.tensor(rows["ref_features"].tolist())
+    return beta_table(
+        form=form,
+        seed=seed,
+        task=rows["task"],
+        prompt=rows["prompt"],
+        beta=beta.eval()(x, task=rows["task"].tolist(), ref_entropy=entropy),
+        ref_entropy=entropy,
+        ref_entropy_se=rows["ref_entropy_se"],
+    )

@@ -1,0 +1,382 @@
+"""Prompts and answers to shared-prefix batches, log-probabilities, entropies and prompt features; sampling.
+
+A row holds a prompt once and its K answers behind it (K = 2 for a preference pair). An answer sees the prompt
+and itself, never its rivals, and its positions start again after the prompt; so the scores are those of K
+separate sequences, while the prompt is computed once. Logits are computed only where an answer is predicted.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_LOGITS_AT_ONCE = 2**25  # numbers held in one chunk of logits: 128 MiB in float32
+
+Tokens = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PrefixBatch:
+    """B prompts, each followed by its K answers. The end token of an answer is predicted but not fed in.
+
+    Attributes:
+        input_ids: (B, T).
+        segments: (B, T) 0 for the prompt, k for answer k, -1 for padding.
+        position_ids: (B, T), starting again after the prompt in each answer.
+        predictors: (N,) flat index row * T + t of the hidden state that predicts each answer token.
+        targets: (N,) the answer tokens.
+        owners: (N,) the answer each belongs to, row * K + k.
+        answers: K.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    owners: Tensor
+    answers: int
+
+    def to(self, device: torch.device | str) -> PrefixBatch:
+        """The same batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "answers"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor:
+        """(B, 1, T, T), 0 where a token (third axis) may see another (fourth), the lowest number elsewhere."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        length = self.segments.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
+        # padding sees padding, because a row of the softmax that sees nothing would be NaN
+        seen = causal & ((key == 0) & (query >= 0) | (key == query))
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int) -> PrefixBatch:
+    """Lay out prompts and their answers.
+
+    Args:
+        prompts: B prompts as token ids, none empty.
+        answers: for each prompt K answers as token ids, none empty; the same K for all.
+        pad_id: token that fills the rows.
+
+    Raises:
+        ValueError: no prompts, an empty prompt or answer, or different numbers of answers.
+    """
+    _require_tokens(prompts, answers)
+    k = len(answers[0])
+    ids, segments, positions, predictors, targets, owners = [], [], [], [], [], []
+    for row, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+        row_ids, row_segments, row_positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+        for number, answer in enumerate(own):
+            start = len(row_ids)
+            # the first token is predicted where the prompt ends, the others where the one before them stands
+            predictors += [(row, len(prompt) - 1), *((row, start + j) for j in range(len(answer) - 1))]
+            targets += answer
+            owners += [row * k + number] * len(answer)
+            row_ids += answer[:-1]
+            row_segments += [number + 1] * (len(answer) - 1)
+            row_positions += range(len(prompt), len(prompt) + len(answer) - 1)
+        ids.append(torch.tensor(row_ids))
+        segments.append(torch.tensor(row_segments))
+        positions.append(torch.tensor(row_positions))
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    return PrefixBatch(
+        input_ids=input_ids,
+        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
+        position_ids=pad_sequence(positions, batch_first=True, padding_value=0),
+        predictors=torch.tensor([row * input_ids.shape[1] + t for row, t in predictors]),
+        targets=torch.tensor(targets),
+        owners=torch.tensor(owners),
+        answers=k,
+    )
+
+
+def _require_tokens(prompts: Tokens, answers: Sequence[Tokens]) -> None:
+    if len(prompts) == 0 or len(prompts) != len(answers):
+        raise ValueError(f"prompts, answers: came {len(prompts)} and {len(answers)}, expected as many, at least 1")
+    counts = {len(own) for own in answers}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"answers: came {sorted(counts)} a prompt, expected the same number for all, at least 1")
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"prompts: empty in rows {empty[:10]}, expected at least one token each")
+    empty = [i for i, own in enumerate(answers) if any(len(answer) == 0 for answer in own)]
+    if empty:
+        raise ValueError(f"answers: empty in rows {empty[:10]}, expected at least one token each")
+
+
+class AnswerScores(NamedTuple):
+    """Scores of B prompts' K answers.
+
+    Attributes:
+        logps: (B, K) log-probability of each answer, summed over its tokens, in nats.
+        lengths: (B, K) tokens of each answer, its end token included.
+        entropy_sums: (B, K) the exact next-token entropies along each answer, summed, in nats; or None.
+        first_entropies: (B,) the exact entropy of the first token, in nats; or None.
+        features: (B, D) mean of the last hidden states over the prompt's tokens, in float32, detached; or None.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    entropy_sums: Tensor | None = None
+    first_entropies: Tensor | None = None
+    features: Tensor | None = None
+
+
+def score_answers(
+    model: PreTrainedModel,
+    prompts: Tokens,
+    answers: Sequence[Tokens],
+    *,
+    pad_id: int,
+    entropy: bool = False,
+    features: bool = False,
+    shared_prefix: bool | None = None,
+) -> AnswerScores:
+    """Log-probabilities of K answers to each prompt, on the model's device, with gradient where it is on.
+
+    Args:
+        model: a causal language model.
+        prompts: B prompts as token ids.
+        answers: for each prompt K answers as token ids.
+        pad_id: token that fills the rows.
+        entropy: also the exact next-token entropies along the answers.
+        features: also the prompts' features.
+        shared_prefix: compute each prompt once for all its answers; None asks `supports_shared_prefix`.
+
+    Raises:
+        ValueError: as `prefix_batch`.
+    """
+    if shared_prefix is None:
+        shared_prefix = supports_shared_prefix(model)
+    score = _shared_scores if shared_prefix else _separate_scores
+    return score(model, prompts, answers, pad_id=pad_id, entropy=entropy, features=features)
+
+
+def _shared_scores(
+    model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], *, pad_id: int, entropy: bool, features: bool
+) -> AnswerScores:
+    batch = prefix_batch(prompts, answers, pad_id).to(model.device)
+    hidden = model.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask(model.dtype),
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state  # (B, T, D)
+    predicting = hidden.flatten(0, 1)[batch.predictors]  # (N, D)
+    logps, entropies = _token_scores(model.get_output_embeddings(), predicting, batch.targets, entropy)
+    in_prompt = (batch.segments == 0) if features else None
+    return _collect(logps, entropies, batch.owners, (len(prompts), batch.answers), hidden, in_prompt)
+
+
+def _separate_scores(
+    model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], *, pad_id: int, entropy: bool, features: bool
+) -> AnswerScores:
+    """One sequence an answer, by the model's own logits: for models that cannot take the mask; the slow twin."""
+    _require_tokens(prompts, answers)
+    k = len(answers[0])
+    rows = [(list(p), list(a)) for p, own in zip(prompts, answers, strict=True) for a in own]
+    ids = pad_sequence([torch.tensor(p + a) for p, a in rows], batch_first=True, padding_value=pad_id)
+    length = torch.tensor([len(p) + len(a) for p, a in rows])
+    start = torch.tensor([len(p) for p, _ in rows])
+    t = torch.arange(ids.shape[1])
+    ids, length, start, t = (tensor.to(model.device) for tensor in (ids, length, start, t))
+    out = model(
+        input_ids=ids, attention_mask=(t < length[:, None]).long(), use_cache=False, output_hidden_states=features
+    )
+    row, place = ((t >= start[:, None]) & (t < length[:, None])).nonzero(as_tuple=True)
+    logps, entropies = _token_scores(None, out.logits[row, place - 1], ids[row, place], entropy)
+    hidden = out.hidden_states[-1][::k] if features else None
+    in_prompt = (t < start[::k, None]) if features else None
+    return _collect(logps, entropies, row, (len(prompts), k), hidden, in_prompt)
+
+
+def _token_scores(
+    head: Callable[[Tensor], Tensor] | None, states: Tensor, targets: Tensor, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probability of each target, and (N,) entropies, in at least float32, chunk by chunk.
+
+    A chunk's logits are computed again in the backward pass when there are several: (N, V) is never held.
+    """
+
+    def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = states if head is None else head(states)
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+        entropies = -(logps.exp() * logps).sum(dim=-1) if entropy else None
+        return logps.gather(-1, targets[:, None]).squeeze(-1), entropies
+
+    vocabulary = states.shape[-1] if head is None else head.weight.shape[0]
+    size = max(1, _LOGITS_AT_ONCE // vocabulary)
+    if len(states) <= size:
+        return score(states, targets)
+    parts = [
+        checkpoint(score, s, t, use_reentrant=False) if torch.is_grad_enabled() else score(s, t)
+        for s, t in zip(states.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
+
+
+def _collect(
+    logps: Tensor,
+    entropies: Tensor | None,
+    owners: Tensor,
+    shape: tuple[int, int],
+    hidden: Tensor | None,
+    in_prompt: Tensor | None,
+) -> AnswerScores:
+    """Sum over the tokens of each answer, and average the hidden states over each prompt."""
+
+    def total(values: Tensor) -> Tensor:
+        return values.new_zeros(shape[0] * shape[1]).index_add(0, owners, values).view(shape)
+
+    features = None
+    if in_prompt is not None:
+        weights = (in_prompt / in_prompt.sum(dim=1, keepdim=True)).float()  # (B, T)
+        features = torch.einsum("bt,btd->bd", weights, hidden.detach().float())
+    first = None
+    if entropies is not None:
+        starts = torch.searchsorted(owners, torch.arange(0, shape[0] * shape[1], shape[1], device=owners.device))
+        first = entropies[starts]
+    return AnswerScores(
+        logps=total(logps),
+        lengths=total(torch.ones_like(owners)),
+        entropy_sums=None if entropies is None else total(entropies),
+        first_entropies=first,
+        features=features,
+    )
+
+
+_SUPPORT: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def supports_shared_prefix(model: PreTrainedModel) -> bool:
+    """Whether shared-prefix batches give what separate sequences give, found by trying; asked once a model.
+
+    Attention that ignores the mask or the positions, and heads that do more than multiply, are found by their
+    numbers. A model that fails is scored by separate sequences, which is slower, and a warning says so.
+    """
+    if model not in _SUPPORT:
+        mode = model.training
+        model.eval()
+        draw = torch.Generator().manual_seed(0)
+        top = model.get_input_embeddings().num_embeddings
+        ids = torch.randint(top, (2, 12), generator=draw).tolist()
+        prompts, answers = [ids[0][:5], ids[1][:3]], [[ids[0][5:9], ids[0][9:]], [ids[1][3:10], ids[1][10:]]]
+        try:
+            tried = [f(model, prompts, answers, pad_id=0, entropy=False, features=False).logps
+                     for f in (_shared_scores, _separate_scores)]  # fmt: skip
+            # half precision rounds the two routes differently; a wrong mask is off by whole nats
+            tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
+            _SUPPORT[model] = torch.allclose(*tried, rtol=tolerance, atol=tolerance)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            logger.info("shared-prefix trial of %s: %s", type(model).__name__, error)
+            _SUPPORT[model] = False
+        model.train(mode)
+        if not _SUPPORT[model]:
+            logger.warning(
+                "%s cannot take shared-prefix batches; each answer is scored by itself, at about twice the cost",
+                type(model).__name__,
+            )
+    return _SUPPORT[model]
+
+
+class Samples(NamedTuple):
+    """Answers drawn from a model.
+
+    Attributes:
+        answers: for each prompt K answers as token ids, the end token included where one was drawn.
+        truncated: for each prompt, how many of its answers hit the limit before they ended.
+    """
+
+    answers: list[list[list[int]]]
+    truncated: list[int]
+
+
+@torch.no_grad()
+def sample_answers(
+    model: PreTrainedModel,
+    prompts: Tokens,
+    k: int,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> Samples:
+    """K answers to each prompt, drawn from the model's own distribution (temperature 1, nothing cut off).
+
+    Args:
+        model: a causal language model; left in the mode it was in. Its own generation settings are not used.
+        prompts: token ids.
+        k: answers a prompt.
+        max_new_tokens: limit of an answer, in tokens.
+        eos_id: token that ends an answer.
+        pad_id: token that fills the rows.
+        seed: the draws; the caller's random state is left alone.
+        batch_size: prompts at once.
+        progress: show a bar.
+
+    Raises:
+        ValueError: k < 1, or a prompt that leaves no room for `max_new_tokens` in the model's context.
+    """
+    if k < 1:
+        raise ValueError(f"k: came {k}, expected at least 1")
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(prompt) for prompt in prompts)
+    if room is not None and longest + max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens: came {max_new_tokens}, but a prompt has {longest} tokens and the context {room}"
+        )
+    config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, num_return_sequences=k, eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )  # fmt: skip
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    # generate() fills what a configuration leaves open with the model's own settings: both are the same here
+    own, model.generation_config = model.generation_config, config
+    mode = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(), tqdm(
+            total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
+        ) as bar:  # fmt: skip
+            torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                for i, row in enumerate(_generate(model, [prompts[r] for r in rows], config)):
+                    answers[rows[i // k]].append(_until_end(row, eos_id))
+                bar.update(len(rows))
+    finally:
+        model.generation_config = own
+        model.train(mode)
+    return Samples(answers, [sum(answer[-1] != eos_id for answer in own) for own in answers])
+
+
+def _generate(model: PreTrainedModel, prompts: Tokens, config: GenerationConfig) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    return out[:, width:].tolist()
+
+
+def _until_end(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens

@@ -1,0 +1,463 @@
+r"""The training loop, on `accelerate`: a policy by DPO, and beta(x) with it.
+
+Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and all four terms of the objective
+(the derivation, §5 and §6.4). `train` runs one stage; call it twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+
+from dpoviz.beta import Beta
+from dpoviz.logprobs import sample_answers, score_answers, supports_shared_prefix
+from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
+
+COLUMNS = (
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "task",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "ref_entropy",
+    "ref_features",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on besides its model and its data.
+
+    Attributes:
+        form: what multiplies h, "inverse" (1/beta, as the derivation prints) or "standard" (beta).
+        beta0: the fixed beta of stage 1, where beta(x) starts.
+        beta_min: lower end of the range.
+        beta_max: upper end of the range.
+        alpha: beta per nat of entropy; None calibrates it once, so that the mean of alpha·H is beta0.
+        lambda_range: weight λ1 of the range term, per unit of beta.
+        lambda_smoothness: weight λ2 of the gradient penalty, per squared unit of beta.
+        lambda_consistency: weight of the variance of beta within a task, per squared unit of beta.
+        lambda_entropy: weight λ3 of the entropy term, per squared unit of beta.
+        stage1_steps: steps with the fixed beta.
+        stage2_steps: steps with beta(x).
+        batch_size: pairs in a step, over all devices.
+        policy_learning_rate: AdamW on the policy.
+        beta_learning_rate: AdamW on beta.
+        policy_max_norm: the policy's gradient is clipped at this norm.
+        beta_max_norm: the beta-network's gradient is clipped at this norm, by itself.
+        warmup_steps: steps in which both learning rates rise from 0, in each stage.
+        log_every: steps between rows of the history.
+        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy).
+        probe_prompts: held-out prompts a task in such a measurement.
+        max_new_tokens: limit of a sampled answer, in tokens.
+        checkpoint_every: steps between checkpoints.
+        seed: order of the data, dropout, sampling.
+    """
+
+    form: Form = "inverse"
+    beta0: float = 4.0
+    beta_min: float = 1.0
+    beta_max: float = 16.0
+    alpha: float | None = None
+    lambda_range: float = 0.25
+    lambda_smoothness: float = 0.000625
+    lambda_consistency: float = 0.0
+    lambda_entropy: float = 0.00625
+    stage1_steps: int = 60
+    stage2_steps: int = 120
+    batch_size: int = 32
+    policy_learning_rate: float = 2e-4
+    beta_learning_rate: float = 3e-3
+    policy_max_norm: float = 1.0
+    beta_max_norm: float = 1.0
+    warmup_steps: int = 10
+    log_every: int = 5
+    probe_every: int = 30
+    probe_prompts: int = 32
+    max_new_tokens: int = 48
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        scale(self.beta0, self.form)
+        for name in ("beta_min", "beta_max", "policy_learning_rate", "beta_learning_rate"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
+        if self.beta_min >= self.beta_max:
+            raise ValueError(f"beta_min, beta_max: came {self.beta_min}, {self.beta_max}, expected beta_min < beta_max")
+        inside = self.beta_min <= self.beta0 <= self.beta_max
+        _require("beta0", self.beta0, inside, f"a number from {self.beta_min} to {self.beta_max}")
+        if self.alpha is not None:
+            _require("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number, or None to calibrate")
+        for name in ("lambda_range", "lambda_smoothness", "lambda_consistency", "lambda_entropy"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a number, at least 0")
+        for name in ("policy_max_norm", "beta_max_norm"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
+        for name in ("batch_size", "log_every", "probe_every", "checkpoint_every", "max_new_tokens"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_prompts"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+
+    @classmethod
+    def around(cls, s0: float, form: Form, **settings) -> TrainConfig:
+        """A configuration in which both forms start alike and are regularised alike.
+
+        The scale that multiplies h starts at `s0` in either form. The range is beta0/4 to 4·beta0, and the
+        weights are set relative to beta0 (λ1 ∝ 1/beta0, the others ∝ 1/beta0²), so that a given relative
+        departure of beta costs the same in both.
+
+        Args:
+            s0: the scale at the start, 1/beta0 (inverse) or beta0 (standard).
+            form: "inverse" or "standard".
+            **settings: other fields; the four λ are then those for beta0 = 1 and are divided as above.
+        """
+        beta0 = scale(s0, form)  # its own inverse, or itself
+        for name, default, power in (
+            ("lambda_range", 1.0, 1),
+            ("lambda_smoothness", 0.01, 2),
+            ("lambda_consistency", 0.0, 2),
+            ("lambda_entropy", 0.1, 2),
+        ):
+            settings[name] = settings.get(name, default) / beta0**power
+        settings = {"beta_min": beta0 / 4, "beta_max": beta0 * 4, **settings}
+        return cls(form=form, beta0=beta0, **settings)
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: came {value!r}, expected {expected}")
+
+
+def calibrate_alpha(ref_entropy: Sequence[float], beta0: float) -> float:
+    """alpha such that the mean of alpha·H over the prompts is beta0.
+
+    Raises:
+        ValueError: the mean entropy is not positive, so that no alpha does it.
+    """
+    mean = sum(ref_entropy) / len(ref_entropy)
+    if not 0 < mean < math.inf:
+        raise ValueError(f"ref_entropy: mean {mean} nats, expected a positive one; give alpha as a number")
+    return beta0 / mean
+
+
+class _Scorer(nn.Module):
+    """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call."""
+
+    def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
+        super().__init__()
+        self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+
+    def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
+
+
+def train(
+    policy: PreTrainedModel,
+    beta: Beta,
+    pairs: Dataset,
+    config: TrainConfig,
+    *,
+    stage: int,
+    pad_id: int,
+    eos_id: int,
+    held_out: Dataset | None = None,
+    reference: PreTrainedModel | None = None,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train `policy`, and `beta` with it where beta learns. Both are changed in place.
+
+    Args:
+        policy: a causal language model, in stage 1 equal to the reference.
+        beta: a `ConstantBeta` for stage 1; for stage 2 whatever gives beta(x).
+        pairs: what `reference_pass` returned: token ids, and the reference's columns.
+        config: the settings.
+        stage: 1 (DPO with `beta` alone) or 2 (all four terms).
+        pad_id: token that pads.
+        eos_id: token that ends an answer, for the sampled KL.
+        held_out: pairs whose prompts are not in `pairs`: reward accuracy, beta by task, and prompts for KL.
+        reference: the model that `pairs` was scored with; without it the KL is not measured.
+        out: a folder for checkpoints. A run that finds its own checkpoint there goes on from it.
+        progress: show a bar.
+
+    Returns:
+        The history, a row per logged step. Measured on the batch before its update:
+        form, seed, stage, step (runs on across the stages), loss, loss/<term>, accuracy (share of the batch
+        with h > 0), margin (mean s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see
+        `gradients_on_beta`), grad_norm/policy and grad_norm/beta (before clipping); and, measured on the
+        held-out prompts after the update, beta/<task> (mean, evaluation mode), held_out_accuracy, kl and kl_se
+        (nats, sampled).
+
+    Raises:
+        ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, or a checkpoint of
+            another configuration in `out`.
+        FloatingPointError: the loss is not finite; nothing is updated by that batch.
+    """
+    _check(pairs, held_out, config, stage)
+    steps = config.stage1_steps if stage == 1 else config.stage2_steps
+    offset = 0 if stage == 1 else config.stage1_steps
+    if config.alpha is None:
+        alpha = calibrate_alpha(pairs["ref_entropy"], config.beta0)
+    else:
+        alpha = config.alpha
+    set_seed(config.seed + stage)
+    accelerator = Accelerator()
+    shared_prefix = supports_shared_prefix(policy)
+    scorer = accelerator.prepare(_Scorer(policy, pad_id, shared_prefix))
+    optimizers = [_optimizer(accelerator, policy, config.policy_learning_rate)]
+    learns = any(p.requires_grad for p in beta.parameters())
+    if learns:
+        beta = accelerator.prepare(beta)
+        optimizers.append(_optimizer(accelerator, beta, config.beta_learning_rate))
+    schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
+    beta.to(accelerator.device)
+    if reference is not None:
+        reference.to(accelerator.device).eval()
+
+    probe = _Probe(held_out, reference, config, pad_id=pad_id, eos_id=eos_id)
+    batches = _batches(len(pairs), config.batch_size, steps, seed=config.seed + stage)
+    identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs)}
+    checkpoint = _Checkpoint(accelerator, Path(out) if out is not None else None, identity)
+    first, history = checkpoint.load()
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=not progress)
+    for step in range(first, steps):
+        batch = _columns(pairs[batches[step]], accelerator.device)
+        scorer.train(), beta.train()
+        logps = scorer(batch["prompt_ids"], batch["answer_ids"])  # (B, 2)
+        beta_x = beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])  # (B,)
+        objective = _objective(logps, beta_x, beta, batch, config, alpha, stage)
+        log = step % config.log_every == 0 or step == steps - 1
+        row = _measure(objective, beta_x, batch["task"], config.form, learns) if log else {}
+
+        accelerator.backward(objective.total)
+        # each by its own norm: the few weights of beta would vanish beside a language model's
+        norms = {"policy": accelerator.clip_grad_norm_(policy.parameters(), config.policy_max_norm)}
+        if learns:
+            norms["beta"] = accelerator.clip_grad_norm_(beta.parameters(), config.beta_max_norm)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+        if log:
+            row |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
+            row |= probe.beta(beta)
+            if step % config.probe_every == 0 or step == steps - 1:
+                row |= probe.policy(scorer, policy)
+            place = {"form": config.form, "seed": config.seed, "stage": stage, "step": offset + step}
+            history.append(place | row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
+        bar.update()
+        if (step + 1) % config.checkpoint_every == 0 or step == steps - 1:
+            checkpoint.save(step + 1, history)
+    bar.close()
+    policy.eval(), beta.eval()
+    return pd.DataFrame(history)
+
+
+def _check(pairs: Dataset, held_out: Dataset | None, config: TrainConfig, stage: int) -> None:
+    _require("stage", stage, stage in (1, 2), "1 (fixed beta) or 2 (beta(x))")
+    for name, data in (("pairs", pairs), ("held_out", held_out)):
+        missing = [] if data is None else [column for column in COLUMNS if column not in data.column_names]
+        if missing:
+            raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what reference_pass returns")
+    if len(pairs) < config.batch_size:
+        raise ValueError(f"pairs: came {len(pairs)}, expected at least batch_size = {config.batch_size}")
+
+
+def _digest(pairs: Dataset) -> str:
+    """A hash of what the loop reads of the data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for column in COLUMNS:
+        digest.update(json.dumps(pairs[column][:]).encode())
+    return digest.hexdigest()
+
+
+def _optimizer(accelerator: Accelerator, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return accelerator.prepare(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0))
+
+
+def _batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """Rows of each step: one permutation of the data after another, cut into batches; a function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * size / n)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)] or [torch.empty(0)])
+    return order[: steps * size].long().view(steps, size).tolist()
+
+
+def _columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
+    """A batch out of rows of the data set: token ids as lists, numbers as (B,) tensors, x (B, D)."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(rows[name], dtype=torch.float32, device=device)
+
+    return {
+        "prompt_ids": rows["prompt_ids"],
+        "answer_ids": [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)],
+        "task": rows["task"],
+        "ref_logps": torch.stack([tensor("ref_chosen_logps"), tensor("ref_rejected_logps")], dim=1),
+        "ref_entropy": tensor("ref_entropy"),
+        "x": tensor("ref_features"),
+    }
+
+
+def _objective(
+    logps: Tensor, beta_x: Tensor, beta: Beta, batch: dict, config: TrainConfig, alpha: float, stage: int
+) -> TotalLoss:
+    weight = 1.0 if stage == 2 else 0.0  # a fixed beta has nothing to be regularised
+    return total_loss(
+        logps[:, 0],
+        logps[:, 1],
+        batch["ref_logps"][:, 0],
+        batch["ref_logps"][:, 1],
+        beta_x,
+        form=config.form,
+        beta_min=config.beta_min,
+        beta_max=config.beta_max,
+        ref_entropy=batch["ref_entropy"],
+        alpha=alpha,
+        lambda_range=weight * config.lambda_range,
+        lambda_smoothness=weight * config.lambda_smoothness,
+        lambda_consistency=weight * config.lambda_consistency,
+        lambda_entropy=weight * config.lambda_entropy,
+        beta_fn=beta,
+        x=batch["x"],
+        task=batch["task"],
+    )
+
+
+def _by_task(name: str, values: Sequence[float], task: Sequence[str]) -> dict[str, float]:
+    means = pd.Series(values).groupby(list(task)).mean()
+    return {f"{name}/{t}": mean for t, mean in means.items()}
+
+
+def _measure(objective: TotalLoss, beta_x: Tensor, task: Sequence[str], form: Form, learns: bool) -> dict[str, float]:
+    """What the history says of a batch, before its update."""
+    margins = objective.dpo.margins
+    row = {"loss": objective.total.item(), "loss/dpo": objective.terms["dpo"].item()}
+    row |= {"accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
+    if learns:
+        row |= {f"loss/{name}": term.item() for name, term in objective.terms.items()}
+        for term, pull in gradients_on_beta(objective, beta_x).items():
+            row |= _by_task(f"grad/{term}", pull.tolist(), task)
+    return row
+
+
+class _Probe:
+    """Measurements on held-out prompts, the same prompts and the same draws each time."""
+
+    def __init__(
+        self,
+        held_out: Dataset | None,
+        reference: PreTrainedModel | None,
+        config: TrainConfig,
+        *,
+        pad_id: int,
+        eos_id: int,
+    ) -> None:
+        self.reference, self.config, self.pad_id, self.eos_id = reference, config, pad_id, eos_id
+        self.data = None if held_out is None else held_out[:]
+        if self.data is not None:
+            first = pd.DataFrame({"task": self.data["task"], "prompt": map(tuple, self.data["prompt_ids"])})
+            some = first.drop_duplicates("prompt").groupby("task").head(config.probe_prompts)
+            self.prompts = [list(prompt) for prompt in some["prompt"]]
+
+    @torch.no_grad()
+    def beta(self, beta: Beta) -> dict[str, float]:
+        """Mean beta by task, over the held-out prompts, in evaluation mode."""
+        if self.data is None:
+            return {}
+        beta.eval()
+        batch = _columns(self.data, next(iter(beta.parameters()), torch.empty(0)).device)
+        values = beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])
+        return _by_task("beta", values.tolist(), self.data["task"])
+
+    @torch.no_grad()
+    def policy(self, scorer: nn.Module, policy: PreTrainedModel) -> dict[str, float]:
+        """Reward accuracy on all held-out pairs; KL(policy ‖ reference) from one sampled answer a prompt."""
+        if self.data is None:
+            return {}
+        scorer.eval()
+        device = next(policy.parameters()).device
+        right = 0.0
+        for start in range(0, len(self.data["task"]), self.config.batch_size):
+            batch = _columns({k: v[start : start + self.config.batch_size] for k, v in self.data.items()}, device)
+            ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
+            right += (ratios[:, 0] > ratios[:, 1]).sum().item()
+        row = {"held_out_accuracy": right / len(self.data["task"])}
+        return row if self.reference is None or not self.prompts else row | self._kl(policy)
+
+    def _kl(self, policy: PreTrainedModel) -> dict[str, float]:
+        config = self.config
+        answers = sample_answers(
+            policy,
+            self.prompts,
+            1,
+            max_new_tokens=config.max_new_tokens,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            seed=config.seed,
+        ).answers
+        shared = supports_shared_prefix(policy)
+        logps = [
+            score_answers(model, self.prompts, answers, pad_id=self.pad_id, shared_prefix=shared).logps[:, 0]
+            for model in (policy, self.reference)
+        ]
+        # the mean of log pi - log pi_ref over answers of the policy is unbiased for the KL
+        difference = (logps[0] - logps[1]).double()
+        return {"kl": difference.mean().item(), "kl_se": (difference.std() / len(difference) ** 0.5).item()}
+
+
+class _Checkpoint:
+    """The state of a run in a folder; the newest one replaces the last in one move."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path | None, identity: dict) -> None:
+        self.accelerator, self.identity = accelerator, identity
+        self.folder = None if folder is None else folder / "checkpoint"
+
+    def load(self) -> tuple[int, list[dict]]:
+        """Step to go on from, and the rows so far: (0, []) where there is nothing to go on from."""
+        if self.folder is None:
+            return 0, []
+        old = self.folder.with_suffix(".old")
+        if old.exists() and not self.folder.exists():
+            old.rename(self.folder)  # killed between the two moves of `save`
+        if not (self.folder / "run.json").is_file():
+            return 0, []
+        saved = json.loads((self.folder / "run.json").read_text())
+        if saved["identity"] != self.identity:
+            raise ValueError(
+                f"out: {self.folder.parent} holds a run with another configuration or other data; "
+                "give another folder, or delete that one"
+            )
+        self.accelerator.load_state(str(self.folder))
+        return saved["step"], saved["history"]
+
+    def save(self, step: int, history: list[dict]) -> None:
+        if self.folder is None:
+            return
+        new, old = self.folder.with_suffix(".new"), self.folder.with_suffix(".old")
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.accelerator.save_state(str(new))
+        run = {"identity": self.identity, "step": step, "history": history}
+        (new / "run.json").write_text(json.dumps(run))
+        if self.folder.exists():
+            self.folder.rename(old)
+        new.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
