@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -51,7 +52,7 @@ class WorldConfig:
     layers: int = 4
     problems: int = 320
     samples: int = 8
-    pairs_per_prompt: int = 2
+    pairs_per_prompt: int = 4
     held_out: float = 0.25
     entropy_samples: int = 8
     max_new_tokens: int = 48
@@ -182,11 +183,11 @@ class DemoConfig:
     standard: TrainConfig
 
     @classmethod
-    def default(cls, seed: int = 0, *, fast: bool = False, s0: float = 0.25) -> DemoConfig:
+    def default(cls, seed: int = 0, *, fast: bool = False, s0: float = 0.1) -> DemoConfig:
         """The demo as the README shows it; `fast` is a minute's worth, for a first look and for tests."""
         world, steps = WorldConfig(seed=seed), {}
         if fast:
-            world = replace(world, demonstrations=6_000, problems=60, samples=6, entropy_samples=4)
+            world = replace(world, demonstrations=12_000, problems=64, entropy_samples=4)
             steps = {"stage1_steps": 10, "stage2_steps": 20, "probe_every": 10, "probe_prompts": 8}
         forms = {form: TrainConfig.around(s0, form, seed=seed, **steps) for form in FORMS}
         return cls(world=world, **forms)
@@ -256,7 +257,7 @@ def run_demo(
         history += [stage1.assign(form=form), stage2]
         alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
         tables.append(held_out_table(betas[form], world, form=form, seed=settings.seed))
-    return Demo(world, betas, policies, pd.concat(tables, ignore_index=True), pd.concat(history), alpha)
+    return Demo(world, betas, policies, pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True), alpha)
 
 
 @torch.no_grad()
@@ -264,7 +265,7 @@ def held_out_table(beta: Beta, world: World, *, form: Form, seed: int) -> pd.Dat
     """Beta at each held-out prompt, once a prompt, beside the reference's entropy there."""
     rows = world.held_out.to_pandas().drop_duplicates("prompt")
     entropy = torch.tensor(rows["ref_entropy"].to_numpy())
-    x = torch.tensor(rows["ref_features"].tolist())
+    x = torch.tensor(np.stack(rows["ref_features"]))
     return beta_table(
         form=form,
         seed=seed,

@@ -70,14 +70,14 @@ class TrainConfig:
     """
 
     form: Form = "inverse"
-    beta0: float = 4.0
-    beta_min: float = 1.0
-    beta_max: float = 16.0
+    beta0: float = 10.0
+    beta_min: float = 2.5
+    beta_max: float = 40.0
     alpha: float | None = None
-    lambda_range: float = 0.25
-    lambda_smoothness: float = 0.000625
+    lambda_range: float = 0.4
+    lambda_smoothness: float = 0.0001
     lambda_consistency: float = 0.0
-    lambda_entropy: float = 0.00625
+    lambda_entropy: float = 0.001
     stage1_steps: int = 60
     stage2_steps: int = 120
     batch_size: int = 32
@@ -127,7 +127,7 @@ class TrainConfig:
         """
         beta0 = scale(s0, form)  # its own inverse, or itself
         for name, default, power in (
-            ("lambda_range", 1.0, 1),
+            ("lambda_range", 4.0, 1),
             ("lambda_smoothness", 0.01, 2),
             ("lambda_consistency", 0.0, 2),
             ("lambda_entropy", 0.1, 2),
@@ -199,13 +199,14 @@ def train(
         form, seed, stage, step (runs on across the stages), loss, loss/<term>, accuracy (share of the batch
         with h > 0), margin (mean s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see
         `gradients_on_beta`), grad_norm/policy and grad_norm/beta (before clipping); and, measured on the
-        held-out prompts after the update, beta/<task> (mean, evaluation mode), held_out_accuracy, kl and kl_se
-        (nats, sampled).
+        held-out prompts after the update, beta/<task> (mean, evaluation mode), held_out_accuracy and
+        held_out_accuracy/<task> (share of pairs with h > 0), kl and kl_se (nats, sampled).
 
     Raises:
         ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, or a checkpoint of
             another configuration in `out`.
-        FloatingPointError: the loss is not finite; nothing is updated by that batch.
+        FloatingPointError: the policy's log-probabilities are not finite, by step and row of `pairs`; nothing is
+            updated by that batch.
     """
     _check(pairs, held_out, config, stage)
     steps = config.stage1_steps if stage == 1 else config.stage2_steps
@@ -238,6 +239,12 @@ def train(
         batch = _columns(pairs[batches[step]], accelerator.device)
         scorer.train(), beta.train()
         logps = scorer(batch["prompt_ids"], batch["answer_ids"])  # (B, 2)
+        bad = (~torch.isfinite(logps)).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"step {offset + step}: the policy's log-probabilities are not finite for rows "
+                f"{[batches[step][i] for i in bad]} of the pairs; a lower policy_learning_rate may keep them finite"
+            )
         beta_x = beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])  # (B,)
         objective = _objective(logps, beta_x, beta, batch, config, alpha, stage)
         log = step % config.log_every == 0 or step == steps - 1
@@ -394,12 +401,13 @@ class _Probe:
             return {}
         scorer.eval()
         device = next(policy.parameters()).device
-        right = 0.0
+        right = []
         for start in range(0, len(self.data["task"]), self.config.batch_size):
             batch = _columns({k: v[start : start + self.config.batch_size] for k, v in self.data.items()}, device)
             ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
-            right += (ratios[:, 0] > ratios[:, 1]).sum().item()
-        row = {"held_out_accuracy": right / len(self.data["task"])}
+            right += (ratios[:, 0] > ratios[:, 1]).float().tolist()
+        row = {"held_out_accuracy": sum(right) / len(right)}
+        row |= _by_task("held_out_accuracy", right, self.data["task"])
         return row if self.reference is None or not self.prompts else row | self._kl(policy)
 
     def _kl(self, policy: PreTrainedModel) -> dict[str, float]:

@@ -1,0 +1,196 @@
+r"""One row per prompt: the contract between numbers and pictures.
+
+Tensors end here. What is drawn or reported afterwards is a `pandas.DataFrame` whose columns are `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor
+
+from dpoviz.losses import Form, scale
+
+COLUMNS = ("form", "seed", "task", "prompt", "beta", "scale", "ref_entropy", "ref_entropy_se")
+
+EXPECTED_ORDER = ("math", "code", "dialogue")
+"""The tasks in the order of beta that the derivation expects (§5.1.2), smallest first."""
+
+POOLED = "all"
+"""What `summarize` calls the row over all tasks; no task may have this name."""
+
+Numbers = Tensor | Sequence[float] | np.ndarray | pd.Series
+
+
+def beta_table(
+    *,
+    form: Form,
+    seed: int,
+    task: Sequence[str],
+    prompt: Sequence[str],
+    beta: Numbers,
+    ref_entropy: Numbers,
+    ref_entropy_se: Numbers,
+) -> pd.DataFrame:
+    r"""Beta at each held-out prompt beside the entropy of the reference there, for one form and one seed.
+
+    Args:
+        form: "inverse" or "standard", for every row.
+        seed: the seed of the run, for every row.
+        task: (N,) the task of each prompt.
+        prompt: (N,) the prompts, each once in its task.
+        beta: (N,) positive.
+        ref_entropy: (N,) H(π_ref(·|x)) in nats per token, at least 0.
+        ref_entropy_se: (N,) its standard error, in nats per token, 0 where H is exact.
+
+    Returns:
+        N rows with the columns `COLUMNS`; `scale` is what multiplies h in the loss (`losses.scale`).
+        Numbers are float64 and carry no gradient.
+
+    Raises:
+        ValueError: no rows, other lengths than N, not one finite number a row, beta not positive, a negative
+            entropy or error, a prompt that is twice in its task, a task called "all", or another form.
+    """
+    task, prompt = list(task), list(prompt)
+    if not prompt:
+        raise ValueError("prompt: came no rows, expected at least one")
+    if len(task) != len(prompt):
+        raise ValueError(f"task: came {len(task)} rows, expected {len(prompt)}, one per prompt")
+    _require_no_pooled(task)
+    columns = {"form": form, "seed": seed, "task": task, "prompt": prompt}
+    beta = _numbers("beta", beta, len(prompt))
+    columns |= {"beta": beta.numpy(), "scale": scale(beta, form).numpy()}
+    for name, values in (("ref_entropy", ref_entropy), ("ref_entropy_se", ref_entropy_se)):
+        values = _numbers(name, values, len(prompt))
+        if (values < 0).any():
+            raise ValueError(f"{name}: negative in rows {_where(values < 0)}, expected at least 0")
+        columns[name] = values.numpy()
+    table = pd.DataFrame(columns)
+    _require_once(table)
+    return table
+
+
+def _numbers(name: str, values: Numbers, n: int) -> Tensor:
+    """Values as a float64 tensor (n,) without gradient, or a ValueError."""
+    if not isinstance(values, Tensor):
+        values = torch.from_numpy(np.array(values, dtype=np.float64))
+    values = values.detach().cpu().double()
+    if values.shape != (n,):
+        raise ValueError(f"{name}: came shape {tuple(values.shape)}, expected ({n},), one number per prompt")
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: not finite in rows {_where(~values.isfinite())}, expected finite numbers")
+    return values
+
+
+def _where(rows: Tensor) -> list[int]:
+    return rows.nonzero().flatten().tolist()
+
+
+def _require_no_pooled(tasks: Sequence[str]) -> None:
+    if POOLED in tasks:
+        raise ValueError(f"task: came {POOLED!r}, expected another name: it stands for all tasks together")
+
+
+def _require_once(table: pd.DataFrame) -> None:
+    twice = table[table.duplicated(["form", "seed", "task", "prompt"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ValueError(
+            f"prompt: {len(twice)} rows repeat a prompt of their task, form and seed, the first is "
+            f"{first['prompt']!r} in {first['task']!r}; expected one row a prompt: drop the others"
+        )
+
+
+def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    r"""Medians, quartiles and Spearman's rank correlation of beta with entropy, by form and task.
+
+    The interval of rho is the percentile bootstrap over prompts, at 95 %. A prompt's rows of several seeds
+    are drawn together: they are not independent prompts. All other numbers are over rows.
+
+    Args:
+        table: what `beta_table` returned, or several of them concatenated.
+        n_boot: resamples of the bootstrap, at least 100.
+        seed: of the bootstrap's draws.
+
+    Returns:
+        A row per form and task, and one per form over all tasks (`task` "all"): form, task, n (prompts),
+        beta_median, beta_q1, beta_q3, scale_median, ref_entropy_mean (nats per token), rho, rho_low,
+        rho_high. Forms come as "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name, "all" last.
+        rho and its interval are NaN where beta or the entropy is constant, or prompts are fewer than three.
+
+    Raises:
+        ValueError: an empty table, missing columns, a prompt that is twice in its form, seed and task, a task
+            called "all", or n_boot below 100.
+    """
+    missing = [column for column in COLUMNS if column not in table.columns]
+    if missing:
+        raise ValueError(f"table: missing columns {missing}, expected those of beta_table")
+    if table.empty:
+        raise ValueError("table: came no rows, expected at least one")
+    if n_boot < 100:
+        raise ValueError(f"n_boot: came {n_boot}, expected at least 100: fewer say nothing of a tail of 2.5 %")
+    _require_no_pooled(table["task"].tolist())
+    _require_once(table)
+    rows = []
+    for form, of_form in table.groupby("form"):  # sorted: inverse before standard
+        known = [task for task in EXPECTED_ORDER if (of_form["task"] == task).any()]
+        others = sorted(set(of_form["task"]) - set(known))
+        for task in [*known, *others]:
+            rows.append({"form": form, "task": task} | _summary(of_form[of_form["task"] == task], n_boot, seed))
+        rows.append({"form": form, "task": POOLED} | _summary(of_form, n_boot, seed))
+    return pd.DataFrame(rows)
+
+
+def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
+    q1, median, q3 = group["beta"].quantile([0.25, 0.5, 0.75])
+    # (prompts, seeds), NaN where a prompt is not in a seed
+    wide = group.pivot(index=["task", "prompt"], columns="seed", values=["beta", "ref_entropy"])
+    rho, low, high = _rank_correlation(wide["beta"].to_numpy(), wide["ref_entropy"].to_numpy(), n_boot, seed)
+    return {
+        "n": len(wide),
+        "beta_median": median,
+        "beta_q1": q1,
+        "beta_q3": q3,
+        "scale_median": group["scale"].median(),
+        "ref_entropy_mean": group["ref_entropy"].mean(),
+        "rho": rho,
+        "rho_low": low,
+        "rho_high": high,
+    }
+
+
+def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: int) -> tuple[float, float, float]:
+    """Spearman's rho of two arrays (prompts, seeds), and its interval from resampled prompts."""
+
+    def rho(prompts: np.ndarray) -> np.ndarray:
+        drawn = (values[prompts].reshape(*prompts.shape[:-1], -1) for values in (beta, entropy))
+        return _spearman(*drawn)
+
+    n = len(beta)
+    estimate = float(rho(np.arange(n)))
+    if n < 3 or np.isnan(estimate):
+        return np.nan, np.nan, np.nan
+    rng = np.random.default_rng(seed)
+    # a hundred at a time, for memory
+    sizes = [min(100, n_boot - done) for done in range(0, n_boot, 100)]
+    boot = np.concatenate([rho(rng.integers(n, size=(size, n))) for size in sizes])
+    # not scipy.stats.bootstrap: a resample of one prompt again and again has no rho, and one such makes its
+    # interval NaN; the others still say how far rho scatters
+    low, high = np.nanquantile(boot, [0.025, 0.975])
+    return estimate, float(low), float(high)
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's rho along the last axis, leaving NaN out; NaN where one side is constant.
+
+    `scipy.stats.spearmanr` takes one pair of samples a call, too slow for thousands of resamples.
+    """
+    a, b = (stats.rankdata(values, axis=-1, nan_policy="omit") for values in (a, b))
+    a, b = (ranks - np.nanmean(ranks, axis=-1, keepdims=True) for ranks in (a, b))
+    norm = np.sqrt(np.nansum(a * a, axis=-1) * np.nansum(b * b, axis=-1))
+    varies = norm > 0
+    return np.where(varies, np.nansum(a * b, axis=-1) / np.where(varies, norm, 1), np.nan)

@@ -1,0 +1,370 @@
+"""The loop: equal to a loop written by hand, resumable at any step, honest about bad input."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dpoviz.train as module
+from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
+from dpoviz.train import COLUMNS, TrainConfig, calibrate_alpha, train
+
+VOCABULARY, PAD, EOS = 40, 0, 1
+TASKS = ("math", "code", "dialogue")
+SMALL = {
+    "stage1_steps": 4,
+    "stage2_steps": 7,
+    "batch_size": 6,
+    "log_every": 2,
+    "probe_every": 3,
+    "probe_prompts": 2,
+    "max_new_tokens": 5,
+    "checkpoint_every": 3,
+    "warmup_steps": 2,
+    "policy_learning_rate": 1e-3,
+}
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def by_hand(model, prompt, answer):
+    """log pi(answer | prompt), one forward a pair and no batch: independent of logprobs.py."""
+    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) + i - 1, token] for i, token in enumerate(answer))
+
+
+def small_pairs(model, n=24, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def ids(low, high):
+        return rng.integers(2, VOCABULARY, size=rng.integers(low, high)).tolist()
+
+    rows = []
+    for i in range(n):
+        prompt, chosen, rejected = ids(2, 6), [*ids(1, 5), EOS], [*ids(1, 5), EOS]
+        with torch.no_grad():
+            reference = [float(by_hand(model, prompt, answer)) for answer in (chosen, rejected)]
+        rows.append(
+            {
+                "prompt": str(i),
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "task": TASKS[i % 3],
+                "ref_chosen_logps": reference[0],
+                "ref_rejected_logps": reference[1],
+                "ref_entropy": float(rng.uniform(0.5, 2)),
+                "ref_features": rng.normal(size=5).tolist(),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="module")
+def world():
+    model = small_model()
+    return model, small_pairs(model), small_pairs(model, n=9, seed=1)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return BetaNetwork(5, beta0=10.0, hidden=(8,))
+
+
+def run(world, config, beta, *, stage=2, **more):
+    reference, pairs, held_out = world
+    policy = copy.deepcopy(reference)
+    history = train(
+        policy,
+        beta,
+        pairs,
+        config,
+        stage=stage,
+        pad_id=PAD,
+        eos_id=EOS,
+        held_out=held_out,
+        reference=reference,
+        progress=False,
+        **more,
+    )
+    return policy, history
+
+
+def weights(*modules):
+    return torch.cat([tensor.flatten().double() for m in modules for tensor in m.state_dict().values()])
+
+
+class TestAgainstALoopByHand:
+    """A second loop, from the formulas, without the library's losses, batches or optimiser wrappers."""
+
+    @pytest.mark.parametrize("form", ["inverse", "standard"])
+    def test_same_weights_and_losses(self, world, form):
+        config = TrainConfig.around(0.1, form, **SMALL)
+        reference, pairs, _ = world
+        beta = network()
+        beta.beta0 = config.beta0
+        twin_policy, twin_beta = copy.deepcopy(reference), copy.deepcopy(beta)
+        policy, history = run(world, config, beta)
+
+        alpha = config.beta0 / np.mean(pairs["ref_entropy"])
+        optimizers = [
+            torch.optim.AdamW(twin_policy.parameters(), lr=1e-3, weight_decay=0.0),
+            torch.optim.AdamW(twin_beta.parameters(), lr=config.beta_learning_rate, weight_decay=0.0),
+        ]
+        losses = []
+        for step, rows in enumerate(module._batches(len(pairs), 6, 7, seed=config.seed + 2)):
+            for optimizer, rate in zip(optimizers, (1e-3, config.beta_learning_rate), strict=True):
+                optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 2)
+            twin_beta.train()
+            x = torch.tensor([pairs[i]["ref_features"] for i in rows])
+            b = twin_beta(x)
+            s = 1 / b if form == "inverse" else b
+            h = []
+            for i in rows:
+                row = pairs[i]
+                ratios = [
+                    by_hand(twin_policy, row["prompt_ids"], row[f"{side}_ids"]) - row[f"ref_{side}_logps"]
+                    for side in ("chosen", "rejected")
+                ]
+                h.append(ratios[0] - ratios[1])
+            loss = torch.log1p(torch.exp(-s * torch.stack(h))).mean()
+            outside = (b - config.beta_max).clamp(min=0) + (config.beta_min - b).clamp(min=0)
+            loss = loss + config.lambda_range * outside.mean()
+            entropy = torch.tensor([pairs[i]["ref_entropy"] for i in rows])
+            loss = loss + config.lambda_entropy * ((b - alpha * entropy) ** 2).mean()
+            twin_beta.eval()
+            for row in x:
+                jacobian = torch.autograd.functional.jacobian(lambda z: twin_beta(z[None])[0], row, create_graph=True)
+                loss = loss + config.lambda_smoothness * (jacobian**2).sum() / len(x)
+            losses.append(loss.item())
+            loss.backward()
+            for net, optimizer in zip((twin_policy, twin_beta), optimizers, strict=True):
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        # float32, seven steps of Adam, which divides by the root of small squares: rounding grows to about 1e-4
+        assert history["loss"].to_numpy() == pytest.approx([losses[i] for i in (0, 2, 4, 6)], rel=1e-4)
+        assert torch.allclose(weights(policy), weights(twin_policy), atol=2e-4)
+        assert torch.allclose(weights(beta), weights(twin_beta), atol=2e-3)
+        assert not torch.allclose(weights(policy), weights(reference), atol=2e-4)
+
+    def test_forms_agree_while_beta_is_fixed(self, world):
+        # what lets the demo run stage 1 once for both forms
+        a, b = (
+            run(world, TrainConfig.around(0.1, form, **SMALL), ConstantBeta(beta0), stage=1)[0]
+            for form, beta0 in (("inverse", 10.0), ("standard", 0.1))
+        )
+        assert torch.allclose(weights(a), weights(b), atol=1e-5)
+
+
+class TestResume:
+    @pytest.mark.parametrize("killed_after", [1, 3, 4, 6, 7])
+    def test_ends_as_if_it_had_not_been_killed(self, world, tmp_path, monkeypatch, killed_after):
+        config = TrainConfig.around(0.1, "inverse", **SMALL)
+        whole_beta = network()
+        whole, history = run(world, config, whole_beta)
+
+        class Killed(Exception):
+            pass
+
+        calls = iter(range(100))
+        objective = module._objective
+
+        def until_killed(*args):
+            if next(calls) == killed_after:
+                raise Killed
+            return objective(*args)
+
+        monkeypatch.setattr(module, "_objective", until_killed)
+        try:
+            run(world, config, network(), out=tmp_path)
+        except Killed:
+            pass
+        monkeypatch.setattr(module, "_objective", objective)
+        beta = network(seed=5)  # weights that the checkpoint must replace
+        if killed_after < config.checkpoint_every:
+            beta = network()
+        policy, resumed = run(world, config, beta, out=tmp_path)
+        assert torch.equal(weights(policy, beta), weights(whole, whole_beta))
+        pd.testing.assert_frame_equal(resumed, history, check_exact=True)
+
+    def test_a_kill_between_the_two_moves_of_a_checkpoint(self, world, tmp_path):
+        config = TrainConfig.around(0.1, "inverse", **SMALL)
+        _, history = run(world, config, network(), out=tmp_path)
+        (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+        shutil.rmtree(tmp_path / "checkpoint.new", ignore_errors=True)
+        _, again = run(world, config, network(seed=5), out=tmp_path)
+        pd.testing.assert_frame_equal(again, history)
+
+    @pytest.mark.parametrize("changed", ["config", "data", "stage"])
+    def test_another_run_in_the_folder_is_refused(self, world, tmp_path, changed):
+        config = TrainConfig.around(0.1, "inverse", **SMALL)
+        run(world, config, network(), out=tmp_path)
+        reference, pairs, held_out = world
+        if changed == "config":
+            config = TrainConfig.around(0.1, "inverse", **{**SMALL, "seed": 1})
+        if changed == "data":
+            world = reference, pairs.select(range(len(pairs) - 1)), held_out
+        with pytest.raises(ValueError, match="another configuration or other data; give another folder"):
+            run(world, config, network(), out=tmp_path, stage=1 if changed == "stage" else 2)
+
+
+@pytest.fixture(scope="module")
+def history(world):
+    return run(world, TrainConfig.around(0.1, "inverse", **SMALL), network())[1]
+
+
+class TestHistory:
+    def test_rows_and_columns(self, history):
+        assert history["step"].tolist() == [4, 6, 8, 10]  # four steps of stage 1 come before
+        assert history["kl"].notna().tolist() == [True, False, False, True]
+        grads = [f"grad/{term}/{task}" for term in ("dpo", "range", "smoothness", "entropy") for task in TASKS]
+        assert set(grads) <= set(history.columns)
+        assert history[[f"beta/{task}" for task in TASKS]].notna().all(axis=None)
+
+    def test_loss_is_the_sum_of_its_terms(self, history):
+        terms = history[[f"loss/{term}" for term in ("dpo", "range", "smoothness", "entropy")]].sum(axis=1)
+        assert terms.to_numpy() == pytest.approx(history["loss"].to_numpy(), rel=1e-5)
+
+    def test_first_pull_of_the_entropy_term_by_hand(self, world, history):
+        # beta is beta0 everywhere at the first step, so the pull is 2 lambda (beta0 - alpha H), averaged by task
+        config = TrainConfig.around(0.1, "inverse", **SMALL)
+        pairs = world[1]
+        alpha = calibrate_alpha(pairs["ref_entropy"], config.beta0)
+        rows = module._batches(len(pairs), 6, 7, seed=config.seed + 2)[0]
+        for task in TASKS:
+            entropies = [pairs[i]["ref_entropy"] for i in rows if pairs[i]["task"] == task]
+            expected = 2 * config.lambda_entropy * (config.beta0 - alpha * np.mean(entropies))
+            # entropies are read in float32
+            assert history[f"grad/entropy/{task}"][0] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+    def test_kl_is_zero_at_the_reference_and_held_out_accuracy_is_a_share(self, world, history):
+        # the warm-up's first learning rate is 0, so after step 0 the policy still is the reference
+        assert history["kl"][0] == pytest.approx(0, abs=1e-5)
+        assert history["kl"][3] != pytest.approx(0, abs=1e-4)
+        assert history["held_out_accuracy"].dropna().between(0, 1).all()
+
+    def test_sampled_kl_agrees_with_the_exact_one(self, world):
+        # one-token answers: KL is a sum over the vocabulary
+        reference = world[0]
+        policy = small_model(seed=3)
+        config = TrainConfig.around(0.1, "inverse", **{**SMALL, "max_new_tokens": 1})
+        prompt = [5, 6, 7]
+        probe = module._Probe(None, reference, config, pad_id=PAD, eos_id=EOS)
+        probe.prompts = [prompt] * 4000
+        with torch.no_grad():
+            p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
+            found = probe._kl(policy)
+        exact = (p.exp() * (p - q)).sum().item()
+        assert abs(found["kl"] - exact) < 4 * found["kl_se"]
+        assert found["kl_se"] < 0.1 * exact  # the control: an estimate this sharp would miss a wrong formula
+
+    def test_stage_1_has_no_regularisers(self, world):
+        history = run(world, TrainConfig.around(0.1, "inverse", **SMALL), ConstantBeta(10.0), stage=1)[1]
+        assert history["loss"].to_numpy() == pytest.approx(history["loss/dpo"].to_numpy())
+        assert not [column for column in history.columns if column.startswith("grad/")]
+
+    def test_any_beta_that_learns_is_trained(self, world):
+        beta = TaskBeta(TASKS, 10.0)
+        # its features are not read, so that there is no gradient to penalise
+        run(world, TrainConfig.around(0.1, "inverse", lambda_smoothness=0.0, **SMALL), beta)
+        assert (beta.log_ratio != 0).all()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("beta_min", 50.0),
+            ("beta_min", 0.0),
+            ("alpha", 0.0),
+            ("alpha", -1.0),
+            ("beta0", 1.0),
+            ("beta0", -1.0),
+            ("form", "both"),
+            ("lambda_entropy", -0.1),
+            ("lambda_range", float("nan")),
+            ("policy_learning_rate", 0.0),
+            ("batch_size", 0),
+            ("stage1_steps", -1),
+            ("policy_max_norm", 0.0),
+        ],
+    )
+    def test_configuration(self, field, value):
+        name = "beta_min, beta_max" if value == 50.0 else "beta" if field == "beta0" and value < 0 else field
+        with pytest.raises(ValueError, match=f"^{name}: came .*expected"):
+            TrainConfig(**{field: value})
+
+    def test_missing_column(self, world):
+        reference, pairs, held_out = world
+        with pytest.raises(ValueError, match="pairs: lacks ref_entropy; expected what reference_pass returns"):
+            run((reference, pairs.remove_columns("ref_entropy"), held_out), TrainConfig(**SMALL), network())
+
+    def test_fewer_pairs_than_a_batch(self, world):
+        reference, pairs, held_out = world
+        with pytest.raises(ValueError, match="pairs: came 3, expected at least batch_size = 6"):
+            run((reference, pairs.select(range(3)), held_out), TrainConfig(**SMALL), network())
+
+    def test_stage(self, world):
+        with pytest.raises(ValueError, match="stage: came 3"):
+            run(world, TrainConfig(**SMALL), network(), stage=3)
+
+    def test_a_policy_that_breaks_is_named_by_step_and_pair(self, world):
+        reference, pairs, held_out = world
+        broken = copy.deepcopy(reference)
+        with torch.no_grad():
+            broken.lm_head.weight[7] = float("nan")
+        with pytest.raises(FloatingPointError, match=r"step 0: the policy's log-probabilities are not finite for rows"):
+            run((broken, pairs, held_out), TrainConfig(**SMALL), ConstantBeta(10.0), stage=1)
+
+    def test_entropy_that_cannot_calibrate_alpha(self):
+        with pytest.raises(ValueError, match="ref_entropy: mean 0.0 nats"):
+            calibrate_alpha([0.0, 0.0], 0.1)
+
+
+class TestAround:
+    def test_relative_departures_cost_the_same_in_both_forms(self):
+        inverse, standard = (TrainConfig.around(0.1, form) for form in ("inverse", "standard"))
+        assert (inverse.beta0, standard.beta0) == (10.0, 0.1)
+        for config in (inverse, standard):
+            assert config.beta_min == config.beta0 / 4
+            assert config.beta_max == config.beta0 * 4
+            assert config.lambda_range * config.beta0 == pytest.approx(4.0)
+            assert config.lambda_entropy * config.beta0**2 == pytest.approx(0.1)
+        assert inverse == TrainConfig()
+
+    def test_alpha_is_calibrated_so_that_alpha_h_means_beta0(self):
+        assert calibrate_alpha([1.0, 3.0], 10.0) == pytest.approx(5.0)
+
+
+def test_data_order_sees_every_pair_once_an_epoch():
+    batches = module._batches(10, 5, 6, seed=0)
+    for epoch in range(3):
+        assert sorted(batches[2 * epoch] + batches[2 * epoch + 1]) == list(range(10))
+    assert batches == module._batches(10, 5, 6, seed=0) != module._batches(10, 5, 6, seed=1)
+
+
+def test_columns_are_those_of_the_fixture(world):
+    assert set(COLUMNS) <= set(world[1].column_names)
+    assert json.dumps(world[1]["ref_features"][0])
