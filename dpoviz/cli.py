@@ -11,11 +11,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import pandas as pd
-import transformers
 
-from dpoviz.demo import FORMS, Demo, DemoConfig, run_demo
+from dpoviz.demo import FORMS, Demo, DemoConfig, own_progress_only, run_demo
 from dpoviz.plots import figure_beta_by_task, figure_beta_gradients, figure_training
 from dpoviz.reference import default_cache_dir
 from dpoviz.report import reading, write_report
@@ -37,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     demo.add_argument("--fast", action="store_true", help="a tiny version, for a first look: its numbers say little")
     arguments = parser.parse_args(argv)
-    datasets.disable_progress_bars()  # ours name what takes time
-    transformers.utils.logging.disable_progress_bar()
+    own_progress_only()
     try:
         _demo(arguments.out, arguments.seed, arguments.fast)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -100,7 +97,7 @@ def write_demo(demo: Demo, config: DemoConfig, out: Path) -> pd.DataFrame:
             },
         ),
         "training": figure_training(demo.history),
-        "gradients": figure_beta_gradients(demo.history),
+        "beta_gradients": figure_beta_gradients(demo.history),
     }
     figures["beta_by_task"].savefig(out / "beta_by_task.png", dpi=150)
     write_report(

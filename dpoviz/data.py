@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -34,18 +35,22 @@ def load_pairs(path: Path | str, *, tasks: Sequence[str] | None = None) -> Datas
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: lines that are no JSON object, lack a field, hold something else than text, an empty
-            answer, two identical answers, or a task that is not expected: each named by file, line and field.
+            answer, two identical answers, or a task that is not expected: each named by file, line and field;
+            or another field whose values are of different types.
     """
     path = Path(path)
     records, problems = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # bytes, so that text in another encoding is named by its line as well
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
-                record = json.loads(text)
+                record = json.loads(text.decode("utf-8-sig"))
             except json.JSONDecodeError as error:
                 problems.append(f"{path}, line {line}: not JSON ({error.msg} at character {error.pos})")
+                continue
+            except UnicodeDecodeError as error:
+                problems.append(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})")
                 continue
             found = _problems(record, tasks)
             problems += [f"{path}, line {line}: {problem}" for problem in found]
@@ -56,7 +61,19 @@ def load_pairs(path: Path | str, *, tasks: Sequence[str] | None = None) -> Datas
         raise ValueError("\n".join(problems[:_SHOWN]) + more)
     if not records:
         raise ValueError(f"{path}: holds no pairs")
-    return Dataset.from_list(records)
+    return Dataset.from_dict(_columns(path, records))
+
+
+def _columns(path: Path, records: list[dict]) -> dict[str, list]:
+    """The fields of all records, None where one lacks a field (Dataset.from_list keeps the first one's alone)."""
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: [record.get(name) for record in records] for name in names}
+    for name, values in columns.items():
+        try:
+            pa.array(values)
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            raise ValueError(f"{path}, field {name!r}: the lines' values do not make one column ({error})") from error
+    return columns
 
 
 def _problems(record: object, tasks: Sequence[str] | None) -> list[str]:
@@ -86,7 +103,8 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
 
     Args:
         pairs: records with `prompt`, `task` and, if some pairs belong together, `group`.
-        held_out: share of each task's groups that is held out; at least one group a task.
+        held_out: share of each task's groups that is held out; at least one group a task. Pairs of several tasks
+            that are tied to each other count for the first one's task.
         seed: which ones.
 
     Returns:
@@ -99,8 +117,9 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
         raise ValueError(f"held_out: came {held_out}, expected a share between 0 and 1")
     group = _components(pairs)
     of_task: dict[str, list[int]] = {}
-    for g, task in zip(group, pairs["task"], strict=True):
-        of_task.setdefault(task, []).append(g)
+    tasks = pairs["task"][:]
+    for g in group:
+        of_task.setdefault(tasks[g], []).append(g)
     chosen: set[int] = set()
     for task, groups in sorted(of_task.items()):
         different = sorted(set(groups))
@@ -181,7 +200,8 @@ def tokenize_pairs(
         f"  {_name(pairs, i)}: prompt {lengths[i][0]} + longer answer {lengths[i][1]}" for i in long[:_SHOWN]
     )
     if too_long == "refuse" or len(long) == len(pairs):
-        raise ValueError(f"{message}\nraise max_length, or pass too_long='drop' to leave them out")
+        drop = ", or pass too_long='drop' to leave them out" if len(long) < len(pairs) else ""
+        raise ValueError(f"{message}\nraise max_length{drop}")
     logger.warning("%s\nthey are left out", message)
     dropped = set(long)
     return pairs.select([i for i in range(len(pairs)) if i not in dropped])

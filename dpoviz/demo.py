@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpoviz import logprobs, models, tasks
+from dpoviz import models, tasks
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
 from dpoviz.data import load_pairs, split_by_group
 from dpoviz.logprobs import sample_answers
@@ -28,6 +29,12 @@ from dpoviz.table import beta_table
 from dpoviz.train import TrainConfig, calibrate_alpha, train
 
 FORMS: tuple[Form, ...] = ("inverse", "standard")
+
+
+def own_progress_only() -> None:
+    """Turn off the progress bars of datasets and transformers: ours name what takes time."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     if cache_dir is None:
         with tempfile.TemporaryDirectory() as scratch:
             return small_world(config, cache_dir=scratch, progress=progress)
-    folder = Path(cache_dir) / f"small-world-{_fingerprint(config)}"
+    folder = Path(cache_dir) / f"small-world-{_fingerprint(config, _WORLD_CODE)}"
     if not folder.exists():
         _build(config, folder, progress)
     reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
@@ -116,10 +123,14 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     return World(reference, tokenizer, train_pairs, held_out, facts["rewards"], facts["left_out"])
 
 
-def _fingerprint(config: WorldConfig) -> str:
-    """Of all that decides what the reference and its pairs are: settings, the code that they drive, torch."""
-    parts = [json.dumps(asdict(config)), torch.__version__]
-    parts += [inspect.getsource(module) for module in (models, tasks, logprobs)]
+_WORLD_CODE = ("logprobs", "models", "tasks")
+_TRAINING_CODE = ("beta", "data", "entropy", "losses", "reference", "regularizers", "train")
+
+
+def _fingerprint(config: object, code: Sequence[str]) -> str:
+    """Of all that decides a result: the settings, the modules that they drive, and PyTorch."""
+    sources = [Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8") for module in code]
+    parts = [json.dumps(asdict(config)), torch.__version__, *sources]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -193,6 +204,11 @@ class DemoConfig:
         return cls(world=world, **forms)
 
 
+def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
+    """Where a notebook keeps the checkpoints of a demo, so that the next one need not train it again."""
+    return Path(cache_dir) / f"demo-{_fingerprint(config, (*_WORLD_CODE, *_TRAINING_CODE))}"
+
+
 @dataclass(frozen=True)
 class Demo:
     """What `run_demo` returns.
@@ -254,10 +270,12 @@ def run_demo(
             betas[form] = BetaNetwork(x.shape[1], beta0=settings.beta0)
         betas[form].calibrate(x)
         stage2 = train(policies[form], betas[form], world.train, settings, stage=2, out=place(form), **common)
-        history += [stage1.assign(form=form), stage2]
+        fixed_beta = {column: settings.beta0 for column in stage1 if column.startswith("beta/")}
+        history += [stage1.assign(form=form, **fixed_beta), stage2]
         alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
         tables.append(held_out_table(betas[form], world, form=form, seed=settings.seed))
-    return Demo(world, betas, policies, pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True), alpha)
+    table, history = pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
+    return Demo(world, betas, policies, table, history, alpha)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
@@ -37,7 +38,7 @@ _FORMULAS = {
     "inverse": r"inverse form: loss $-\log\,\sigma(h/\beta(x))$",
     "standard": r"standard form: loss $-\log\,\sigma(\beta(x)\cdot h)$",
 }
-_GREY = "#5A5A5A"
+_GREY, _INK = "#5A5A5A", "#222222"
 _PULL_LABEL = "pull on $\\beta(x)$\n(positive lowers it)"
 _ENTROPY_LABEL = r"entropy of the reference $H$ (nats per token)"
 
@@ -74,9 +75,9 @@ def plot_beta_by_task(
 
     Args:
         table: columns form, seed, task, prompt, beta; one form.
-        beta0: the fixed beta of stage 1, drawn as a line where given, as are
-        beta_min: the lower end of the range, and
-        beta_max: the upper end.
+        beta0: the fixed beta of stage 1; a line where given.
+        beta_min: the lower end of the range; a line where given.
+        beta_max: the upper end; a line where given.
         ax: where to draw; a new figure if None.
         **artist_kws: for `Axes.scatter`.
 
@@ -92,21 +93,17 @@ def plot_beta_by_task(
         beta = rows["beta"].to_numpy()
         style = {"s": 16, "color": color, "alpha": 0.55, "linewidths": 0} | artist_kws
         ax.scatter(place + _jitter(beta), beta, **style)
-        line = {"color": "#222222", "linewidth": 1.4}
-        ax.boxplot(
-            beta,
-            positions=[place],
-            widths=0.62,
-            whis=0,  # the points show how far it goes
-            showfliers=False,
-            showcaps=False,
-            manage_ticks=False,
-            boxprops=line | {"linewidth": 1.0},
-            medianprops=line | {"linewidth": 2.2, "solid_capstyle": "butt"},
-        )
-        labels.append(f"{task}\n{_count(rows)}")
-    ax.set_xticks(range(len(colors)), labels)
-    ax.set_xlim(-0.95, len(colors) - 0.5)  # room for the lines' labels on the left
+        # not Axes.boxplot, which reads all rcParams, and so loads pyplot
+        q1, median, q3 = np.quantile(beta, [0.25, 0.5, 0.75])
+        ax.add_patch(Rectangle((place - 0.31, q1), 0.62, q3 - q1, fill=False, edgecolor=_INK, zorder=2))
+        ax.hlines(median, place - 0.31, place + 0.31, color=_INK, linewidth=2.2, zorder=2)
+        labels.append([task, *_count(rows)])
+    if len(colors) <= 4:
+        ax.set_xticks(range(len(colors)), ["\n".join(label) for label in labels])
+    else:
+        turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        ax.set_xticks(range(len(colors)), [" ".join(label) for label in labels], **turned)
+    ax.set_xlim(-0.5 - 0.16 * len(colors), len(colors) - 0.5)  # room for the lines' labels on the left
     ax.tick_params(axis="x", length=0)
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=True, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
@@ -135,9 +132,9 @@ def plot_beta_vs_entropy(
         table: columns form, seed, task, prompt, beta, ref_entropy, ref_entropy_se; one form. The horizontal
             bars are one standard error of the entropy to either side.
         alpha: beta per nat of entropy; where given, :math:`\alpha H` is drawn, clipped to the range.
-        beta0: the fixed beta of stage 1, drawn as a line where given, as are
-        beta_min: the lower end of the range, and
-        beta_max: the upper end.
+        beta0: the fixed beta of stage 1; a line where given.
+        beta_min: the lower end of the range; a line where given.
+        beta_max: the upper end; a line where given.
         ax: where to draw; a new figure if None.
         **artist_kws: for `Axes.scatter`.
 
@@ -157,7 +154,7 @@ def plot_beta_vs_entropy(
     ax.set_xlabel(_ENTROPY_LABEL)
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=False, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
-    _legend_above(ax)
+    _legend_above(ax, ncols=4)
     return ax
 
 
@@ -235,7 +232,7 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     style = {"color": "black", "linewidth": 1.4, "linestyle": (0, (4, 2))}
     _lines(ax, total, "sum", label="sum", **style | artist_kws)
     ax.set_ylabel(_PULL_LABEL.replace("pull", f"{task}: pull"))
-    _legend_above(ax)
+    _legend_above(ax, ncols=5)
     _step_axis(ax)
     return ax
 
@@ -365,10 +362,10 @@ def _axes(ax: Axes | None) -> Axes:
     return ax
 
 
-def _count(rows: pd.DataFrame) -> str:
-    """How many prompts a group has, and seeds if several."""
+def _count(rows: pd.DataFrame) -> list[str]:
+    """How many prompts a group has, and how many seeds if several."""
     seeds = rows["seed"].nunique()
-    return f"(n={rows['prompt'].nunique()}{f', {seeds} seeds' if seeds > 1 else ''})"
+    return [f"(n={rows['prompt'].nunique()})"] + ([f"{seeds} seeds"] if seeds > 1 else [])
 
 
 def _jitter(values: np.ndarray, width: float = 0.5) -> np.ndarray:
@@ -389,11 +386,13 @@ def _plain(value: float) -> str:
 
 
 class _PlainLogLocator(LogLocator):
-    """Ticks at 1, 2, 5 of each decade, and between them where less than a decade is shown."""
+    """At least three round numbers, whatever is shown: 1, 2, 5 of each decade, or more where it is little."""
 
     def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
-        wide = max(vmin, vmax) > 10 * min(vmin, vmax)
-        self.set_params(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 7))
+        low, high = sorted((vmin, vmax))
+        if high < 5 * low:
+            return MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
+        self.set_params(subs=(1, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5))
         return super().tick_values(vmin, vmax)
 
 
@@ -462,10 +461,10 @@ def _lines(ax: Axes, rows: pd.DataFrame, column: str, *, label: str, **style) ->
         ax.plot(of_seed["step"], of_seed[column], label=label if i == 0 else f"_{label}", **style)
 
 
-def _legend_above(ax: Axes) -> None:
-    """A legend in a row above the axes, where it hides nothing."""
+def _legend_above(ax: Axes, ncols: int) -> None:
+    """A legend in rows above the axes, where it hides nothing."""
     tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 1.0, "borderaxespad": 0.3}
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize="small", **tight)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False, fontsize="small", **tight)
 
 
 def _step_axis(ax: Axes) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def _fingerprint(
     parts = [config, tokenizer.eos_token_id, tokenizer.pad_token_id, settings, pairs[:]]
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    for module in (data, entropy, logprobs):
+    for module in (data, entropy, logprobs, sys.modules[__name__]):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 

@@ -11,10 +11,11 @@ import io
 import json
 import math
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -41,7 +42,7 @@ def reading(summary: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: an empty summary, or missing columns.
     """
-    needed = ["form", "task", "n", "beta_median", "rho", "rho_low", "rho_high"]
+    needed = ["form", "task", "beta_median", "rho", "rho_low", "rho_high"]
     missing = [column for column in needed if column not in summary.columns]
     if missing:
         raise ValueError(f"summary: missing columns {missing}, expected those of summarize")
@@ -63,13 +64,13 @@ def _order(form: str, rows: pd.DataFrame) -> str:
     medians = dict(zip(rows["task"], rows["beta_median"], strict=True))
     ranked = sorted(medians, key=medians.get)
     text = f"{form} form: median β is {ranked[0]} {_digits(medians[ranked[0]])}"
-    for before, task in zip(ranked, ranked[1:], strict=False):
+    for before, task in pairwise(ranked):
         sign = "<" if _digits(medians[before]) != _digits(medians[task]) else "="
         text += f" {sign} {task} {_digits(medians[task])}"
     if not set(EXPECTED_ORDER) <= set(medians):
         return text + "."
     expected = [float(_digits(medians[task])) for task in EXPECTED_ORDER]
-    came_out = all(a < b for a, b in zip(expected, expected[1:], strict=False))
+    came_out = all(a < b for a, b in pairwise(expected))
     verdict = "came out" if came_out else "did not come out"
     return f"{text}. The order {' < '.join(EXPECTED_ORDER)} that the derivation expects (§5.1.2) {verdict}."
 
@@ -78,12 +79,9 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
     """Within each task, and pooled."""
     parts = []
     for row in rows.itertuples():
-        where = "over all tasks together" if row.task == POOLED else f"within {row.task}"
-        parts.append(f"{_rho(row.rho, row.rho_low, row.rho_high)} {where} (n={row.n})")
-    return (
-        f"{form} form: Spearman’s ρ between β and H is {', '.join(parts)}; in brackets 95 % bootstrap intervals "
-        "over prompts."
-    )
+        where = "over all tasks pooled" if row.task == POOLED else f"within {row.task}"
+        parts.append(f"{_rho(row.rho, row.rho_low, row.rho_high)} {where}")
+    return f"{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {', '.join(parts)}."
 
 
 def write_report(
@@ -142,7 +140,7 @@ def _digits(value: float) -> str:
     """Three digits, never an exponent; a dash for NaN."""
     if math.isnan(value):
         return "–"
-    return np.format_float_positional(value, precision=3, unique=False, fractional=False, trim="-")
+    return format(Decimal(f"{value:.2e}"), "f")
 
 
 def _signed(value: float) -> str:
@@ -157,7 +155,7 @@ def _picture(figure: Figure, alt: str) -> str:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     data = base64.b64encode(png.getvalue()).decode()
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{_HINT}</figure>'
 
 
 def _html_table(head: list[str], rows: list[list[str]], *, numbers_from: int) -> str:
@@ -174,7 +172,7 @@ def _html_table(head: list[str], rows: list[list[str]], *, numbers_from: int) ->
 def _task_cell(task: str, colors: Mapping[str, str]) -> str:
     if task == POOLED:
         return "all tasks"
-    return f'<span class="dot" style="background:{colors[task]}"></span>{escape(task)}'
+    return f'<span class="task"><span class="dot" style="background:{colors[task]}"></span>{escape(task)}</span>'
 
 
 def _head(table: pd.DataFrame) -> str:
@@ -183,7 +181,7 @@ def _head(table: pd.DataFrame) -> str:
     prompts = ", ".join(f"{counts[task]} {escape(task)}" for task in task_colors(counts.index))
     seeds = ", ".join(str(seed) for seed in sorted(table["seed"].unique()))
     return _QUESTION + (
-        f'<p class="facts">Held-out prompts: {prompts}. Form: {escape(forms)}. Seed: {escape(seeds)}.</p>'
+        f'<p class="facts">Held-out prompts: {prompts}. Forms: {escape(forms)}. Seeds: {escape(seeds)}.</p>'
     )
 
 
@@ -245,6 +243,8 @@ def _configuration(config: Mapping[str, object]) -> str:
     return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>"
 
 
+_HINT = '<figcaption class="hint">Wider than this screen: scroll it sideways.</figcaption>'
+
 _QUESTION = """<h1>β(x) by task, against the entropy of the reference</h1>
 <p class="lede">Direct Preference Optimization trains a policy on pairs of answers, and one number, β, says how much a
 preference weighs. Here β is a function of the prompt and is trained with the policy. How large does it become for
@@ -253,14 +253,15 @@ each kind of task, and does it follow the entropy of the reference model?</p>
 
 _HOW_TO_READ = """<h2>How to read the picture</h2>
 <p>Each row is one reading of β. The loss of a pair is −log σ(s·h), where h is how much more the policy prefers the
-chosen to the rejected answer than the reference does, in nats. In the <b>inverse</b> form s = 1/β(x); in the
-<b>standard</b> form s = β(x). The same number means opposite things in the two, so their axes differ.</p>
+chosen to the rejected answer than the reference does, in nats. In the <b>inverse</b> form
+s&nbsp;=&nbsp;1/β(x); in the <b>standard</b> form s&nbsp;=&nbsp;β(x). The same number means opposite things in the
+two, so their axes differ.</p>
 <ul>
 <li><b>Left:</b> every point is one held-out prompt. The box spans the quartiles, the thick line is the median. Both
 axes are logarithmic; where the right one is drawn, it shows the scale s that belongs to each β.</li>
 <li><b>Right:</b> the same prompts against H, the entropy of the reference’s next token, averaged along answers
-sampled from it. Horizontal bars are one standard error of H. The curve is αH clipped to the allowed range: where β
-would be if the entropy term alone decided.</li>
+sampled from it. Horizontal bars are one standard error of H. The curve is αH clipped to the range: where β would be
+if the entropy term and the range alone decided.</li>
 <li><b>Lines:</b> β<sub>0</sub> is the fixed value that training started from; β<sub>min</sub> and β<sub>max</sub>
 are the ends of the range, outside which a penalty pulls back.</li>
 </ul>
@@ -275,19 +276,20 @@ _EXPECTATIONS = """<h2>What the equations say</h2>
 <div class="wide"><table class="text">
 <thead><tr><th></th><th>inverse: s = 1/β</th><th>standard: s = β</th></tr></thead>
 <tbody>
-<tr><th>At the optimum of a policy that is free to fit preference probability p, s·h* = logit p</th>
+<tr><th>At the optimum of a policy that is free to fit preference probability p, s·h*&nbsp;=&nbsp;logit&nbsp;p</th>
 <td>h* = β·logit p: a larger β lets the policy go <b>farther</b> from the reference</td>
 <td>h* = logit(p)/β: a larger β keeps the policy <b>nearer</b> to the reference</td></tr>
-<tr><th>The loss moves s by ∂ℓ/∂s = −σ(−s·h)·h: pairs ranked rightly (h &gt; 0) raise s, pairs ranked wrongly lower
-it</th>
-<td>reliable labels <b>lower</b> β</td>
-<td>reliable labels <b>raise</b> β</td></tr>
+<tr><th>∂ℓ/∂s&nbsp;=&nbsp;−σ(−s·h)·h: gradient descent on the loss raises s where a pair is ranked rightly
+(h&nbsp;&gt;&nbsp;0), and lowers it where it is ranked wrongly</th>
+<td>pairs ranked rightly <b>lower</b> β, pairs ranked wrongly raise it</td>
+<td>pairs ranked rightly <b>raise</b> β, pairs ranked wrongly lower it</td></tr>
 <tr><th>The entropy term pulls β towards αH</th>
 <td>s goes to 1/(αH): uncertain prompts weigh <b>less</b></td>
 <td>s goes to αH: uncertain prompts weigh <b>more</b></td></tr>
 </tbody></table></div>
-<p>So where labels are less reliable on prompts of higher entropy, the loss and the entropy term pull β the same way
-in the inverse form and against each other in the standard form.</p>
+<p>Learning s alone is calibrating a temperature: s grows where labels are reliable. So where unreliable labels and high
+entropy go together, the loss and the entropy term pull β the same way in the inverse form, and against each other in
+the standard form.</p>
 """
 
 _TRAINING = """<p>Left of the dotted line β is fixed at β<sub>0</sub>; right of it β(x) learns together with the policy.
@@ -298,7 +300,8 @@ sampled from the policy; the band is one standard error.</p>
 _GRADIENTS = """<p>The total loss is a sum of four terms, and so is its gradient on β. Each line is one term’s part,
 averaged over the prompts of a task in the batch; the dashed line is their sum. Gradient descent moves β against it:
 above zero a term <b>lowers</b> β, below zero it <b>raises</b> β. The axis is linear, so that the parts can be
-added up by eye.</p>
+added up by eye. The smoothness term depends on how β varies from prompt to prompt, not on its value at one; its part
+is the derivative when β is scaled and its relative variation is held.</p>
 """
 
 _PAGE = """<!doctype html>
@@ -312,8 +315,9 @@ _PAGE = """<!doctype html>
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 60rem; color: #1c1f24; background: #fff;
-  font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-h1 { font-size: clamp(1.6rem, 4.5vw, 2.25rem); line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em; }
+  font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: clamp(1.6rem, 4.5vw, 2.25rem); line-height: 1.2; margin: 0 0 .75rem; letter-spacing: -.01em;
+  text-wrap: balance; }
 h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.75rem 0 .75rem; }
 p, ul { margin: .75rem 0; max-width: 44rem; }
 ul { padding-left: 1.2rem; }
@@ -323,13 +327,18 @@ li { margin: .4rem 0; }
 figure { margin: 1.5rem 0; overflow-x: auto; }
 img { display: block; width: 100%; min-width: 38rem; height: auto; }
 .wide { overflow-x: auto; margin: 1.25rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .9em; line-height: 1.45; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .9em; line-height: 1.45;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid #e3e6ea; }
 th:first-child, td:first-child { padding-left: 0; }
 thead th { border-bottom: 2px solid #1c1f24; font-weight: 600; }
 tbody th { font-weight: 400; color: #3c434d; }
 .number { text-align: right; white-space: nowrap; }
-.text { min-width: 34rem; }
+.wide table { min-width: 36rem; }
+.task { white-space: nowrap; }
+.hint { display: none; color: #5a626d; font-size: .85em; position: sticky; left: 0; }
+@media (max-width: 40rem) { .hint { display: block; } }
+sub { line-height: 0; }
 .text th, .text td { width: 33%; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em; }
 q { color: #3c434d; overflow-wrap: anywhere; }

@@ -197,7 +197,7 @@ def train(
     Returns:
         The history, a row per logged step. Measured on the batch before its update:
         form, seed, stage, step (runs on across the stages), loss, loss/<term>, accuracy (share of the batch
-        with h > 0), margin (mean s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see
+        with h > 0, ties half), margin (mean s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see
         `gradients_on_beta`), grad_norm/policy and grad_norm/beta (before clipping); and, measured on the
         held-out prompts after the update, beta/<task> (mean, evaluation mode), held_out_accuracy and
         held_out_accuracy/<task> (share of pairs with h > 0), kl and kl_se (nats, sampled).
@@ -353,11 +353,17 @@ def _by_task(name: str, values: Sequence[float], task: Sequence[str]) -> dict[st
     return {f"{name}/{t}": mean for t, mean in means.items()}
 
 
+def _ranked_rightly(h: Tensor) -> Tensor:
+    """1 where h > 0, 0 where h < 0, a half at a tie; what float32 rounds a zero to counts as one."""
+    return (h.sign() * (h.abs() > 1e-4) + 1) / 2
+
+
 def _measure(objective: TotalLoss, beta_x: Tensor, task: Sequence[str], form: Form, learns: bool) -> dict[str, float]:
     """What the history says of a batch, before its update."""
     margins = objective.dpo.margins
     row = {"loss": objective.total.item(), "loss/dpo": objective.terms["dpo"].item()}
-    row |= {"accuracy": (margins > 0).float().mean().item(), "margin": margins.mean().item()}
+    h = margins / scale(beta_x.detach(), form)
+    row |= {"accuracy": _ranked_rightly(h).mean().item(), "margin": margins.mean().item()}
     if learns:
         row |= {f"loss/{name}": term.item() for name, term in objective.terms.items()}
         for term, pull in gradients_on_beta(objective, beta_x).items():
@@ -405,7 +411,7 @@ class _Probe:
         for start in range(0, len(self.data["task"]), self.config.batch_size):
             batch = _columns({k: v[start : start + self.config.batch_size] for k, v in self.data.items()}, device)
             ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
-            right += (ratios[:, 0] > ratios[:, 1]).float().tolist()
+            right += _ranked_rightly(ratios[:, 0] - ratios[:, 1]).tolist()
         row = {"held_out_accuracy": sum(right) / len(right)}
         row |= _by_task("held_out_accuracy", right, self.data["task"])
         return row if self.reference is None or not self.prompts else row | self._kl(policy)

@@ -339,7 +339,7 @@ class TestBadInput:
             run((broken, pairs, held_out), TrainConfig(**SMALL), ConstantBeta(10.0), stage=1)
 
     def test_entropy_that_cannot_calibrate_alpha(self):
-        with pytest.raises(ValueError, match="ref_entropy: mean 0.0 nats"):
+        with pytest.raises(ValueError, match=r"ref_entropy: mean 0\.0 nats"):
             calibrate_alpha([0.0, 0.0], 0.1)
 
 
@@ -368,3 +368,9 @@ def test_data_order_sees_every_pair_once_an_epoch():
 def test_columns_are_those_of_the_fixture(world):
     assert set(COLUMNS) <= set(world[1].column_names)
     assert json.dumps(world[1]["ref_features"][0])
+
+
+def test_a_tie_counts_half():
+    # at the reference h is 0 up to rounding, and neither answer is ranked above the other
+    h = torch.tensor([0.5, -0.5, 0.0, 3e-7, -3e-7])
+    assert module._ranked_rightly(h).tolist() == [1.0, 0.0, 0.5, 0.5, 0.5]

@@ -1,0 +1,194 @@
+"""The main job from the command line, in its fast version: what it leaves, that it is repeatable and resumable."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpoviz import tasks
+from dpoviz.beta import BetaNetwork
+from dpoviz.cli import main
+from dpoviz.demo import FORMS, DemoConfig, demo_folder, held_out_table, small_world
+from dpoviz.table import COLUMNS
+
+COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return Path(os.environ.get("DPOVIZ_CACHE") or tmp_path_factory.mktemp("cache"))
+
+
+def start(out, cache, *arguments):
+    environment = {**os.environ, "DPOVIZ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*COMMAND, "demo", "--fast", "--out", str(out), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, cache):
+    """The folder of a finished demo, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    process = start(out, cache)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return out, printed
+
+
+@pytest.fixture(scope="module")
+def world(demo, cache):
+    return small_world(DemoConfig.default(fast=True).world, cache_dir=cache, progress=False)
+
+
+class TestWhatIsLeft:
+    def test_files(self, demo):
+        out, _ = demo
+        names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        models = {f"{form}/{what}/model.safetensors" for form in FORMS for what in ("policy", "beta")}
+        assert {"config.json", "history.csv", "beta.csv", "beta_by_task.png", "report.html"} | models <= names
+
+    def test_a_row_for_each_form_and_held_out_prompt(self, demo, world):
+        table = pd.read_csv(demo[0] / "beta.csv")
+        assert tuple(table.columns) == COLUMNS
+        for form in FORMS:
+            assert sorted(table[table["form"] == form]["prompt"]) == sorted(set(world.held_out["prompt"]))
+        inverse = table["form"] == "inverse"
+        assert table["scale"].to_numpy() == pytest.approx(np.where(inverse, 1 / table["beta"], table["beta"]))
+
+    def test_saved_models_give_the_table_again(self, demo, world):
+        table = pd.read_csv(demo[0] / "beta.csv")
+        for form in FORMS:
+            beta = BetaNetwork.from_pretrained(demo[0] / form / "beta")
+            again = held_out_table(beta, world, form=form, seed=0)
+            pd.testing.assert_frame_equal(again, table[table["form"] == form].reset_index(drop=True))
+
+    def test_saved_policy_is_a_model_that_answers(self, demo, world):
+        folder = demo[0] / "inverse" / "policy"
+        policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("What is 3 + 4?\n", return_tensors="pt", return_token_type_ids=False)
+        assert policy.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+        moved = [(p - q).abs().max() for p, q in zip(policy.parameters(), world.reference.parameters(), strict=True)]
+        assert max(moved) > 1e-4
+
+    def test_history(self, demo):
+        history = pd.read_csv(demo[0] / "history.csv")
+        config = DemoConfig.default(fast=True)
+        for form in FORMS:
+            rows = history[history["form"] == form]
+            assert rows["step"].is_monotonic_increasing
+            assert rows["step"].max() == config.inverse.stage1_steps + config.inverse.stage2_steps - 1
+            assert rows["kl"].notna().sum() >= 3
+
+    def test_configuration_is_enough_to_repeat_it(self, demo):
+        saved = json.loads((demo[0] / "config.json").read_text())
+        assert saved["inverse"]["beta0"] == 10.0
+        assert saved["world"] == vars(DemoConfig.default(fast=True).world)
+        assert saved["packages"]["torch"] == torch.__version__.split("+")[0] or saved["packages"]["torch"]
+
+    def test_printed_table_is_that_of_the_file(self, demo):
+        out, printed = demo
+        table = pd.read_csv(out / "beta.csv")
+        for form in FORMS:
+            rows = table[table["form"] == form]
+            median = rows[rows["task"] == "dialogue"]["beta"].median()
+            rho = spearmanr(rows["beta"], rows["ref_entropy"]).statistic
+            assert re.search(rf"{form} dialogue +\d+ +{re.escape(f'{median:.3g}')} ", printed)
+            assert re.search(rf"{form} +all .*{re.escape(f'{rho:+.2f}')} \[", printed)
+        assert str(out / "report.html") in printed
+
+    def test_report_asks_nothing_of_the_network(self, demo):
+        class Links(HTMLParser):
+            def __init__(self):
+                super().__init__()
+                self.found = []
+
+            def handle_starttag(self, tag, attrs):
+                assert tag not in ("script", "iframe", "link")
+                self.found += [value for name, value in attrs if name in ("src", "href") and not value.startswith("#")]
+
+        parser = Links()
+        parser.feed((demo[0] / "report.html").read_text(encoding="utf-8"))
+        assert len(parser.found) >= 3
+        assert all(link.startswith("data:image/png;base64,") for link in parser.found)
+
+
+class TestAgain:
+    def test_killed_and_started_again_it_ends_as_if_it_had_not_been(self, demo, cache, tmp_path):
+        process = start(tmp_path / "run", cache)
+        deadline = time.time() + 300
+        while not (tmp_path / "run" / "stage1" / "checkpoint" / "run.json").exists():
+            assert process.poll() is None and time.time() < deadline, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "run" / "beta.csv").exists()
+        again = start(tmp_path / "run", cache)
+        _, errors = again.communicate(timeout=600)
+        assert again.returncode == 0, errors
+        for name in ("beta.csv", "history.csv", "config.json"):
+            assert (tmp_path / "run" / name).read_bytes() == (demo[0] / name).read_bytes()
+
+    def test_another_seed_is_another_run(self, demo, capsys):
+        assert main(["demo", "--fast", "--seed", "1", "--out", str(demo[0])]) == 2
+        assert "holds a run with other settings; give another folder, or delete that one" in capsys.readouterr().err
+
+    def test_folder_of_a_notebook_follows_the_settings(self, tmp_path):
+        folders = [demo_folder(DemoConfig.default(seed), tmp_path) for seed in (0, 0, 1)]
+        assert folders[0] == folders[1] != folders[2]
+
+
+class TestBadInput:
+    def test_negative_seed(self, tmp_path, capsys):
+        assert main(["demo", "--seed", "-1", "--out", str(tmp_path / "run")]) == 2
+        assert "--seed: came -1, expected at least 0" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+    def test_out_is_a_file(self, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+        assert "file" in capsys.readouterr().err
+
+
+class TestWorld:
+    def test_no_prompt_on_both_sides_and_every_task_on_each(self, world):
+        train, held_out = set(world.train["prompt"]), set(world.held_out["prompt"])
+        assert not train & held_out
+        assert set(world.train["task"]) == set(world.held_out["task"]) == set(tasks.TASKS)
+
+    def test_prompts_without_a_pair_are_counted(self, world):
+        config = DemoConfig.default(fast=True).world
+        for task in tasks.TASKS:
+            rows = {
+                p
+                for part in (world.train, world.held_out)
+                for p, t in zip(part["prompt"], part["task"], strict=True)
+                if t == task
+            }
+            assert len(rows) + world.left_out[task] == config.problems
+
+    def test_rewards_are_those_of_the_answers(self, world):
+        problems = {
+            p.prompt: p
+            for t in tasks.TASKS
+            for p in tasks.sample_problems(t, DemoConfig.default(fast=True).world.problems, 0)
+        }
+        for row in world.held_out:
+            assert row["reward_chosen"] == tasks.reward(problems[row["prompt"]], row["chosen"])
+            assert row["reward_rejected"] == tasks.reward(problems[row["prompt"]], row["rejected"])

@@ -1,0 +1,602 @@
+"""The figures, read back from their artists."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from dpoviz import plots
+from dpoviz.table import EXPECTED_ORDER
+
+RANGE = {"beta0": 1.0, "beta_min": 0.25, "beta_max": 4.0}
+TERMS = ("dpo", "range", "smoothness", "entropy")
+
+
+def table(form: str = "inverse", tasks=("dialogue", "math", "code"), n: int = 12, seeds=(0,)) -> pd.DataFrame:
+    """Columns as `beta_table` makes them; tasks not in the order of the figures."""
+    rng = np.random.default_rng(0)
+    keys = [(seed, task, f"{task} {i}") for seed in seeds for task in tasks for i in range(n)]
+    frame = pd.DataFrame(keys, columns=["seed", "task", "prompt"]).assign(form=form)
+    beta, entropy = rng.uniform(0.4, 2.5, len(keys)), rng.uniform(0.1, 2, len(keys))
+    return frame.assign(beta=beta, scale=1 / beta, ref_entropy=entropy, ref_entropy_se=0.01 + 0.1 * entropy)
+
+
+def history(form: str = "inverse", tasks=("math", "code", "dialogue"), seed: int = 0) -> pd.DataFrame:
+    """Three rows with a fixed beta and four with beta(x); KL in every other one."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(7):
+        stage = 1 if i < 3 else 2
+        row = {"form": form, "seed": seed, "stage": stage, "step": 10 * i, "loss": rng.uniform(0.5, 0.7)}
+        row |= {"accuracy": rng.uniform(0.4, 0.8), "margin": rng.normal()}
+        if i % 2 == 0:
+            row |= {"kl": 0.1 * i, "kl_se": 0.02 + 0.01 * i, "held_out_accuracy": 0.5 + 0.03 * i}
+        for task in tasks:
+            row[f"beta/{task}"] = 1.0 if stage == 1 else rng.uniform(0.5, 2)
+            row |= {f"grad/{term}/{task}": rng.normal() for term in TERMS if stage == 2}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def both(make, **kws) -> pd.DataFrame:
+    return pd.concat([make("standard", **kws), make("inverse", **kws)], ignore_index=True)
+
+
+def points(ax: Axes) -> list[PathCollection]:
+    return [artist for artist in ax.collections if isinstance(artist, PathCollection)]
+
+
+def color(artist: PathCollection) -> str:
+    return to_hex(artist.get_facecolor()[0]).upper()
+
+
+def lines(ax: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """By label, x and y of the lines of an Axes."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+
+
+def words(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def draw(figure: Figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.get_renderer()
+
+
+def shown_ticks(axis: Axis) -> dict[float, str]:
+    """Place and text of each tick within the limits."""
+    draw(axis.figure)
+    low, high = sorted(axis.get_view_interval())
+    places = axis.get_majorticklocs()
+    ticks = zip(places, axis.get_major_formatter().format_ticks(places), strict=True)
+    return {place: text for place, text in ticks if low <= place <= high}
+
+
+def texts(figure: Figure) -> list[tuple[str, object]]:
+    """Every text that shows, and the box of pixels that it covers."""
+    renderer = draw(figure)
+    beyond = set()  # matplotlib keeps the labels of ticks outside the limits, and does not draw them
+    for axis in figure.findobj(Axis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high]
+        beyond |= {id(label) for tick in ticks for label in (tick.label1, tick.label2)}
+    shown = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and id(t) not in beyond]
+    return [(text.get_text(), text.get_window_extent(renderer)) for text in shown]
+
+
+def overlaps(figure: Figure) -> list[tuple[str, str]]:
+    return [(a, b) for (a, box), (b, other) in itertools.combinations(texts(figure), 2) if box.overlaps(other)]
+
+
+def cut_off(figure: Figure) -> list[str]:
+    width, height = figure.bbox.size
+    inside = {t: b.x0 >= 0 and b.y0 >= 0 and b.x1 <= width and b.y1 <= height for t, b in texts(figure)}
+    return [text for text, fits in inside.items() if not fits]
+
+
+REFUSED = [
+    (lambda t: t.iloc[:0], "came no rows"),
+    (lambda t: t.drop(columns="form"), r"missing columns \['form'\]"),
+    (lambda t: pd.concat([t, t.assign(form="standard")]), r"came the forms \['inverse', 'standard'\], expected one"),
+]
+
+
+class TestTaskColors:
+    def test_the_three_tasks_keep_their_colour_and_order(self):
+        assert tuple(plots.TASK_COLORS) == EXPECTED_ORDER
+        assert list(plots.task_colors(["dialogue", "math", "math"]).items()) == [
+            ("math", plots.TASK_COLORS["math"]),
+            ("dialogue", plots.TASK_COLORS["dialogue"]),
+        ]
+
+    def test_other_tasks_come_after_them_by_name(self):
+        colors = plots.task_colors(["poetry", "code", "essay"])
+        assert list(colors) == ["code", "essay", "poetry"]
+        assert colors == plots.task_colors(["essay", "poetry", "code"])
+        assert len(set(plots.task_colors([*"abcde", *EXPECTED_ORDER]).values())) == 8
+        assert len(plots.task_colors("abcdefg")) == 7  # the cycle goes round
+
+    def test_terms_have_colours_that_are_no_tasks(self):
+        assert tuple(plots.TERM_COLORS) == TERMS
+        tasks = plots.task_colors([*"abcde", *EXPECTED_ORDER])
+        # CIE76 distance: 2.3 is just noticeable, and a thin line needs several times as much
+        near = [distance(a, b, np.eye(3)) for a in tasks.values() for b in plots.TERM_COLORS.values()]
+        assert min(near) > 10
+
+    @pytest.mark.parametrize("vision", ["normal", "protanopia", "deuteranopia", "tritanopia"])
+    def test_told_apart_by_every_vision(self, vision):
+        # small points need many times the just noticeable 2.3
+        pairs = itertools.combinations(plots.TASK_COLORS.values(), 2)
+        assert min(distance(a, b, VISION[vision]) for a, b in pairs) > 40
+        assert min(distance(a, "#FFFFFF", VISION[vision]) for a in plots.TASK_COLORS.values()) > 40
+        terms = itertools.combinations(plots.TERM_COLORS.values(), 2)
+        assert min(distance(a, b, VISION[vision]) for a, b in terms) > 25
+
+    def test_the_measure_knows_red_from_green(self):
+        red, green = "#D62728", "#2CA02C"  # matplotlib's, the classic pair that is not safe
+        assert distance(red, green, VISION["normal"]) > 100
+        assert distance(red, green, VISION["deuteranopia"]) < 40
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritanopia": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+
+
+def lab(color: str, vision: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of a colour as a kind of vision sees it."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    )
+    xyz = to_xyz @ np.clip(vision @ linear, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def distance(a: str, b: str, vision: np.ndarray) -> float:
+    return float(np.linalg.norm(lab(a, vision) - lab(b, vision)))
+
+
+class TestPlotBetaByTask:
+    def test_every_prompt_is_a_point_in_its_place_and_colour(self):
+        frame = table()
+        ax = plots.plot_beta_by_task(frame)
+        low, high = ax.get_ylim()
+        for place, (task, group) in enumerate(zip(EXPECTED_ORDER, points(ax), strict=True)):
+            x, y = np.asarray(group.get_offsets()).T
+            assert sorted(y) == sorted(frame.loc[frame["task"] == task, "beta"])
+            assert (abs(x - place) <= 0.25).all()
+            assert color(group) == plots.TASK_COLORS[task]
+            assert low < y.min() and y.max() < high
+
+    @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=60))
+    @settings(max_examples=30, deadline=None)
+    def test_no_point_hides_another_and_places_repeat(self, beta):
+        values = np.array(beta)
+        jitter = plots._jitter(values)
+        assert (jitter == plots._jitter(values)).all()
+        in_order = jitter[np.argsort(values, kind="stable")]
+        # a golden step is 0.382 of the width; 0.19 is that of the width drawn here, less rounding
+        assert (abs(np.diff(in_order)) > 0.19).all()
+
+    def test_box_and_line_are_quartiles_and_median(self):
+        frame = table()
+        ax = plots.plot_beta_by_task(frame)
+        medians = [artist for artist in ax.collections if isinstance(artist, LineCollection)]
+        for place, (task, box, median) in enumerate(zip(EXPECTED_ORDER, ax.patches, medians, strict=True)):
+            q1, q2, q3 = statistics.quantiles(frame.loc[frame["task"] == task, "beta"], method="inclusive")
+            # both are linear interpolations in float64
+            assert (box.get_y(), box.get_y() + box.get_height()) == pytest.approx((q1, q3), rel=1e-12)
+            assert median.get_segments()[0][:, 1].tolist() == pytest.approx([q2, q2], rel=1e-12)
+            middles = box.get_x() + box.get_width() / 2, median.get_segments()[0][:, 0].mean()
+            assert middles == pytest.approx((place, place), abs=1e-12)
+            assert min(artist.get_zorder() for artist in (box, median)) > points(ax)[0].get_zorder()
+
+    def test_groups_say_how_many_prompts(self):
+        labels = plots.plot_beta_by_task(table()).get_xticklabels()
+        assert [label.get_text() for label in labels] == ["math\n(n=12)", "code\n(n=12)", "dialogue\n(n=12)"]
+        labels = plots.plot_beta_by_task(table(seeds=(0, 1, 2))).get_xticklabels()
+        assert labels[0].get_text() == "math\n(n=12)\n3 seeds"
+
+    @pytest.mark.parametrize("factor", [1e-5, 1, 3000])
+    @pytest.mark.parametrize("spread", [0.001, 0.3, 0.8, 1.3, 1.6, 4])
+    def test_log_axis_with_plain_decimals(self, factor, spread):
+        frame = table()
+        ax = plots.plot_beta_by_task(frame.assign(beta=factor * frame["beta"] ** spread))
+        assert ax.get_yscale() == "log"
+        for axis in (ax.yaxis, ax.child_axes[0].yaxis):
+            ticks = shown_ticks(axis)
+            assert 3 <= len(ticks) <= 14
+            for place, text in ticks.items():
+                assert re.fullmatch(r"\d+(\.\d+)?", text)
+                # labels are rounded to four digits
+                assert float(text) == pytest.approx(place, rel=5e-4)
+
+    def test_inverse_form_has_the_scale_on_the_right(self):
+        ax = plots.plot_beta_by_task(table("inverse"))
+        (second,) = ax.child_axes
+        draw(ax.figure)
+        assert ax.get_ylabel() == r"$\beta(x)$"
+        assert second.get_ylabel() == r"scale $s(x) = 1/\beta(x)$"
+        for beta in (0.5, 1.0, 2.0):
+            here, there = ax.transData.transform((0, beta)), second.transData.transform((0, 1 / beta))
+            assert there[1] == pytest.approx(here[1], abs=0.01)  # pixels
+
+    def test_standard_form_says_that_beta_is_the_scale(self):
+        ax = plots.plot_beta_by_task(table("standard"))
+        assert not ax.child_axes
+        assert ax.get_ylabel() == r"$\beta(x)$ = scale $s(x)$"
+
+    def test_beta0_and_the_range_are_lines_with_their_numbers(self):
+        ax = plots.plot_beta_by_task(table(), **RANGE)
+        drawn = lines(ax)
+        assert {name: drawn[f"_{name}"][1] for name in RANGE} == {name: [v, v] for name, v in RANGE.items()}
+        assert words(ax) == [r"$\beta_0$ = 1", r"$\beta_{\min}$ = 0.25", r"$\beta_{\max}$ = 4"]
+        assert ax.get_ylim()[0] < 0.25 and ax.get_ylim()[1] > 4
+        assert not words(plots.plot_beta_by_task(table()))
+
+    def test_draws_where_told_and_passes_words_on(self):
+        ax = Figure().add_subplot()
+        assert plots.plot_beta_by_task(table(), ax=ax, marker="s", alpha=0.1) is ax
+        assert {group.get_alpha() for group in points(ax)} == {0.1}
+        assert ax.get_title() == ""
+
+    @pytest.mark.parametrize(("change", "message"), REFUSED)
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"table: {message}"):
+            plots.plot_beta_by_task(change(table()))
+
+
+class TestPlotBetaVsEntropy:
+    def test_every_prompt_is_a_point_with_its_error(self):
+        frame = table()
+        ax = plots.plot_beta_vs_entropy(frame)
+        bars = [artist for artist in ax.collections if isinstance(artist, LineCollection)]
+        for task, group, bar in zip(EXPECTED_ORDER, points(ax), bars, strict=True):
+            rows = frame[frame["task"] == task]
+            assert group.get_offsets().tolist() == rows[["ref_entropy", "beta"]].to_numpy().tolist()
+            assert color(group) == plots.TASK_COLORS[task]
+            low, high = rows["ref_entropy"] - rows["ref_entropy_se"], rows["ref_entropy"] + rows["ref_entropy_se"]
+            expected = np.stack([[low, rows["beta"]], [high, rows["beta"]]]).transpose(2, 0, 1)
+            assert np.array_equal(np.array(bar.get_segments()), expected)
+
+    def test_line_is_alpha_h_clipped_to_the_range(self):
+        ax = plots.plot_beta_vs_entropy(table(), alpha=1.23456, beta_min=0.5, beta_max=1.5)
+        x, y = lines(ax)[r"$\mathrm{clip}(\alpha H)$, $\alpha$ = 1.235"]
+        assert y == pytest.approx([min(max(1.23456 * h, 0.5), 1.5) for h in x], rel=1e-12)
+        assert {0.5, 1.5} < set(y)
+        assert (x[0], x[-1]) == ax.get_xlim()
+
+    def test_without_a_range_the_line_is_not_clipped(self):
+        x, y = lines(plots.plot_beta_vs_entropy(table(), alpha=1.5))[r"$\alpha H$, $\alpha$ = 1.5"]
+        assert y == pytest.approx([1.5 * h for h in x], rel=1e-12)
+
+    def test_without_alpha_there_is_no_line(self):
+        assert not lines(plots.plot_beta_vs_entropy(table()))
+
+    def test_entropy_zero_is_no_place_for_the_line(self):
+        frame = table().assign(ref_entropy=lambda t: t["ref_entropy"] - t["ref_entropy"].min())
+        _, y = lines(plots.plot_beta_vs_entropy(frame, alpha=1.5))[r"$\alpha H$, $\alpha$ = 1.5"]
+        assert min(y) > 0
+
+    def test_legend_names_tasks_and_line(self):
+        ax = plots.plot_beta_vs_entropy(table(), alpha=2.0)
+        said = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert said == [*EXPECTED_ORDER, r"$\alpha H$, $\alpha$ = 2"]
+        handles = dict(zip(said, ax.get_legend().legend_handles, strict=True))
+        assert {task: color(handles[task]) for task in EXPECTED_ORDER} == plots.TASK_COLORS
+
+    def test_axes_have_units_and_the_range(self):
+        ax = plots.plot_beta_vs_entropy(table(), **RANGE)
+        assert ax.get_xlabel() == "entropy of the reference $H$ (nats per token)"
+        assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("linear", "log", r"$\beta(x)$")
+        assert {name: lines(ax)[f"_{name}"][1][0] for name in RANGE} == RANGE
+        assert len(words(ax)) == 3
+
+    def test_draws_where_told_and_passes_words_on(self):
+        ax = Figure().add_subplot()
+        assert plots.plot_beta_vs_entropy(table(), ax=ax, s=3) is ax
+        assert points(ax)[0].get_sizes().tolist() == [3]
+        assert ax.get_title() == ""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [*REFUSED, (lambda t: t.drop(columns="ref_entropy_se"), r"missing columns \['ref_entropy_se'\]")],
+    )
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"table: {message}"):
+            plots.plot_beta_vs_entropy(change(table()))
+
+
+class TestPlotTraining:
+    @pytest.mark.parametrize(
+        ("y", "label"),
+        [
+            ("loss", "total loss (nats)"),
+            ("margin", r"reward margin $s\cdot h$ (nats)"),
+            ("kl", "KL to the reference (nats)"),
+        ],
+    )
+    def test_one_line_over_the_steps_that_have_it(self, y, label):
+        rows = history()
+        ax = plots.plot_training(rows.sample(frac=1, random_state=0), y=y)
+        measured = rows.dropna(subset=y)
+        assert lines(ax)[y] == (list(measured["step"]), list(measured[y]))
+        assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title()) == ("step", label, "")
+        assert ax.get_legend() is None
+
+    def test_kl_has_a_band_of_one_standard_error(self):
+        rows = history().dropna(subset="kl")
+        (band,) = [
+            a for a in plots.plot_training(history(), y="kl").collections if isinstance(a, FillBetweenPolyCollection)
+        ]
+        corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+        for sign in (-1, 1):
+            edge = zip(rows["step"], rows["kl"] + sign * rows["kl_se"], strict=True)
+            assert set(edge) <= corners
+
+    def test_beta_is_a_line_a_task_on_a_log_axis(self):
+        rows = history()
+        ax = plots.plot_training(rows, y="beta")
+        assert ax.get_yscale() == "log"
+        drawn = {line.get_label(): line for line in ax.get_lines() if line.get_label() in EXPECTED_ORDER}
+        assert tuple(drawn) == EXPECTED_ORDER
+        for task, line in drawn.items():
+            assert list(line.get_ydata()) == list(rows[f"beta/{task}"])
+            assert line.get_color() == plots.TASK_COLORS[task]
+
+    def test_accuracy_shows_held_out_pairs_where_measured(self):
+        rows = history()
+        drawn = lines(plots.plot_training(rows, y="accuracy"))
+        measured = rows.dropna(subset="held_out_accuracy")
+        assert drawn["training batch"] == (list(rows["step"]), list(rows["accuracy"]))
+        assert drawn["held-out pairs"] == (list(measured["step"]), list(measured["held_out_accuracy"]))
+        alone = lines(plots.plot_training(rows.drop(columns="held_out_accuracy"), y="accuracy"))
+        assert alone["accuracy"] == drawn["training batch"]
+
+    def test_stage_boundary_is_at_the_first_step_of_stage_2(self):
+        ax = plots.plot_training(history(), y="loss")
+        assert lines(ax)["_stage 2"][0] == [30, 30]
+        assert words(ax) == [r"fixed $\beta_0$", r"$\beta(x)$ learns"]
+        only = plots.plot_training(history().query("stage == 2"), y="loss")
+        assert "_stage 2" not in lines(only) and not words(only)
+
+    def test_a_line_a_seed_and_one_of_them_in_the_legend(self):
+        first, second = history(), history(seed=1)
+        ax = plots.plot_training(pd.concat([first, second]), y="beta")
+        drawn = lines(ax)
+        assert drawn["math"][1] == list(first["beta/math"])
+        assert drawn["_math"][1] == list(second["beta/math"])
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == list(EXPECTED_ORDER)
+
+    def test_draws_where_told_and_passes_words_on(self):
+        ax = Figure().add_subplot()
+        assert plots.plot_training(history(), y="loss", ax=ax, linewidth=7) is ax
+        assert ax.get_lines()[0].get_linewidth() == 7
+
+    @pytest.mark.parametrize(("change", "message"), REFUSED)
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"history: {message}"):
+            plots.plot_training(change(history()), y="loss")
+
+    @pytest.mark.parametrize(
+        ("y", "drop", "message"),
+        [
+            ("los", [], r"y: came 'los', expected one of \['loss', 'accuracy', 'margin', 'kl', 'beta'\]"),
+            ("kl", ["kl_se"], r"history: missing columns \['kl_se'\]"),
+            ("beta", [f"beta/{task}" for task in EXPECTED_ORDER], r"history: missing columns \['beta/<task>'\]"),
+        ],
+    )
+    def test_refuses_what_is_not_there(self, y, drop, message):
+        with pytest.raises(ValueError, match=message):
+            plots.plot_training(history().drop(columns=drop), y=y)
+
+    def test_refuses_what_was_never_measured(self):
+        with pytest.raises(ValueError, match=r"history: no row has \['loss'\]"):
+            plots.plot_training(history().assign(loss=np.nan), y="loss")
+
+
+class TestPlotBetaGradients:
+    def test_a_line_a_term_and_their_sum_in_stage_2(self):
+        rows = history().query("stage == 2")
+        ax = plots.plot_beta_gradients(history(), task="code")
+        drawn = {line.get_label(): line for line in ax.get_lines()}
+        for term in TERMS:
+            assert list(drawn[term].get_xdata()) == [30, 40, 50, 60]
+            assert list(drawn[term].get_ydata()) == list(rows[f"grad/{term}/code"])
+            assert drawn[term].get_color() == plots.TERM_COLORS[term]
+        total = [sum(row[f"grad/{term}/code"] for term in TERMS) for _, row in rows.iterrows()]
+        # the order of four additions
+        assert list(drawn["sum"].get_ydata()) == pytest.approx(total, rel=1e-12)
+        assert drawn["sum"].is_dashed() and not drawn["dpo"].is_dashed()
+        assert list(drawn["_zero"].get_ydata()) == [0, 0]
+
+    def test_axis_says_whose_pull_and_which_way(self):
+        ax = plots.plot_beta_gradients(history(), task="math")
+        assert ax.get_ylabel() == "math: pull on $\\beta(x)$\n(positive lowers it)"
+        assert (ax.get_xlabel(), ax.get_yscale(), ax.get_title()) == ("step", "linear", "")
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [*TERMS, "sum"]
+
+    def test_batch_without_the_task_leaves_no_sum(self):
+        rows = history()
+        rows.loc[rows["step"] == 40, [c for c in rows if c.endswith("/math") and c.startswith("grad")]] = np.nan
+        drawn = lines(plots.plot_beta_gradients(rows, task="math"))
+        assert drawn["sum"][0] == drawn["dpo"][0] == [30, 50, 60]
+
+    def test_draws_where_told_and_passes_words_on(self):
+        ax = Figure().add_subplot()
+        assert plots.plot_beta_gradients(history(), task="math", ax=ax, linewidth=7) is ax
+        assert {line.get_linewidth() for line in ax.get_lines() if line.get_label() != "_zero"} == {7}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            *REFUSED,
+            (lambda t: t.query("stage == 1"), "no rows with stage 2"),
+            (lambda t: t.drop(columns="grad/range/math"), r"missing columns \['grad/range/math'\]"),
+        ],
+    )
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"history: {message}"):
+            plots.plot_beta_gradients(change(history()), task="math")
+
+
+@pytest.fixture(scope="module")
+def main_figure() -> Figure:
+    by_form = {name: {"inverse": value, "standard": value / 2} for name, value in RANGE.items()}
+    return plots.figure_beta_by_task(both(table), alpha={"inverse": 1.1, "standard": 0.9}, **by_form)
+
+
+class TestFigureBetaByTask:
+    def test_a_row_a_form_with_every_point_on_both_sides(self, main_figure):
+        left = [main_figure.axes[0], main_figure.axes[2]]
+        right = [main_figure.axes[1], main_figure.axes[3]]
+        assert [ax.get_title(loc="left").split()[0] for ax in left] == ["inverse", "standard"]
+        for form, by_task, by_entropy in zip(("inverse", "standard"), left, right, strict=True):
+            for ax in (by_task, by_entropy):
+                drawn = np.concatenate([group.get_offsets() for group in points(ax)])
+                assert sorted(drawn[:, 1]) == sorted(table(form)["beta"])
+                (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
+                assert ((drawn > (x0, y0)) & (drawn < (x1, y1))).all()
+
+    def test_each_form_has_its_own_numbers(self, main_figure):
+        inverse, standard = main_figure.axes[1], main_figure.axes[3]
+        assert r"$\mathrm{clip}(\alpha H)$, $\alpha$ = 1.1" in lines(inverse)
+        assert r"$\mathrm{clip}(\alpha H)$, $\alpha$ = 0.9" in lines(standard)
+        assert (lines(inverse)["_beta0"][1][0], lines(standard)["_beta0"][1][0]) == (1.0, 0.5)
+        for ax, scale in ((main_figure.axes[0], 1), (main_figure.axes[2], 2)):
+            assert {name: lines(ax)[f"_{name}"][1][0] * scale for name in RANGE} == RANGE
+
+    def test_two_panels_of_a_row_share_the_axis_of_beta(self, main_figure):
+        axes = main_figure.axes
+        assert axes[0].get_ylim() == axes[1].get_ylim() != axes[2].get_ylim()
+
+    def test_no_text_covers_another_or_is_cut_off(self, main_figure):
+        assert len(texts(main_figure)) > 40
+        assert overlaps(main_figure) == []
+        assert cut_off(main_figure) == []
+        # the control: a figure half as wide cannot hold them
+        narrow = plots.figure_beta_by_task(both(table))
+        narrow.set_size_inches(4, 4)
+        assert overlaps(narrow)
+
+    def test_one_form_is_one_row_and_numbers_are_optional(self):
+        figure = plots.figure_beta_by_task(table("standard"))
+        assert len(figure.axes) == 2
+        assert not any(words(ax) for ax in figure.axes)
+
+    @pytest.mark.parametrize(("change", "message"), REFUSED[:2])
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"table: {message}"):
+            plots.figure_beta_by_task(change(table()))
+
+
+class TestFigureTraining:
+    def test_a_column_a_form_and_a_row_a_quantity(self):
+        figure = plots.figure_training(both(history))
+        axes = np.array(figure.axes).reshape(5, 2)
+        assert [ax.get_title(loc="left").split()[0] for ax in axes[0]] == ["inverse", "standard"]
+        assert [ax.get_ylabel() for ax in axes[:, 0]] == list(plots.QUANTITIES.values())
+        assert [ax.get_ylim() for ax in axes[:4, 0]] == [ax.get_ylim() for ax in axes[:4, 1]]
+        assert list(lines(axes[0, 1])["loss"][1]) == list(history("standard")["loss"])
+        assert overlaps(figure) == []
+        assert cut_off(figure) == []
+
+    def test_what_was_not_measured_has_no_row(self):
+        rows = history().drop(columns="margin").assign(kl=np.nan)
+        labels = [ax.get_ylabel() for ax in plots.figure_training(rows).axes]
+        assert labels == [plots.QUANTITIES[y] for y in ("loss", "accuracy", "beta")]
+
+    def test_shared_axes_hold_the_points_of_both_forms(self):
+        rows = both(history)
+        rows.loc[rows["form"] == "standard", "loss"] += 5
+        axes = plots.figure_training(rows).axes
+        assert axes[0].get_ylim() == axes[1].get_ylim()
+        assert axes[0].get_ylim()[0] < 0.7 and axes[0].get_ylim()[1] > 5.5
+
+    @pytest.mark.parametrize(("change", "message"), REFUSED[:2])
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"history: {message}"):
+            plots.figure_training(change(history()))
+
+
+class TestFigureBetaGradients:
+    def test_a_row_a_form_and_a_column_a_task(self):
+        figure = plots.figure_beta_gradients(both(history))
+        axes = np.array(figure.axes).reshape(2, 3)
+        assert [part.get_suptitle().split()[0] for part in figure.subfigs] == ["inverse", "standard"]
+        assert [ax.get_title(loc="left") for ax in axes[0]] == list(EXPECTED_ORDER)
+        for form, line in zip(("inverse", "standard"), axes, strict=True):
+            for task, ax in zip(EXPECTED_ORDER, line, strict=True):
+                rows = history(form).query("stage == 2")
+                assert lines(ax)["entropy"][1] == list(rows[f"grad/entropy/{task}"])
+                assert ax.get_ylim() == line[0].get_ylim()
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [*TERMS, "sum"]
+        assert overlaps(figure) == []
+        assert cut_off(figure) == []
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [*REFUSED[:2], (lambda t: t[["form", "stage"]], r"missing columns \['grad/dpo/<task>'\]")],
+    )
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=f"history: {message}"):
+            plots.figure_beta_gradients(change(history()))
+
+
+class TestImports:
+    def test_numbers_and_matplotlib_alone(self):
+        tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
+        imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+        assert {module.split(".")[0] for module in imported} <= {
+            "__future__",
+            "collections",
+            "matplotlib",
+            "numpy",
+            "pandas",
+        }
+
+    def test_drawing_never_loads_pyplot(self):
+        code = (
+            "import sys, io, pandas as pd\n"
+            "from dpoviz import plots\n"
+            "rows = dict(form='inverse', seed=0, task='math', prompt=list('abc'), beta=[1., 2., 3.],"
+            " ref_entropy=[1., 2., 3.], ref_entropy_se=0.1)\n"
+            "plots.figure_beta_by_task(pd.DataFrame(rows)).savefig(io.BytesIO())\n"
+            "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["True", "False"]

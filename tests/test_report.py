@@ -1,0 +1,241 @@
+"""The report, read back as a browser reads it, and the sentences against the numbers they are made of."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from dpoviz.report import FIGURES, reading, write_report
+from dpoviz.table import beta_table, summarize
+
+NASTY = '</pre><script>alert("1 < 2 & 3")</script>'
+
+
+def summary(medians: dict[str, float], form: str = "inverse", rho=(0.5, 0.1, 0.75)) -> pd.DataFrame:
+    """As `summarize` makes it: a row a task, and the pooled one with the opposite rho."""
+    rows = [(form, task, 40, median, *rho) for task, median in medians.items()]
+    rows.append((form, "all", 40 * len(medians), 1.0, -rho[0], -rho[2], -rho[1]))
+    return pd.DataFrame(rows, columns=["form", "task", "n", "beta_median", "rho", "rho_low", "rho_high"])
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("medians", "order", "verdict"),
+        [
+            ((1.2, 1.5, 2.0), "math 1.20 < code 1.50 < dialogue 2.00", "came out"),
+            ((2.0, 1.5, 12.34), "code 1.50 < math 2.00 < dialogue 12.3", "did not come out"),
+            ((0.3, 0.2, 0.1), "dialogue 0.100 < code 0.200 < math 0.300", "did not come out"),
+            # the same to the three digits that are printed
+            ((1.0001, 1.0002, 2.0), "math 1.00 = code 1.00 < dialogue 2.00", "did not come out"),
+            ((0.00012, 150.4, 15000.0), "math 0.000120 < code 150 < dialogue 15000", "came out"),
+        ],
+    )
+    def test_order_of_the_medians(self, medians, order, verdict):
+        names = ("math", "code", "dialogue")
+        assert reading(summary(dict(zip(names, medians, strict=True))))[0] == (
+            f"inverse form: median β is {order}. The order math < code < dialogue that the derivation expects "
+            f"(§5.1.2) {verdict}."
+        )
+
+    def test_no_verdict_without_the_three_tasks(self):
+        assert reading(summary({"math": 1.0, "poetry": 0.5}))[0] == (
+            "inverse form: median β is poetry 0.500 < math 1.00."
+        )
+
+    def test_rho_within_each_task_and_pooled(self):
+        assert reading(summary({"math": 1.0, "code": 2.0}))[1] == (
+            "inverse form: Spearman’s ρ of β and H (95 % bootstrap interval) is +0.50 [+0.10, +0.75] within math, "
+            "+0.50 [+0.10, +0.75] within code, −0.50 [−0.75, −0.10] over all tasks pooled."
+        )
+
+    def test_undefined_rho_is_said(self):
+        sentence = reading(summary({"math": 1.0}, rho=(float("nan"),) * 3))[1]
+        assert "is undefined within math, undefined over all tasks pooled." in sentence
+
+    def test_both_forms_and_one_caution(self):
+        medians = {"math": 1.0, "code": 2.0, "dialogue": 3.0}
+        sentences = reading(pd.concat([summary(medians, "standard"), summary(medians, "inverse")]))
+        assert [sentence.split(" ")[0] for sentence in sentences] == ["inverse"] * 2 + ["standard"] * 2 + ["The"]
+        assert "confounded by task" in sentences[-1]
+
+    def test_one_task_needs_no_caution(self):
+        assert not any("confounded" in sentence for sentence in reading(summary({"math": 1.0})))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s.drop(columns=["rho", "task"]), r"summary: missing columns \['task', 'rho'\]"),
+            (lambda s: s.iloc[:0], "summary: came no rows"),
+        ],
+    )
+    def test_refuses(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            reading(change(summary({"math": 1.0})))
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags with attributes, text, tables as rows of cells."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags, self.open, self.text, self.tables = [], [], "", []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "link"):
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+    def of(self, tag: str) -> list[dict]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def figure(width: float = 1.0) -> Figure:
+    made = Figure(figsize=(width, 1))
+    made.add_subplot().plot([1, 2])
+    return made
+
+
+def arguments() -> dict:
+    beta = [1.0, 2.0, 3.0, 7.0, 0.00125, 6.0]
+    table = pd.concat(
+        beta_table(
+            form=form,
+            seed=0,
+            task=["math"] * 3 + ["po&try"] * 3,
+            prompt=["a", "b", "c", NASTY, f"tiny {'long ' * 60}", "e"],
+            beta=beta,
+            ref_entropy=[0.1, 0.2, 0.3, 0.6, 0.5, 0.4],
+            ref_entropy_se=[0.1] * 6,
+        )
+        for form in ("standard", "inverse")
+    )
+    row = {"form": "inverse", "seed": 0, "stage": 1, "held_out_accuracy": 0.5, "kl": 0.0, "kl_se": 0.0}
+    history = pd.DataFrame(
+        [
+            row | {"step": 0, "loss/dpo": 0.7},
+            row | {"step": 9, "loss/dpo": 0.6, "kl": 1.25, "kl_se": 0.125, "held_out_accuracy": 0.75},
+            row | {"step": 10, "loss/dpo": 0.51234, "kl": None, "kl_se": None, "held_out_accuracy": None},
+        ]
+    )
+    return {
+        "table": table,
+        "history": history,
+        "summary": summarize(table, n_boot=100),
+        "config": {"beta0": 0.1, "name": NASTY, "nested": {"out": Path("a")}},
+        "figures": {name: figure(1 + i) for i, name in enumerate(FIGURES)},
+        "reading": ["median β is 1 < 2 & so on", NASTY],
+    }
+
+
+def written(folder: Path, **changes) -> Page:
+    path = write_report(folder / "new" / "report.html", **arguments() | changes)
+    assert path == folder / "new" / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+class TestWriteReport:
+    def test_needs_nothing_from_outside_and_runs_nothing(self, tmp_path):
+        page = written(tmp_path)
+        assert not page.open
+        assert not {"script", "link", "iframe", "object", "a"} & {tag for tag, _ in page.tags}
+        assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name == "href"]
+        assert all(attrs["src"].startswith("data:image/png;base64,") for attrs in page.of("img"))
+        policy = next(a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy")
+        assert policy.split(";")[0] == "default-src 'none'"
+        source = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+        assert not any(word in source for word in ("http:", "https:", "url(", "@import"))
+
+    def test_fits_a_phone(self, tmp_path):
+        page = written(tmp_path)
+        (viewport,) = [a["content"] for a in page.of("meta") if a.get("name") == "viewport"]
+        assert viewport == "width=device-width, initial-scale=1"
+        wide = [attrs for attrs in page.of("div") if attrs.get("class") == "wide"]
+        assert len(wide) == len(page.tables) == 4
+
+    def test_pictures_are_the_figures_in_order(self, tmp_path):
+        images = written(tmp_path).of("img")
+        data = [base64.b64decode(attrs["src"].split(",")[1]) for attrs in images]
+        assert all(png.startswith(b"\x89PNG\r\n\x1a\n") for png in data)
+        # 160 dots an inch; figures are 1, 2 and 3 inches wide
+        assert [struct.unpack(">I", png[16:20])[0] for png in data] == [160, 320, 480]
+        assert all(attrs["alt"] for attrs in images)
+
+    def test_what_came_in_is_shown_as_it_is(self, tmp_path):
+        page = written(tmp_path)
+        assert "median β is 1 < 2 & so on" in page.text
+        # in the reading, in the table of prompts (once a form), and in the configuration, as JSON
+        assert page.text.count(NASTY) == 3
+        assert page.text.count(json.dumps(NASTY)) == 1
+        assert "Held-out prompts: 3 math, 3 po&try. Forms: inverse and standard. Seeds: 0." in page.text
+
+    def test_summary_is_a_table_in_three_digits(self, tmp_path):
+        head, *rows = written(tmp_path).tables[0]
+        assert head == ["form", "task", "n", "median β", "quartiles", "median s", "mean H", "Spearman’s ρ of β and H"]
+        assert [row[:2] for row in rows] == [
+            [form, task] for form in ("inverse", "standard") for task in ("math", "po&try", "all tasks")
+        ]
+        assert rows[0][2:7] == ["3", "2.00", "1.50 – 2.50", "0.500", "0.200"]
+        assert rows[0][7].startswith("+1.00 [")
+        assert rows[4][2:4] == ["3", "6.00"]
+
+    def test_last_measurements_pass_over_what_was_not_measured(self, tmp_path):
+        head, *rows = written(tmp_path).tables[2]
+        assert head == ["form", "seed", "DPO loss, last batch", "held-out accuracy", "KL, nats"]
+        assert rows == [["inverse", "0", "0.512", "0.750", "1.25 ± 0.125"]]
+
+    def test_history_without_kl_or_held_out_pairs(self, tmp_path):
+        bare = arguments()["history"].drop(columns=["kl", "kl_se", "held_out_accuracy"])
+        assert written(tmp_path, history=bare).tables[2] == [
+            ["form", "seed", "DPO loss, last batch"],
+            ["inverse", "0", "0.512"],
+        ]
+
+    def test_prompts_at_the_ends(self, tmp_path):
+        head, *rows = written(tmp_path).tables[3]
+        assert head == ["form", "task", "smallest β", "largest β"]
+        assert rows[0] == ["inverse", "math", "1.00 a", "3.00 c"]
+        assert rows[1][2].startswith("0.00125 tiny long") and rows[1][2].endswith("…")
+        assert len(rows[1][2]) == len("0.00125 ") + 140
+        assert [row[0] for row in rows] == ["inverse"] * 2 + ["standard"] * 2
+
+    def test_configuration_can_be_read_back(self, tmp_path):
+        page = written(tmp_path)
+        text = page.text[page.text.index("Configuration") + len("Configuration") :]
+        assert json.loads(text) == {"beta0": 0.1, "name": NASTY, "nested": {"out": "a"}}
+        assert ("details", {}) in page.tags  # folded
+
+    def test_a_section_without_its_picture_is_left_out(self, tmp_path):
+        page = written(tmp_path, figures={"beta_by_task": figure()})
+        assert len(page.of("img")) == 1
+        assert "What moves β" not in page.text and "Training" not in page.text
+        assert "How to read the picture" in page.text
+
+    @pytest.mark.parametrize("names", [(), ("training",), ("beta_by_task", "loss")])
+    def test_refuses_other_figures(self, tmp_path, names):
+        with pytest.raises(ValueError, match=r"figures: came \[.*\], expected 'beta_by_task' and any of"):
+            written(tmp_path, figures={name: figure() for name in names})
+        assert not list(tmp_path.iterdir())

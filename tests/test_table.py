@@ -1,0 +1,229 @@
+"""The table of beta by prompt, and its summary, against plain Python and scipy's one-pair functions."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from dpoviz.table import COLUMNS, EXPECTED_ORDER, beta_table, summarize
+
+# sums and quotients of a few dozen numbers of size 1 in float64: rounding stays below 1e-13
+EXACT = {"rel": 1e-12, "abs": 1e-12}
+
+
+def made(beta, entropy, *, form="inverse", seed=0, task="math", prompts=None) -> pd.DataFrame:
+    """A table of one task, or of the tasks listed."""
+    n = len(beta)
+    return beta_table(
+        form=form,
+        seed=seed,
+        task=[task] * n if isinstance(task, str) else task,
+        prompt=prompts or [f"p{i}" for i in range(n)],
+        beta=beta,
+        ref_entropy=entropy,
+        ref_entropy_se=[0.1] * n,
+    )
+
+
+def noisy(n: int = 30, seed: int = 0, **kws) -> pd.DataFrame:
+    """Beta follows the entropy, with noise."""
+    rng = random.Random(seed)
+    entropy = [rng.uniform(0.2, 2) for _ in range(n)]
+    return made([h + rng.uniform(0.1, 1.5) for h in entropy], entropy, **kws)
+
+
+def only(table: pd.DataFrame, **kws) -> pd.Series:
+    """The summary of a table of one task."""
+    summary = summarize(table, **kws)
+    assert list(summary["task"]) == [table["task"].iloc[0], "all"]
+    return summary.iloc[0]
+
+
+class TestBetaTable:
+    def test_one_row_a_prompt_with_the_columns_of_the_contract(self):
+        table = made([0.5, 4.0], [1.0, 2.0], task=["math", "code"], seed=3)
+        assert tuple(table.columns) == COLUMNS
+        assert COLUMNS == ("form", "seed", "task", "prompt", "beta", "scale", "ref_entropy", "ref_entropy_se")
+        assert table.to_dict("records")[1] == {
+            "form": "inverse",
+            "seed": 3,
+            "task": "code",
+            "prompt": "p1",
+            "beta": 4.0,
+            "scale": 0.25,
+            "ref_entropy": 2.0,
+            "ref_entropy_se": 0.1,
+        }
+
+    @pytest.mark.parametrize(("form", "expected"), [("inverse", [2.0, 0.25]), ("standard", [0.5, 4.0])])
+    def test_scale_is_what_multiplies_h(self, form, expected):
+        assert list(made([0.5, 4.0], [1.0, 1.0], form=form)["scale"]) == expected
+
+    def test_takes_tensors_on_a_graph_arrays_and_series(self):
+        beta = torch.tensor([1.0, 2.0], requires_grad=True) * 2
+        table = beta_table(
+            form="standard",
+            seed=0,
+            task=pd.Series(["math", "code"], index=[7, 3]),
+            prompt=np.array(["a", "b"]),
+            beta=beta,
+            ref_entropy=pd.Series([1, 2], index=[7, 3]),
+            ref_entropy_se=np.array([0.0, 0.5], dtype=np.float32),
+        )
+        assert list(table["task"]) == ["math", "code"]
+        assert list(table["beta"]) == [2.0, 4.0]
+        assert list(table["ref_entropy"]) == [1.0, 2.0]
+        assert all(table[column].dtype == np.float64 for column in COLUMNS[4:])
+
+    def test_same_prompt_in_another_task_is_another_row(self):
+        assert len(made([1.0, 1.0], [1.0, 1.0], task=["math", "code"], prompts=["a", "a"])) == 2
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"form": "direct"}, "form: came 'direct'"),
+            ({"beta": [1.0]}, r"beta: came shape \(1,\), expected \(2,\)"),
+            ({"beta": torch.ones(2, 1)}, r"beta: came shape \(2, 1\), expected \(2,\)"),
+            ({"beta": [1.0, 0.0]}, r"beta: not positive in rows \[1\]"),
+            ({"beta": [float("inf"), 1.0]}, r"beta: not finite in rows \[0\]"),
+            ({"ref_entropy": [1.0, float("nan")]}, r"ref_entropy: not finite in rows \[1\]"),
+            ({"ref_entropy": [1.0, -0.1]}, r"ref_entropy: negative in rows \[1\]"),
+            ({"ref_entropy_se": [-1.0, 0.0]}, r"ref_entropy_se: negative in rows \[0\]"),
+            ({"ref_entropy_se": 0.1}, r"ref_entropy_se: came shape \(\)"),
+            ({"task": ["math"]}, "task: came 1 rows, expected 2"),
+            ({"task": ["math", "all"]}, "task: came 'all', expected another name"),
+            ({"prompt": ["a", "a"]}, "prompt: 1 rows repeat.*'a' in 'math'"),
+            ({"prompt": []}, "prompt: came no rows"),
+        ],
+    )
+    def test_refuses(self, change, message):
+        good = {
+            "form": "inverse",
+            "seed": 0,
+            "task": ["math", "math"],
+            "prompt": ["a", "b"],
+            "beta": [1.0, 2.0],
+            "ref_entropy": [1.0, 1.0],
+            "ref_entropy_se": [0.1, 0.1],
+        }
+        assert len(beta_table(**good)) == 2
+        with pytest.raises(ValueError, match=message):
+            beta_table(**good | change)
+
+
+class TestSummarize:
+    def test_a_row_per_form_and_task_and_one_over_all(self):
+        tasks = ["poetry", "dialogue", "code", "essay", "math", "math"]
+        both = [made(range(1, 7), range(6), form=form, task=tasks) for form in ("standard", "inverse")]
+        summary = summarize(pd.concat(both))
+        order = ["math", "code", "dialogue", "essay", "poetry", "all"]
+        assert EXPECTED_ORDER == ("math", "code", "dialogue")
+        assert list(summary["task"]) == order * 2
+        assert list(summary["form"]) == ["inverse"] * 6 + ["standard"] * 6
+        assert list(summary["n"]) == [2, 1, 1, 1, 1, 6] * 2
+
+    def test_medians_quartiles_and_means(self):
+        beta, entropy = [0.3, 2.0, 0.7, 1.1, 5.0], [0.5, 0.1, 0.9, 0.2, 0.4]
+        row = only(made(beta, entropy))
+        q1, median, q3 = statistics.quantiles(beta, method="inclusive")
+        assert row["beta_q1"] == pytest.approx(q1, **EXACT)
+        assert row["beta_median"] == pytest.approx(median, **EXACT)
+        assert row["beta_q3"] == pytest.approx(q3, **EXACT)
+        assert row["scale_median"] == pytest.approx(statistics.median(1 / b for b in beta), **EXACT)
+        assert row["ref_entropy_mean"] == pytest.approx(statistics.fmean(entropy), **EXACT)
+
+    # few distinct values, so that ties are common
+    @given(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=3, max_size=12).filter(
+            lambda rows: all(len({row[i] for row in rows}) > 1 for i in (0, 1))
+        )
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_rho_is_scipys_with_ties(self, rows):
+        beta, entropy = zip(*rows, strict=True)
+        expected = stats.spearmanr(beta, entropy).statistic
+        assert only(made(beta, entropy), n_boot=100)["rho"] == pytest.approx(expected, **EXACT)
+
+    def test_interval_is_scipys_percentile_bootstrap(self):
+        table = noisy()
+        row = only(table)
+        expected = stats.bootstrap(
+            (table["beta"], table["ref_entropy"]),
+            lambda b, h: stats.spearmanr(b, h).statistic,
+            paired=True,
+            vectorized=False,
+            method="percentile",
+            n_resamples=1000,
+            rng=1,
+        ).confidence_interval
+        # the width is about 0.4; its ends scatter by 0.01 (2000 draws) and 0.015 (1000): 4 sd of the difference
+        assert row["rho_low"] == pytest.approx(expected.low, abs=0.07)
+        assert row["rho_high"] == pytest.approx(expected.high, abs=0.07)
+        assert expected.high - expected.low > 0.3
+
+    def test_draws_follow_the_seed(self):
+        table = noisy()
+        pd.testing.assert_series_equal(only(table), only(table))
+        assert only(table)["rho_low"] != only(table, seed=1)["rho_low"]
+
+    def test_rows_of_several_seeds_are_not_more_prompts(self):
+        one, four = noisy(), pd.concat([noisy().assign(seed=seed) for seed in range(4)])
+        same = ["n", "beta_median", "rho", "rho_low", "rho_high"]  # quartiles interpolate between other rows
+        assert list(only(one)[same]) == pytest.approx(list(only(four)[same]), **EXACT)
+        # the control: as many prompts as rows, and the interval is about half as wide
+        prompts = four["prompt"] + four["seed"].astype(str)
+        more = only(four.assign(prompt=prompts, seed=0))
+        widths = [row["rho_high"] - row["rho_low"] for row in (only(one), more)]
+        assert widths[1] < 0.65 * widths[0]
+        assert more["n"] == 4 * only(four)["n"]
+
+    def test_a_prompt_may_be_missing_in_a_seed(self):
+        rows = pd.concat([noisy(), noisy(seed=5).assign(seed=1).iloc[:17]])
+        row = only(rows)
+        assert row["n"] == 30
+        expected = stats.spearmanr(rows["beta"], rows["ref_entropy"]).statistic
+        assert row["rho"] == pytest.approx(expected, **EXACT)
+        assert row["rho_low"] < row["rho"] < row["rho_high"]
+
+    def test_pooled_can_have_the_other_sign_than_every_task(self):
+        beta = [1.3, 1.2, 1.1, 2.3, 2.2, 2.1, 3.3, 3.2, 3.1]
+        entropy = [0.1, 0.2, 0.3, 1.1, 1.2, 1.3, 2.1, 2.2, 2.3]
+        task = [name for name in ("math", "code", "dialogue") for _ in range(3)]
+        rho = summarize(made(beta, entropy, task=task)).set_index("task")["rho"]
+        assert list(rho[["math", "code", "dialogue"]]) == pytest.approx([-1, -1, -1], **EXACT)
+        assert rho["all"] > 0.5
+
+    @pytest.mark.parametrize(
+        ("beta", "entropy"), [([2.0] * 5, range(5)), (range(1, 6), [0.7] * 5), ([1.0, 2.0], [0.0, 1.0])]
+    )
+    def test_no_rho_without_variation_or_three_prompts(self, beta, entropy):
+        row = only(made(beta, entropy))
+        assert np.isnan([row["rho"], row["rho_low"], row["rho_high"]]).all()
+        assert row["beta_median"] > 0
+
+    def test_resamples_without_rho_leave_an_interval(self):
+        # one resample in nine draws one of the three prompts three times
+        row = only(made([1.0, 2.0, 3.0], [0.3, 0.1, 0.9]))
+        assert (row["rho_low"], row["rho_high"]) == pytest.approx((-1, 1), **EXACT)
+
+    @pytest.mark.parametrize(
+        ("change", "kws", "message"),
+        [
+            (lambda t: t.drop(columns=["scale", "seed"]), {}, r"table: missing columns \['seed', 'scale'\]"),
+            (lambda t: t.iloc[:0], {}, "table: came no rows"),
+            (lambda t: pd.concat([t, t.iloc[:1]]), {}, "prompt: 1 rows repeat.*'p0'"),
+            (lambda t: t.assign(task="all"), {}, "task: came 'all'"),
+            (lambda t: t, {"n_boot": 99}, "n_boot: came 99, expected at least 100"),
+        ],
+    )
+    def test_refuses(self, change, kws, message):
+        with pytest.raises(ValueError, match=message):
+            summarize(change(noisy()), **kws)
