@@ -57,6 +57,8 @@ def _demo(out: Path, seed: int, fast: bool) -> None:
     print(f"\nbeta(x) on held-out prompts, seed {seed}\n{format_summary(summary)}\n")
     for line in reading(summary):
         print(f"  {line}")
+    left_out = ", ".join(f"{len(prompts)} of {task}" for task, prompts in demo.world.left_out.items())
+    print(f"  Prompts left out, because all answers sampled there earn the same: {left_out} (left_out.json).")
     print(f"\nthe report: {out / 'report.html'}\nbeside it:  {', '.join(_written(out))}")
 
 
@@ -81,6 +83,8 @@ def write_demo(demo: Demo, config: DemoConfig, out: Path) -> pd.DataFrame:
     """
     demo.table.to_csv(out / "beta.csv", index=False)
     demo.history.to_csv(out / "history.csv", index=False)
+    # prompts to which all sampled answers earn the same carry no preference: said, not silently dropped
+    (out / "left_out.json").write_text(json.dumps(dict(demo.world.left_out), indent=1, ensure_ascii=False))
     for form in FORMS:
         demo.policies[form].save_pretrained(out / form / "policy")
         demo.world.tokenizer.save_pretrained(out / form / "policy")
@@ -107,7 +111,7 @@ def write_demo(demo: Demo, config: DemoConfig, out: Path) -> pd.DataFrame:
         summary=summary,
         config=json.loads((out / "config.json").read_text())
         | {"alpha": dict(demo.alpha), "reference rewards": dict(demo.world.rewards)}
-        | {"prompts without a pair": dict(demo.world.left_out)},
+        | {"prompts without a pair": {task: len(prompts) for task, prompts in demo.world.left_out.items()}},
         figures=figures,
         reading=reading(summary),
     )
@@ -135,5 +139,5 @@ def format_summary(summary: pd.DataFrame) -> str:
 
 
 def _written(out: Path) -> list[str]:
-    names = ["beta.csv", "history.csv", "config.json", "beta_by_task.png"]
+    names = ["beta.csv", "history.csv", "left_out.json", "config.json", "beta_by_task.png"]
     return names + [f"{form}/{what}/" for form in FORMS for what in ("policy", "beta")]

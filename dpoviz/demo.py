@@ -76,7 +76,7 @@ class World:
         train: pairs to train on, with the reference's columns.
         held_out: pairs of other prompts, likewise.
         rewards: by task, the mean true reward of the reference's own samples.
-        left_out: by task, the prompts without a pair, because all sampled answers earn the same reward.
+        left_out: by task, the prompts for which no pair could be made: all sampled answers earn the same.
     """
 
     reference: PreTrainedModel
@@ -84,7 +84,7 @@ class World:
     train: Dataset
     held_out: Dataset
     rewards: Mapping[str, float]
-    left_out: Mapping[str, int]
+    left_out: Mapping[str, list[str]]
 
 
 def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
@@ -123,7 +123,7 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     return World(reference, tokenizer, train_pairs, held_out, facts["rewards"], facts["left_out"])
 
 
-_WORLD_CODE = ("logprobs", "models", "tasks")
+_WORLD_CODE = ("demo", "logprobs", "models", "tasks")
 _TRAINING_CODE = ("beta", "data", "entropy", "losses", "reference", "regularizers", "train")
 
 
@@ -168,13 +168,14 @@ def _sample_pairs(
         progress=progress,
     )
     rng = random.Random(f"labels {config.seed}")
-    records, left_out, rewards = [], dict.fromkeys(tasks.TASKS, 0), {task: [] for task in tasks.TASKS}
+    records, left_out, rewards = [], {task: [] for task in tasks.TASKS}, {task: [] for task in tasks.TASKS}
     for problem, answers in zip(problems, sampled.answers, strict=True):
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         rewards[problem.task] += [tasks.reward(problem, text) for text in texts]
         pairs = tasks.label_pairs(problem, texts, config.pairs_per_prompt, rng)
         records += pairs
-        left_out[problem.task] += not pairs
+        if not pairs:
+            left_out[problem.task].append(problem.prompt)
     means = {task: sum(values) / len(values) for task, values in rewards.items()}
     return records, {"rewards": means, "left_out": left_out}
 
@@ -282,8 +283,9 @@ def run_demo(
 def held_out_table(beta: Beta, world: World, *, form: Form, seed: int) -> pd.DataFrame:
     """Beta at each held-out prompt, once a prompt, beside the reference's entropy there."""
     rows = world.held_out.to_pandas().drop_duplicates("prompt")
-    entropy = torch.tensor(rows["ref_entropy"].to_numpy())
-    x = torch.tensor(np.stack(rows["ref_features"]))
+    device = next(beta.parameters(), torch.empty(0)).device
+    entropy = torch.tensor(rows["ref_entropy"].to_numpy(), device=device)
+    x = torch.tensor(np.stack(rows["ref_features"]), device=device)
     return beta_table(
         form=form,
         seed=seed,

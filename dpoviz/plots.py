@@ -260,7 +260,7 @@ def figure_beta_by_task(
     forms = _forms(table, "table")
     figure = Figure(figsize=(9, 3.9 * len(forms)), layout="constrained")
     figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
-    panels = figure.subplots(len(forms), 2, squeeze=False, sharey="row", width_ratios=(1, 1.1))
+    panels = figure.subplots(len(forms), 2, squeeze=False, width_ratios=(1, 1.1))
     for form, (left, right) in zip(forms, panels, strict=True):
         rows = table[table["form"] == form]
         given = {"beta0": beta0, "beta_min": beta_min, "beta_max": beta_max}
@@ -268,7 +268,6 @@ def figure_beta_by_task(
         plot_beta_by_task(rows, ax=left, **lines)
         plot_beta_vs_entropy(rows, ax=right, alpha=None if alpha is None else alpha.get(form), **lines)
         left.set_title(_FORMULAS[form], loc="left", fontsize="large", pad=12)
-        right.tick_params(labelleft=True)
     return figure
 
 

@@ -62,7 +62,14 @@ class TestWhatIsLeft:
         out, _ = demo
         names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
         models = {f"{form}/{what}/model.safetensors" for form in FORMS for what in ("policy", "beta")}
-        assert {"config.json", "history.csv", "beta.csv", "beta_by_task.png", "report.html"} | models <= names
+        assert {
+            "config.json",
+            "history.csv",
+            "beta.csv",
+            "beta_by_task.png",
+            "report.html",
+            "left_out.json",
+        } | models <= names
 
     def test_a_row_for_each_form_and_held_out_prompt(self, demo, world):
         table = pd.read_csv(demo[0] / "beta.csv")
@@ -172,7 +179,7 @@ class TestWorld:
         assert not train & held_out
         assert set(world.train["task"]) == set(world.held_out["task"]) == set(tasks.TASKS)
 
-    def test_prompts_without_a_pair_are_counted(self, world):
+    def test_prompts_without_a_pair_are_counted_and_named(self, world):
         config = DemoConfig.default(fast=True).world
         for task in tasks.TASKS:
             rows = {
@@ -181,7 +188,8 @@ class TestWorld:
                 for p, t in zip(part["prompt"], part["task"], strict=True)
                 if t == task
             }
-            assert len(rows) + world.left_out[task] == config.problems
+            assert len(rows) + len(set(world.left_out[task])) == config.problems
+            assert not rows & set(world.left_out[task])
 
     def test_rewards_are_those_of_the_answers(self, world):
         problems = {

@@ -134,7 +134,7 @@ class TestTaskColors:
         assert list(colors) == ["code", "essay", "poetry"]
         assert colors == plots.task_colors(["essay", "poetry", "code"])
         assert len(set(plots.task_colors([*"abcde", *EXPECTED_ORDER]).values())) == 8
-        assert len(plots.task_colors("abcdefg")) == 7  # the cycle goes round
+        assert list(plots.task_colors("gfedcba")) == list("abcdefg")  # the cycle goes round
 
     def test_terms_have_colours_that_are_no_tasks(self):
         assert tuple(plots.TERM_COLORS) == TERMS
@@ -198,6 +198,7 @@ class TestPlotBetaByTask:
             x, y = np.asarray(group.get_offsets()).T
             assert sorted(y) == sorted(frame.loc[frame["task"] == task, "beta"])
             assert (abs(x - place) <= 0.25).all()
+            assert (abs(np.diff(x[np.argsort(y)])) > 0.19).all()  # those that are near in beta
             assert color(group) == plots.TASK_COLORS[task]
             assert low < y.min() and y.max() < high
 
@@ -530,6 +531,7 @@ class TestFigureTraining:
         assert [ax.get_title(loc="left").split()[0] for ax in axes[0]] == ["inverse", "standard"]
         assert [ax.get_ylabel() for ax in axes[:, 0]] == list(plots.QUANTITIES.values())
         assert [ax.get_ylim() for ax in axes[:4, 0]] == [ax.get_ylim() for ax in axes[:4, 1]]
+        assert [bool(words(ax)) for ax in axes[:, 0]] == [True, False, False, False, False]  # stages named once
         assert list(lines(axes[0, 1])["loss"][1]) == list(history("standard")["loss"])
         assert overlaps(figure) == []
         assert cut_off(figure) == []
@@ -558,6 +560,7 @@ class TestFigureBetaGradients:
         axes = np.array(figure.axes).reshape(2, 3)
         assert [part.get_suptitle().split()[0] for part in figure.subfigs] == ["inverse", "standard"]
         assert [ax.get_title(loc="left") for ax in axes[0]] == list(EXPECTED_ORDER)
+        assert axes[0, 0].get_ylabel() == "pull on $\\beta(x)$\n(positive lowers it)"
         for form, line in zip(("inverse", "standard"), axes, strict=True):
             for task, ax in zip(EXPECTED_ORDER, line, strict=True):
                 rows = history(form).query("stage == 2")

@@ -125,7 +125,7 @@ def arguments() -> dict:
         beta_table(
             form=form,
             seed=0,
-            task=["math"] * 3 + ["po&try"] * 3,
+            task=["math"] * 3 + ["po<b>&try"] * 3,
             prompt=["a", "b", "c", NASTY, f"tiny {'long ' * 60}", "e"],
             beta=beta,
             ref_entropy=[0.1, 0.2, 0.3, 0.6, 0.5, 0.4],
@@ -190,13 +190,13 @@ class TestWriteReport:
         # in the reading, in the table of prompts (once a form), and in the configuration, as JSON
         assert page.text.count(NASTY) == 3
         assert page.text.count(json.dumps(NASTY)) == 1
-        assert "Held-out prompts: 3 math, 3 po&try. Forms: inverse and standard. Seeds: 0." in page.text
+        assert "Held-out prompts: 3 math, 3 po<b>&try. Forms: inverse and standard. Seeds: 0." in page.text
 
     def test_summary_is_a_table_in_three_digits(self, tmp_path):
         head, *rows = written(tmp_path).tables[0]
         assert head == ["form", "task", "n", "median β", "quartiles", "median s", "mean H", "Spearman’s ρ of β and H"]
         assert [row[:2] for row in rows] == [
-            [form, task] for form in ("inverse", "standard") for task in ("math", "po&try", "all tasks")
+            [form, task] for form in ("inverse", "standard") for task in ("math", "po<b>&try", "all tasks")
         ]
         assert rows[0][2:7] == ["3", "2.00", "1.50 – 2.50", "0.500", "0.200"]
         assert rows[0][7].startswith("+1.00 [")

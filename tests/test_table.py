@@ -131,7 +131,7 @@ class TestSummarize:
         assert list(summary["n"]) == [2, 1, 1, 1, 1, 6] * 2
 
     def test_medians_quartiles_and_means(self):
-        beta, entropy = [0.3, 2.0, 0.7, 1.1, 5.0], [0.5, 0.1, 0.9, 0.2, 0.4]
+        beta, entropy = [0.3, 2.0, 0.7, 5.0], [0.5, 0.1, 0.9, 0.2]
         row = only(made(beta, entropy))
         q1, median, q3 = statistics.quantiles(beta, method="inclusive")
         assert row["beta_q1"] == pytest.approx(q1, **EXACT)
@@ -184,6 +184,12 @@ class TestSummarize:
         widths = [row["rho_high"] - row["rho_low"] for row in (only(one), more)]
         assert widths[1] < 0.65 * widths[0]
         assert more["n"] == 4 * only(four)["n"]
+
+    def test_same_prompt_in_another_task_is_another_prompt(self):
+        table = made(
+            [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], task=["math", "math", "code", "code"], prompts=[*"abab"]
+        )
+        assert list(summarize(table)["n"]) == [2, 2, 4]
 
     def test_a_prompt_may_be_missing_in_a_seed(self):
         rows = pd.concat([noisy(), noisy(seed=5).assign(seed=1).iloc[:17]])
