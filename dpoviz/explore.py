@@ -189,7 +189,7 @@ def frontier() -> Explorer:
         ref_logps, rewards = frontier_world(sharpness, reward)
         beta = float(tabular.solve_beta(ref_logps, rewards, epsilon))
         kls, values = _along(ref_logps, rewards, _BETAS)
-        policy = _optimal_or_greedy(ref_logps, rewards, beta)
+        policy = tabular.optimal_policy(ref_logps, rewards, beta)
         at_kl = float(tabular.kl(policy, ref_logps))
         at_value = float((policy.exp() * rewards).sum())
         curve.set_data(kls, values)
@@ -211,14 +211,6 @@ def frontier() -> Explorer:
         "reward": _slider("reward of the 4th answer", 1.0, -1.0, 2.0, 0.1),
     }
     return Explorer(figure, update, controls)
-
-
-def _optimal_or_greedy(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """The optimal policy; at beta = 0 its limit, the reference restricted to the best answers."""
-    if beta > 0:
-        return tabular.optimal_policy(ref_logps, rewards, beta)
-    best = rewards == rewards.max(dim=1, keepdim=True).values
-    return torch.log_softmax(ref_logps.masked_fill(~best, -torch.inf), 1)
 
 
 # -- notebook 02 ---------------------------------------------------------------------------------------------
@@ -286,7 +278,8 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
     right.set(ylim=(-3, 3), ylabel="slope in β (positive lowers β)")
     right.axhline(0, color=_GREY, linewidth=0.8)
     left.legend(frameon=False, loc="upper left")
-    says = right.text(0.97, 0.03, "", transform=right.transAxes, ha="right")
+    readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+    says = right.text(0.97, 0.03, "", transform=right.transAxes, ha="right", bbox=readable)
 
     def update(form: str, p: float, lambda_range: float, lambda_entropy: float, alpha: float) -> None:
         beta = _GRID.clone().requires_grad_()
@@ -344,7 +337,7 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
     entropy = table["ref_entropy"].to_numpy()
     left.set(xlim=(0, 1.05 * entropy.max()), xlabel="entropy of the reference H (nats per token)")
     right.set(xlim=(0.03, 3), xlabel="β* planted")
-    left.legend(frameon=False, loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
 
     def update(lambda_smoothness: float, lambda_entropy: float, alpha: float) -> None:
         table = fit(lambda_smoothness=lambda_smoothness, lambda_entropy=lambda_entropy, alpha=alpha)

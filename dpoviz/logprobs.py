@@ -337,11 +337,12 @@ def sample_answers(
         progress: show a bar.
 
     Raises:
-        ValueError: k < 1, no prompt or an empty one, or a prompt that leaves no room for `max_new_tokens` in the model's context.
+        ValueError: k < 1, no prompt or an empty one, or a prompt that leaves no room for `max_new_tokens` in the
+            model's context.
     """
     if k < 1:
         raise ValueError(f"k: came {k}, expected at least 1")
-    if not prompts or not all(prompts):
+    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: came none, or an empty one, expected at least one token each")
     room = getattr(model.config, "max_position_embeddings", None)
     longest = max(len(prompt) for prompt in prompts)

@@ -186,7 +186,7 @@ def plot_training(history: pd.DataFrame, *, y: str, ax: Axes | None = None, **ar
         colors = task_colors(column.removeprefix("beta/") for column in betas)
         for task, color in colors.items():
             _lines(ax, history, f"beta/{task}", label=task, **style | {"color": color})
-        _beta_axis(ax, history[betas].stack())
+        _beta_axis(ax, pd.Series(history[betas].to_numpy().ravel()))
     elif y == "accuracy" and "held_out_accuracy" in history:
         _lines(ax, history, "accuracy", label="training batch", **style | {"alpha": 0.35})
         _lines(ax, history, "held_out_accuracy", label="held-out pairs", **style | {"marker": "o", "markersize": 4})
@@ -391,7 +391,7 @@ class _PlainLogLocator(LogLocator):
         low, high = sorted((vmin, vmax))
         if high < 5 * low:
             return MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
-        self.set_params(subs=(1, 2, 3, 5, 7) if high < 20 * low else (1, 2, 5))
+        self.set_params(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5))
         return super().tick_values(vmin, vmax)
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import FillBetweenPolyCollection, LineCollection, PathCollection
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -360,9 +360,7 @@ class TestPlotTraining:
 
     def test_kl_has_a_band_of_one_standard_error(self):
         rows = history().dropna(subset="kl")
-        (band,) = [
-            a for a in plots.plot_training(history(), y="kl").collections if isinstance(a, FillBetweenPolyCollection)
-        ]
+        (band,) = [a for a in plots.plot_training(history(), y="kl").collections if isinstance(a, PolyCollection)]
         corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
         for sign in (-1, 1):
             edge = zip(rows["step"], rows["kl"] + sign * rows["kl_se"], strict=True)

@@ -1,0 +1,645 @@
+r"""The exact world: finitely many prompts and answers, policies and rewards as tables.
+
+Each quantity of the derivation has a closed form here, and each sentence about beta can be computed. Rows are
+prompts x (X of them), columns are answers y (Y of them). Policies are tables of log-probabilities, each row
+normalised; :math:`\pi_{ref}` gives every answer a probability above 0. Tensors are float64 on the CPU, and
+refused otherwise: a float32 table hides in its rounding what is to be checked here. Expectations over prompts
+are weighted by `prompt_probs` (X,), the derivation's input distribution d; None weighs all prompts alike.
+
+beta is one positive number for all prompts, or (X,), one for each. (X, 1) is refused: it would broadcast.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import brentq
+from torch import Tensor
+
+Form = Literal["inverse", "standard"]
+
+# rounding of a float64 log_softmax is 1e-15; rows normalised in float32 miss by 1e-7
+_NORMALISED = 1e-9
+
+
+def _require_table(name: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Refuse anything but a float64 table without nan, of the shape expected; None takes any (X, Y)."""
+    if not isinstance(values, Tensor) or values.dtype != torch.float64:
+        came = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: came {came}, expected a torch.float64 tensor")
+    if (shape is None and (values.ndim != 2 or 0 in values.shape)) or (shape is not None and values.shape != shape):
+        raise ValueError(f"{name}: came shape {tuple(values.shape)}, expected {shape or '(X, Y), neither of them 0'}")
+    if torch.isnan(values).any():
+        raise ValueError(f"{name}: nan in rows {_rows_where(torch.isnan(values))}, expected numbers")
+
+
+def _rows_where(wrong: Tensor) -> list[int]:
+    return wrong.reshape(len(wrong), -1).any(1).nonzero().flatten().tolist()
+
+
+def _require_finite(name: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    _require_table(name, values, shape)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name}: not finite in rows {_rows_where(~torch.isfinite(values))}, expected finite numbers")
+
+
+def _require_logps(name: str, logps: Tensor, shape: tuple[int, ...] | None = None, *, support: bool = True) -> None:
+    """Refuse rows that are not normalised; with `support`, those with a probability of 0 too."""
+    (_require_finite if support else _require_table)(name, logps, shape)
+    mass = logps.detach().logsumexp(1)
+    wrong = ~(mass.abs() <= _NORMALISED)
+    if wrong.any():
+        raise ValueError(
+            f"{name}: not normalised in rows {_rows_where(wrong)}, expected log-probabilities; "
+            "torch.log_softmax(logits, 1) makes them"
+        )
+
+
+def _require_rewards(ref_logps: Tensor, rewards: Tensor) -> None:
+    _require_logps("ref_logps", ref_logps)
+    _require_finite("rewards", rewards, tuple(ref_logps.shape))
+
+
+def _per_prompt(name: str, value: float | Tensor, prompts: int, *, also: tuple[float, ...] = ()) -> Tensor:
+    """A positive finite number, or (X,) of them, as (X,); the values `also` are taken as well."""
+    if isinstance(value, Tensor):
+        _require_table(name, value, (prompts,))
+        values = value
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        values = torch.full((prompts,), float(value), dtype=torch.float64)
+    else:
+        raise ValueError(f"{name}: came {value!r}, expected a number or a float64 tensor of shape ({prompts},)")
+    good = (values > 0) & torch.isfinite(values)
+    for limit in also:
+        good = good | (values == limit)
+    if not good.all():
+        allowed = "".join(f" or {limit}" for limit in also)
+        raise ValueError(
+            f"{name}: came {values[~good].tolist()} in rows {_rows_where(~good)}, "
+            f"expected positive finite numbers{allowed}"
+        )
+    return values
+
+
+def _prompt_weights(prompt_probs: Tensor | None, prompts: int) -> Tensor:
+    if prompt_probs is None:
+        return torch.full((prompts,), 1 / prompts, dtype=torch.float64)
+    _require_finite("prompt_probs", prompt_probs, (prompts,))
+    if (prompt_probs < 0).any() or abs(float(prompt_probs.sum()) - 1) > _NORMALISED:
+        raise ValueError(f"prompt_probs: came {prompt_probs.tolist()}, expected probabilities that sum to 1")
+    return prompt_probs
+
+
+# -- the constrained problem and its solution (the derivation, §1-3) ------------------------------------------
+
+
+def _tilt(rewards: Tensor, beta: Tensor) -> Tensor:
+    """(r − max r)/beta (X, Y): 0 at a prompt's best answers for any beta, 0 and inf included."""
+    best = rewards.amax(1, keepdim=True)
+    # where beta is 0 the quotient is -inf, and 0/0 at the best answers
+    return torch.where(rewards == best, 0.0, (rewards - best) / beta[:, None])
+
+
+def _log_mean_exp(ref_logps: Tensor, tilt: Tensor) -> Tensor:
+    r""":math:`\log\sum_y \pi_{ref}(y)\exp(tilt(y))` (X,), for a tilt of at most 0."""
+    # for a large beta the sum is nearly 1, and beta times the rounding of its log would be large
+    near = torch.log1p((ref_logps.exp() * torch.expm1(tilt)).sum(1))
+    return torch.where(tilt.amin(1) > -1, near, torch.logsumexp(ref_logps + tilt, 1))
+
+
+def optimal_policy(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
+    r"""The policy with the best reward at the price beta per nat of KL (the derivation, §3.1).
+
+    .. math:: \pi^*(y|x) = \pi_{ref}(y|x) \exp(r(x, y)/\beta(x)) / Z(x)
+
+    The only minimiser of `kl_regularized_objective` while beta > 0. The limits are taken as well: inf gives
+    the reference, 0 gives the reference restricted to the answers of the highest reward (exact ties
+    together), which are the policies that `solve_beta` means by those multipliers.
+
+    Args:
+        ref_logps: (X, Y) :math:`\log\pi_{ref}(y|x)`, nats.
+        rewards: (X, Y).
+        beta: a number or (X,), from 0 to inf, both included; in units of the reward per nat.
+
+    Returns:
+        (X, Y) :math:`\log\pi^*(y|x)`, nats; -inf where the probability is 0.
+
+    Raises:
+        ValueError: tables that are not float64, finite and of one shape; rows of `ref_logps` that are not
+            normalised; a negative beta or one of another shape.
+    """
+    _require_rewards(ref_logps, rewards)
+    beta = _per_prompt("beta", beta, len(ref_logps), also=(0.0, math.inf))
+    return torch.log_softmax(ref_logps + _tilt(rewards, beta), 1)
+
+
+def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
+    r"""What normalises the optimal policy (the derivation, §3.1).
+
+    .. math:: \log Z(x) = \log \sum_y \pi_{ref}(y|x) \exp(r(x, y)/\beta(x))
+
+    Args:
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y).
+        beta: a positive number or (X,).
+
+    Returns:
+        (X,) nats.
+
+    Raises:
+        ValueError: as `optimal_policy`; a beta of 0 or inf.
+    """
+    _require_rewards(ref_logps, rewards)
+    beta = _per_prompt("beta", beta, len(ref_logps))
+    return rewards.amax(1) / beta + _log_mean_exp(ref_logps, _tilt(rewards, beta))
+
+
+def kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    r"""How far a policy is from the reference, prompt by prompt (the derivation, §1).
+
+    .. math:: D_{KL}(\pi(\cdot|x) \| \pi_{ref}(\cdot|x)) = \sum_y \pi(y|x) \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}
+
+    Args:
+        policy_logps: (X, Y), nats; -inf is a probability of 0, and adds nothing.
+        ref_logps: (X, Y), nats.
+
+    Returns:
+        (X,) nats, differentiable.
+
+    Raises:
+        ValueError: tables that are not float64 and of one shape, or rows that are not normalised.
+    """
+    _require_logps("ref_logps", ref_logps)
+    _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape), support=False)
+    # masked before the product: 0 times -inf is nan, in the value and in the gradient
+    logratios = (policy_logps - ref_logps).masked_fill(policy_logps == -math.inf, 0.0)
+    return (policy_logps.exp() * logratios).sum(1)
+
+
+def kl_regularized_objective(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    beta: float | Tensor,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tensor:
+    r"""The cost that the optimal policy minimises: minus the Lagrangian of §2, but for the constant beta·ε.
+
+    .. math:: E_{x \sim d}\bigl[-E_{y \sim \pi}[r(x, y)] + \beta(x) D_{KL}(\pi \| \pi_{ref})\bigr]
+
+    The derivation prints it in §3.2 under the name of the DPO loss, which it is not: it needs the reward, and
+    answers of the policy; the DPO loss needs neither.
+
+    Args:
+        policy_logps: (X, Y), nats; -inf is a probability of 0.
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y).
+        beta: a positive number or (X,).
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Returns:
+        A scalar in units of the reward, differentiable. Its least value is :math:`-E_x[\beta\log Z]`.
+
+    Raises:
+        ValueError: as `optimal_policy` and `kl`; a beta of 0 or inf; `prompt_probs` that are no distribution.
+    """
+    _require_rewards(ref_logps, rewards)
+    beta = _per_prompt("beta", beta, len(ref_logps))
+    cost = beta * kl(policy_logps, ref_logps) - (policy_logps.exp() * rewards).sum(1)  # (X,)
+    return (_prompt_weights(prompt_probs, len(ref_logps)) * cost).sum()
+
+
+def dual(
+    ref_logps: Tensor,
+    rewards: Tensor,
+    beta: float | Tensor,
+    epsilon: float | Tensor,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tensor:
+    r"""An upper bound on the reward within the KL budget, one for each multiplier (the derivation, §2).
+
+    .. math:: g(\beta) = \max_\pi L(\pi, \beta) = E_x\bigl[\beta \log Z(x) + \beta\epsilon\bigr]
+
+    Convex in beta, with the slope :math:`\epsilon - E_x[D_{KL}(\pi^*_\beta\|\pi_{ref})]`. With (X,) multipliers
+    and budgets it is the dual of the problem with one constraint for each prompt.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y).
+        beta: a number or (X,), finite and at least 0.
+        epsilon: the budget, nats: a number or (X,), finite and at least 0.
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Returns:
+        A scalar in units of the reward.
+
+    Raises:
+        ValueError: as `optimal_policy`; an infinite beta; a negative or infinite budget; `prompt_probs` that
+            are no distribution.
+    """
+    _require_rewards(ref_logps, rewards)
+    beta = _per_prompt("beta", beta, len(ref_logps), also=(0.0,))
+    epsilon = _per_prompt("epsilon", epsilon, len(ref_logps), also=(0.0,))
+    # beta·log Z, whose limit at 0 is the highest reward
+    value = rewards.amax(1) + beta * (_log_mean_exp(ref_logps, _tilt(rewards, beta)) + epsilon)
+    return (_prompt_weights(prompt_probs, len(ref_logps)) * value).sum()
+
+
+def _kl_of_tilt(ref_logps: Tensor, gaps: Tensor, inverse_beta: float) -> Tensor:
+    r"""KL of :math:`\pi_{ref}\exp(gaps/\beta)/Z` to the reference (X,), to relative precision when tiny.
+
+    With v the tilt, centred so that :math:`E_{ref}[v] = 0`, it is :math:`E_\pi[v] - \log E_{ref}[e^v]`. Both
+    parts are of the order v², and the linear parts, which would drown them in rounding, are left out.
+    """
+    tilt = inverse_beta * gaps
+    probs = ref_logps.exp()
+    v = tilt - (probs * tilt).sum(1, keepdim=True)
+    series = v.square() / 2 * (1 + v / 3 * (1 + v / 4 * (1 + v / 5 * (1 + v / 6))))
+    exp_less_linear = torch.where(v.abs() < 1e-2, series, torch.expm1(v) - v)  # e^v − 1 − v
+    excess = (probs * exp_less_linear).sum(1)  # E_ref[e^v] − 1
+    near = (probs * v * torch.expm1(v)).sum(1) / (1 + excess) - torch.log1p(excess)
+    logps = ref_logps + tilt
+    far = (torch.softmax(logps, 1) * tilt).sum(1) - torch.logsumexp(logps, 1)
+    return torch.where(tilt.amin(1) > -1, near, far)
+
+
+def _solve_inverse_beta(kl_at: Callable[[float], float], epsilon: float) -> float:
+    """The 1/beta at which the increasing `kl_at` is epsilon > 0; inf where it stays below."""
+    high = 1.0
+    while kl_at(high) < epsilon:
+        high *= 10
+        if high > 1e300:
+            return math.inf
+    low = high / 10
+    while kl_at(low) > epsilon:
+        high, low = low, low / 10
+    tight = {"xtol": sys.float_info.min, "rtol": 4 * sys.float_info.epsilon}
+    return brentq(lambda t: kl_at(t) - epsilon, low, high, **tight)
+
+
+def _multiplier(ref_logps: Tensor, rewards: Tensor, epsilon: float, prompt_probs: Tensor) -> float:
+    gaps = rewards - rewards.amax(1, keepdim=True)
+    greedy_kl = -torch.logsumexp(ref_logps.masked_fill(gaps < 0, -math.inf), 1)  # (X,)
+    if epsilon >= float((prompt_probs * greedy_kl).sum()):
+        return 0.0
+    if epsilon == 0:
+        return math.inf
+    spread = -float(gaps.min())  # the unit in which beta is sought, for rewards of any size
+    gaps = gaps / spread
+
+    def mean_kl(inverse_beta: float) -> float:
+        return float((prompt_probs * _kl_of_tilt(ref_logps, gaps, inverse_beta)).sum())
+
+    return spread / _solve_inverse_beta(mean_kl, epsilon)
+
+
+def solve_beta(
+    ref_logps: Tensor,
+    rewards: Tensor,
+    epsilon: float | Tensor,
+    *,
+    per_prompt: bool = False,
+    prompt_probs: Tensor | None = None,
+) -> float | Tensor:
+    r"""The multiplier of a KL budget: the price of KL at which the best policy spends it (the derivation, §1-2).
+
+    One budget for all, :math:`E_x[D_{KL}] \le \epsilon`, has one multiplier. One budget for each prompt,
+    :math:`D_{KL}(\pi(\cdot|x)\|\pi_{ref}(\cdot|x)) \le \epsilon(x)`, has a multiplier for each prompt:
+    :math:`L = E_x[E_\pi[r] - \beta(x)(D_{KL} - \epsilon(x))]` is §2 prompt by prompt, and this
+    :math:`\beta(x)` is the derivation's input-dependent beta. Prompts do not mix in it, so that `prompt_probs`
+    plays no part.
+
+    For :math:`0 < \epsilon <` the KL of the greedy policy (the reference restricted to the best answers) the
+    multiplier is positive and unique, because :math:`D_{KL}(\pi^*_\beta)` falls strictly from that KL to 0 as
+    beta grows; it is where `dual` is least. A larger budget is not spent, and its multiplier is 0; so it is
+    where all answers of a prompt earn alike. For :math:`\epsilon = 0` no finite multiplier exists (the
+    constraint has no interior, and Slater's condition fails): inf.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y); which answers are best is decided by exact equality.
+        epsilon: the budget in nats, finite and at least 0: a number; with `per_prompt` a number or (X,).
+        per_prompt: one constraint for each prompt instead of one for their mean.
+        prompt_probs: (X,) for the mean, or None for the uniform distribution.
+
+    Returns:
+        A float; with `per_prompt` (X,). From 0 to inf, in units of the reward per nat. The optimal policy has
+        the KL :math:`\epsilon` to 1e-10 nats.
+
+    Raises:
+        ValueError: as `optimal_policy`; a negative or infinite budget; (X,) budgets without `per_prompt`,
+            `prompt_probs` with it.
+    """
+    _require_rewards(ref_logps, rewards)
+    prompts = len(ref_logps)
+    # the solver takes sums over pi_ref to be exactly 1
+    ref_logps = torch.log_softmax(ref_logps.detach(), 1)
+    rewards = rewards.detach()
+    if not per_prompt:
+        if isinstance(epsilon, Tensor):
+            raise ValueError("epsilon: came a tensor, expected one number; per_prompt=True takes a budget for each")
+        budget = float(_per_prompt("epsilon", epsilon, 1, also=(0.0,)))
+        return _multiplier(ref_logps, rewards, budget, _prompt_weights(prompt_probs, prompts))
+    if prompt_probs is not None:
+        raise ValueError("prompt_probs: came with per_prompt=True, expected None; each prompt has its own budget")
+    budgets = _per_prompt("epsilon", epsilon, prompts, also=(0.0,)).tolist()
+    alone = torch.ones(1, dtype=torch.float64)
+    betas = [_multiplier(ref_logps[i : i + 1], rewards[i : i + 1], budgets[i], alone) for i in range(prompts)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+# -- preferences and the loss (the derivation, §4-5) ----------------------------------------------------------
+
+
+def implicit_reward(policy_logps: Tensor, ref_logps: Tensor, beta: float | Tensor) -> Tensor:
+    r"""The reward that a policy is optimal for, up to a constant per prompt (the derivation, §3.1 solved for r).
+
+    .. math:: \beta(x) \log\frac{\pi(y|x)}{\pi_{ref}(y|x)} = r(x, y) - \beta(x) \log Z(x)
+
+    Of two answers to one prompt the last term cancels, because beta and Z depend on x alone:
+    :math:`r_w - r_l = \beta h` (Rafailov et al. 2023, arXiv:2305.18290, eq. 5). §4.1 of the derivation prints
+    it without beta and without the reference, and there it does not hold.
+
+    Args:
+        policy_logps: (X, Y), nats, finite.
+        ref_logps: (X, Y), nats.
+        beta: a positive number or (X,): the price of KL, in both forms of the loss.
+
+    Returns:
+        (X, Y) in units of the reward.
+
+    Raises:
+        ValueError: tables that are not float64, finite, normalised and of one shape; a beta that is not
+            positive and finite, or of another shape.
+    """
+    _require_logps("ref_logps", ref_logps)
+    _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape))
+    beta = _per_prompt("beta", beta, len(ref_logps))
+    return beta[:, None] * (policy_logps - ref_logps)
+
+
+def bradley_terry(rewards: Tensor) -> Tensor:
+    r"""Preferences that follow a reward: the logit of the probability that y beats y'.
+
+    .. math:: P(y \succ y'|x) = \sigma(r(x, y) - r(x, y'))
+
+    For labels of another reliability multiply the rewards: a factor above 1 makes them surer.
+
+    Args:
+        rewards: (X, Y).
+
+    Returns:
+        (X, Y, Y) logits, [x, y, y'], antisymmetric. Adding f(x) to the reward changes nothing.
+
+    Raises:
+        ValueError: `rewards` is not a finite float64 (X, Y).
+    """
+    _require_finite("rewards", rewards)
+    return rewards[:, :, None] - rewards[:, None, :]
+
+
+def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
+    _require_logps("ref_logps", ref_logps)
+    prompts, answers = ref_logps.shape
+    if answers < 2:
+        raise ValueError("ref_logps: came 1 answer per prompt, expected at least 2, to compare")
+    _require_finite("preference_logits", preference_logits, (prompts, answers, answers))
+    # exactly as many as the rounding of differences allows: y beats y' as often as y' is beaten
+    wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())
+    if wrong.any():
+        raise ValueError(
+            f"preference_logits: not antisymmetric in rows {_rows_where(wrong)}, "
+            "expected logit P(y beats y') = -logit P(y' beats y)"
+        )
+
+
+def _pair_logps(ref_logps: Tensor, preference_logits: Tensor) -> Tensor:
+    r"""Log-probability (X, Y, Y) that a labelled pair of a prompt is (chosen, rejected); -inf on the diagonal.
+
+    Both answers are drawn from :math:`\pi_{ref}`, a pair of equal ones is drawn again, and the label decides:
+    :math:`2\,w(y, y')\,P(y \succ y')`, w being the probability of the pair in this order.
+    """
+    same = torch.eye(ref_logps.shape[1], dtype=torch.bool)
+    both = (ref_logps[:, :, None] + ref_logps[:, None, :]).masked_fill(same, -math.inf)
+    return both - both.logsumexp((1, 2), keepdim=True) + F.logsigmoid(preference_logits) + math.log(2)
+
+
+def _scale(beta: Tensor, form: Form) -> Tensor:
+    if form not in ("inverse", "standard"):
+        raise ValueError(f"form: came {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
+    return 1 / beta if form == "inverse" else beta
+
+
+class _World(NamedTuple):
+    """What the loss and its gradients are made of, checked.
+
+    Attributes:
+        probs: (X, Y, Y) of prompt, chosen and rejected together; sums to 1.
+        h: (X, Y, Y).
+        beta: (X,).
+        scale: (X,) what multiplies h.
+    """
+
+    probs: Tensor
+    h: Tensor
+    beta: Tensor
+    scale: Tensor
+
+
+def _world(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    preference_logits: Tensor,
+    beta: float | Tensor,
+    form: Form,
+    prompt_probs: Tensor | None,
+) -> _World:
+    _require_preferences(ref_logps, preference_logits)
+    _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape))
+    prompts = len(ref_logps)
+    beta = _per_prompt("beta", beta, prompts)
+    scale = _scale(beta, form)
+    ref_logps = ref_logps.detach()
+    weights = _prompt_weights(prompt_probs, prompts)
+    probs = weights[:, None, None] * _pair_logps(ref_logps, preference_logits).exp()
+    logratios = policy_logps - ref_logps
+    return _World(probs, logratios[:, :, None] - logratios[:, None, :], beta, scale)
+
+
+def population_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    preference_logits: Tensor,
+    beta: float | Tensor,
+    form: Form,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tensor:
+    r"""The DPO loss of infinitely many pairs (the derivation, §4.2 and §5).
+
+    .. math:: L = E_{x \sim d}\, E_{y, y' \sim \pi_{ref},\, y \ne y'}
+        \bigl[-p \log\sigma(s h) - (1 - p) \log\sigma(-s h)\bigr], \qquad p = P(y \succ y'|x)
+
+    with :math:`h = \log\frac{\pi(y)}{\pi_{ref}(y)} - \log\frac{\pi(y')}{\pi_{ref}(y')}` and s = 1/beta(x) in
+    the "inverse" form, which the derivation prints, or s = beta(x) in the "standard" one (Rafailov et al. 2023,
+    arXiv:2305.18290, eq. 7). The two answers are drawn independently from the reference on condition that they
+    differ: equal ones have nothing to compare, and would add log 2 whatever the policy.
+
+    The loss has one minimiser among policies, as every pair occurs. Where the preferences are Bradley-Terry,
+    that one has :math:`s h = \mathrm{logit}\,p` for every pair at once; for other preferences (y beats y'
+    beats y'' beats y, say) no policy has. beta is not determined by it: the least value is the same for every
+    beta.
+
+    Args:
+        policy_logps: (X, Y), nats, finite.
+        ref_logps: (X, Y), nats; carries no gradient.
+        preference_logits: (X, Y, Y), [x, y, y'] the logit of the probability that y beats y'; antisymmetric,
+            finite.
+        beta: a positive number or (X,); a tensor receives the gradient.
+        form: "inverse" or "standard"; there is no default.
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Returns:
+        A scalar in nats, differentiable.
+
+    Raises:
+        ValueError: tables that are not float64, finite and of these shapes; rows of log-probabilities that
+            are not normalised; fewer than two answers; preferences that are not antisymmetric; a beta that is
+            not positive and finite, or of another shape; an unknown form; `prompt_probs` that are no
+            distribution.
+    """
+    world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
+    return -(world.probs * F.logsigmoid(world.scale[:, None, None] * world.h)).sum()
+
+
+def population_gradient_on_policy(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    preference_logits: Tensor,
+    beta: float | Tensor,
+    form: Form,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tensor:
+    r"""The gradient of `population_loss` on the logits of the policy, in closed form.
+
+    .. math:: \frac{\partial L}{\partial \theta(x, y)}
+        = -E\bigl[s\,\sigma(\hat r_l - \hat r_w)\,(1[y = y_w] - 1[y = y_l])\bigr],
+        \qquad \hat r = s\log\frac{\pi}{\pi_{ref}}
+
+    for :math:`\pi = \mathrm{softmax}(\theta)`: the weight of Rafailov et al. 2023 (arXiv:2305.18290, §4), large
+    where the pair is ranked wrongly.
+
+    Args:
+        policy_logps: as `population_loss`.
+        ref_logps: as `population_loss`.
+        preference_logits: as `population_loss`.
+        beta: as `population_loss`.
+        form: as `population_loss`.
+        prompt_probs: as `population_loss`.
+
+    Returns:
+        (X, Y), detached; each row sums to 0.
+
+    Raises:
+        ValueError: as `population_loss`.
+    """
+    with torch.no_grad():
+        world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
+        scale = world.scale[:, None, None]
+        push = world.probs * scale * torch.sigmoid(-scale * world.h)  # (X, chosen, rejected)
+        return push.sum(1) - push.sum(2)
+
+
+def population_gradient_on_beta(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    preference_logits: Tensor,
+    beta: float | Tensor,
+    form: Form,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tensor:
+    r"""The gradient of `population_loss` on beta(x), in closed form.
+
+    .. math:: \frac{\partial L}{\partial \beta(x)} = -d(x)\,s'(\beta)\,E[\sigma(-s h)\,h \mid x]
+        = d(x)\,s'(\beta)\,E[(\sigma(s h) - p)\,h \mid x], \qquad s' = 1 \text{ or } -1/\beta^2
+
+    with h of (chosen, rejected) in the first and of (y, y') in the second. A pair ranked rightly (h > 0) pulls
+    s up, one ranked wrongly pulls it down.
+
+    Args:
+        policy_logps: as `population_loss`.
+        ref_logps: as `population_loss`.
+        preference_logits: as `population_loss`.
+        beta: as `population_loss`.
+        form: as `population_loss`.
+        prompt_probs: as `population_loss`.
+
+    Returns:
+        (X,), detached. Where beta is one number, the derivative in it is their sum.
+
+    Raises:
+        ValueError: as `population_loss`.
+    """
+    with torch.no_grad():
+        world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
+        on_scale = -(world.probs * torch.sigmoid(-world.scale[:, None, None] * world.h) * world.h).sum((1, 2))
+        return -on_scale / world.beta.square() if form == "inverse" else on_scale
+
+
+class Pairs(NamedTuple):
+    """Labelled pairs as `sample_pairs` draws them, indices into the tables.
+
+    Attributes:
+        prompt: (B,) int64.
+        chosen: (B,) int64, the answer preferred.
+        rejected: (B,) int64, another answer to the same prompt.
+    """
+
+    prompt: Tensor
+    chosen: Tensor
+    rejected: Tensor
+
+
+def sample_pairs(
+    ref_logps: Tensor,
+    preference_logits: Tensor,
+    count: int,
+    *,
+    generator: torch.Generator,
+    prompt_probs: Tensor | None = None,
+) -> Pairs:
+    r"""Draw the pairs over which `population_loss` is the expectation, with hard labels.
+
+    A prompt from `prompt_probs`, two different answers from :math:`\pi_{ref}(\cdot|x)`, and a label by the
+    preference.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        preference_logits: (X, Y, Y) logits, antisymmetric, as in `population_loss`.
+        count: how many pairs, at least 1.
+        generator: makes the draw repeatable.
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Returns:
+        `count` pairs, independent of each other.
+
+    Raises:
+        ValueError: as `population_loss`; a `count` that is no positive integer.
+    """
+    _require_preferences(ref_logps, preference_logits)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: came {count!r}, expected a positive integer")
+    weights = _prompt_weights(prompt_probs, len(ref_logps))
+    probs = weights[:, None, None] * _pair_logps(ref_logps, preference_logits).exp()
+    drawn = torch.multinomial(probs.flatten(), count, replacement=True, generator=generator)
+    return Pairs(*torch.unravel_index(drawn, probs.shape))

@@ -1,0 +1,159 @@
+"""Entropies of models small enough to list every answer, and standard errors that mean what they say."""
+
+import math
+
+import pytest
+import torch
+
+from dpoviz.entropy import _ratio, estimate_entropy
+
+EOS, LIMIT = 0, 3
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    """Four tokens, of which 0 ends an answer: 40 answers in all, at most three tokens long."""
+    return make_model("llama", vocab=4, eos=EOS, seed=3, initializer_range=0.25)
+
+
+@pytest.fixture(scope="module")
+def truth(model, oracle, enumerate_answers):
+    """By the list of all answers: their entropy, their entropy per token, and that of the first token."""
+
+    def of(prompt):
+        answers = enumerate_answers(model, prompt, eos=EOS, limit=LIMIT)
+        assert math.fsum(answers.values()) == pytest.approx(1, abs=1e-12)
+        sequence = -math.fsum(p * math.log(p) for p in answers.values())
+        length = math.fsum(p * len(answer) for answer, p in answers.items())
+        first = oracle(model, prompt, [EOS])[1][0]
+        cut = math.fsum(p for answer, p in answers.items() if answer[-1] != EOS)
+        return {"sequence": sequence, "per_token": sequence / length, "first_token": first, "truncated": cut}
+
+    return of
+
+
+def estimate(model, prompts, samples, **changes):
+    settings = {"max_new_tokens": LIMIT, "eos_id": EOS, "pad_id": EOS, "seed": 0, **changes}
+    return estimate_entropy(model, prompts, samples=samples, **settings)
+
+
+class TestRatio:
+    def test_by_hand(self):
+        # (2 + 4) / (1 + 3) = 1.5; residuals 2 - 1.5 = 0.5 and 4 - 4.5 = -0.5, so their variance is 0.5;
+        # sqrt(0.5 / 2) over the mean length 2 is 0.25. The mean of the ratios would be (2 + 4/3) / 2
+        value, se = _ratio(torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 3.0]]))
+        assert (value.item(), se.item()) == pytest.approx((1.5, 0.25), abs=1e-6)
+
+    def test_lengths_that_explain_the_sums_leave_no_error(self):
+        lengths = torch.tensor([[1.0, 5.0, 2.0]], dtype=torch.float64)
+        value, se = _ratio(0.7 * lengths, lengths)
+        assert (value.item(), se.item()) == pytest.approx((0.7, 0), abs=1e-12)
+
+
+PROMPTS = ([1, 2, 3], [3], [2, 2, 1, 1, 3])
+
+
+@pytest.fixture(scope="module")
+def many(model):
+    return estimate(model, PROMPTS, 1200)
+
+
+@pytest.fixture(scope="module")
+def repeats(model):
+    """400 independent estimates at one prompt, of 64 answers each."""
+    return estimate(model, [[3]] * 400, 64, seed=1, batch_size=100)
+
+
+class TestEstimateEntropy:
+    @pytest.mark.parametrize("name", ["sequence", "monte_carlo", "per_token"])
+    def test_agrees_with_the_list_of_all_answers(self, many, truth, name):
+        exact = [truth(prompt)["sequence" if name == "monte_carlo" else name] for prompt in PROMPTS]
+        value, se = getattr(many, name)
+        for i in range(3):
+            assert 0 < se[i] < 0.1  # tight enough to mean something
+            assert abs(value[i].item() - exact[i]) < 4 * se[i].item()  # 1 in 16000 by chance, and seeded
+        # the control: the three prompts differ by more than that, so an order mixed up would be seen
+        assert max(exact) - min(exact) > 8 * se.max()
+
+    def test_first_token_is_exact(self, many, truth):
+        exact = [truth(prompt)["first_token"] for prompt in PROMPTS]
+        assert many.first_token.value.tolist() == pytest.approx(exact, abs=1e-10)  # float64 throughout
+        assert many.first_token.se.tolist() == [0, 0, 0]
+
+    def test_the_share_of_cut_answers(self, many, truth):
+        for share, prompt in zip(many.truncated.tolist(), PROMPTS, strict=True):
+            exact = truth(prompt)["truncated"]
+            assert 0.05 < exact < 0.95
+            assert abs(share - exact) < 4 * math.sqrt(exact * (1 - exact) / 1200)
+        assert many.samples == 1200
+
+    def test_less_than_the_whole_entropy_where_answers_are_cut(self, model, enumerate_answers):
+        def exact(limit):
+            return -math.fsum(p * math.log(p) for p in enumerate_answers(model, [3], eos=EOS, limit=limit).values())
+
+        assert exact(1) < exact(3) < exact(5)
+
+    def test_sequence_and_monte_carlo_have_one_mean(self, many):
+        a, b = many.sequence, many.monte_carlo
+        # on the same answers, which only brings the two closer than if they were independent
+        assert ((a.value - b.value).abs() < 4 * (a.se.square() + b.se.square()).sqrt()).all()
+        assert not torch.equal(a.value, b.value)
+
+    @pytest.mark.parametrize("name", ["sequence", "monte_carlo", "per_token"])
+    def test_standard_errors_are_calibrated(self, repeats, truth, name):
+        exact = truth([3])["sequence" if name == "monte_carlo" else name]
+        value, se = getattr(repeats, name)
+        z = (value - exact) / se
+        # 400 repeats: the standard deviation of z scatters by 1 / sqrt(800) = 0.035 and its mean by 0.05, the
+        # bounds are four of these; an error that forgot sqrt(K) gives 0.125, n for n - 1 is below the resolution
+        assert 0.86 < z.std().item() < 1.14
+        assert abs(z.mean().item()) < 0.2
+
+    def test_uniform(self, make_model):
+        model = make_model("llama", vocab=5, eos=EOS)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.zero_()
+        got = estimate(model, [[1, 2], [3]], 40)
+        for name in ("first_token", "per_token"):
+            assert getattr(got, name).value.tolist() == pytest.approx([math.log(5)] * 2, abs=1e-12)
+            assert getattr(got, name).se.tolist() == pytest.approx([0, 0], abs=1e-12)
+        # each of 5^3 leaves has -log p = length * log 5, so here the two estimates are one and the same
+        assert got.sequence.value.tolist() == pytest.approx(got.monte_carlo.value.tolist(), abs=1e-12)
+        lengths = got.sequence.value / math.log(5)
+        assert ((1 < lengths) & (lengths < 3)).all()
+
+    def test_deterministic(self, make_model):
+        model = make_model("llama", vocab=5, eos=EOS)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e4)
+        got = estimate(model, [[1, 2], [3]], 4)
+        for name in ("first_token", "per_token", "sequence", "monte_carlo"):
+            assert getattr(got, name).value.tolist() == pytest.approx([0, 0], abs=1e-12)
+            assert getattr(got, name).se.tolist() == pytest.approx([0, 0], abs=1e-12)
+
+    def test_prompts_keep_their_order_over_batches(self, model, truth):
+        prompts = [[1, 2, 3], [3], [2, 1], [1, 1, 2, 2, 3, 3], [2]]
+        got = estimate(model, prompts, 2, batch_size=2)
+        exact = [truth(prompt)["first_token"] for prompt in prompts]
+        assert got.first_token.value.tolist() == pytest.approx(exact, abs=1e-10)
+        assert len({round(value, 6) for value in exact}) == 5
+
+    def test_repeatable_and_the_seed_matters(self, model):
+        first, again, other = (estimate(model, [[1, 2]], 10, seed=seed).sequence.value for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_stays_and_dropout_does_not_act(self, make_model, training):
+        model = make_model("gpt2", vocab=4, eos=EOS)  # dropout 0.1
+        expected = estimate(model, [[1, 2]], 10).sequence.value
+        assert torch.equal(estimate(model.train(training), [[1, 2]], 10).sequence.value, expected)
+        assert model.training is training
+
+    def test_carries_no_gradient(self, model):
+        assert not estimate(model, [[1, 2]], 2).per_token.value.requires_grad
+
+    @pytest.mark.parametrize("samples", [1, 0])
+    def test_too_few_samples(self, model, samples):
+        with pytest.raises(ValueError, match=f"samples: came {samples}, expected at least 2"):
+            estimate(model, [[1, 2]], samples)

@@ -1,0 +1,455 @@
+"""Shared-prefix scores against one forward a token, and samples against the tree of all answers."""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import MistralConfig, MistralForCausalLM
+
+import dpoviz.logprobs as lp
+from dpoviz.logprobs import PrefixBatch, prefix_batch, sample_answers, score_answers, supports_shared_prefix
+
+VOCAB, PAD, EOS = 30, 0, 2
+# float64 and sums of at most 60 terms of order 10: the rounding is about 1e-13, the bound leaves a thousandfold
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def tokens(length, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (length,), generator=draw).tolist()
+
+
+def ragged(k, seed=0):
+    """Four prompts of 1 to 7 tokens with k answers of 1 to 8 tokens, the end token included."""
+    prompts = [tokens(n, seed + n) for n in (3, 1, 7, 4)]
+    lengths = [[(3 * i + 5 * j) % 8 for j in range(k)] for i in range(4)]
+    return prompts, [[[*tokens(n, 99 * i + j + seed), EOS] for j, n in enumerate(row)] for i, row in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(make_model, kind):
+    return make_model(kind)
+
+
+@pytest.fixture(scope="module")
+def llama(make_model):
+    return make_model("llama")
+
+
+def plain_causal(self, dtype):
+    """What a model would see without the shared-prefix mask: everything that stands before."""
+    rows, length = self.segments.shape
+    mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+    return mask.expand(rows, 1, length, length)
+
+
+class TestPrefixBatch:
+    def test_the_layout_of_one_row_by_hand(self):
+        batch = prefix_batch([[5, 6]], [[[7, 8, 2], [9, 2]]], pad_id=0)
+        # the end tokens are predicted, not fed
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+        assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+        assert batch.targets.tolist() == [7, 8, 2, 9, 2]
+        assert batch.predictors.tolist() == [1, 2, 3, 1, 4]
+        assert batch.owners.tolist() == [0, 0, 0, 1, 1]
+
+    def test_who_sees_whom(self):
+        batch = prefix_batch([[5, 6], [5]], [[[7, 8, 2], [9, 2]], [[2], [2]]], pad_id=0)
+        seen = batch.attention_mask(torch.float32)[:, 0] == 0
+        assert seen[0].int().tolist() == [
+            [1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1],
+        ]
+        assert seen[1, 0].tolist() == [True, False, False, False, False]
+        assert seen[1].any(dim=1).all()  # padding sees something, or its softmax is NaN
+        assert not seen[1, :1, 1:].any()
+
+    def test_moves_as_one(self):
+        batch = prefix_batch([[5, 6]], [[[7, 2], [9, 2]]], pad_id=0).to("meta")
+        assert {getattr(batch, name).device.type for name in ("input_ids", "segments", "predictors", "owners")} == {
+            "meta"
+        }
+        assert batch.answers == 2
+
+    @pytest.mark.parametrize(
+        ("prompts", "answers", "message"),
+        [
+            ([], [], "prompts, answers: came 0 and 0"),
+            ([[3]], [[[4]], [[4]]], "prompts, answers: came 1 and 2"),
+            ([[3], [3]], [[[4]], [[4], [5]]], r"answers: came \[1, 2\] a prompt, expected the same number"),
+            ([[3]], [[]], r"answers: came \[0\] a prompt"),
+            ([[3], []], [[[4]], [[4]]], r"prompts: empty in rows \[1\]"),
+            ([[3], [3]], [[[4]], [[]]], r"answers: empty in rows \[1\]"),
+        ],
+    )
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_refused(self, llama, prompts, answers, message, shared):
+        with pytest.raises(ValueError, match=message):
+            score_answers(llama, prompts, answers, pad_id=PAD, shared_prefix=shared)
+
+
+class TestScoreAnswers:
+    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("k", [1, 2, 5])
+    def test_equals_one_forward_a_token(self, model, oracle, k, shared):
+        prompts, answers = ragged(k)
+        scores = score_answers(model, prompts, answers, pad_id=PAD, entropy=True, features=True, shared_prefix=shared)
+        for i, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+            for j, answer in enumerate(own):
+                logps, entropies = oracle(model, prompt, answer)
+                assert scores.logps[i, j].item() == pytest.approx(math.fsum(logps), abs=1e-10)
+                assert scores.entropy_sums[i, j].item() == pytest.approx(math.fsum(entropies), abs=1e-10)
+                assert scores.lengths[i, j] == len(answer)
+            assert scores.first_entropies[i].item() == pytest.approx(entropies[0], abs=1e-10)
+            hidden = model.base_model(torch.tensor([prompt])).last_hidden_state[0]
+            # features are float32: 6e-8 relative, on numbers of order 1 to 10
+            torch.testing.assert_close(scores.features[i], hidden.mean(dim=0).float(), rtol=1e-6, atol=1e-6)
+        assert not scores.features.requires_grad
+
+    @settings(max_examples=20, deadline=None)
+    @given(data=st.data())
+    def test_equals_separate_sequences_of_any_lengths(self, llama, data):
+        k = data.draw(st.integers(1, 4))
+        token = st.integers(0, VOCAB - 1)
+        prompts = data.draw(st.lists(st.lists(token, min_size=1, max_size=9), min_size=1, max_size=4))
+        answer = st.lists(token, min_size=1, max_size=9)
+        answers = [data.draw(st.lists(answer, min_size=k, max_size=k)) for _ in prompts]
+        with torch.no_grad():
+            a, b = (
+                score_answers(llama, prompts, answers, pad_id=PAD, entropy=True, features=True, shared_prefix=shared)
+                for shared in (True, False)
+            )
+        for name in ("logps", "lengths", "entropy_sums", "first_entropies"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), **EXACT)
+        torch.testing.assert_close(a.features, b.features, rtol=1e-6, atol=1e-6)
+
+    def test_gradients_of_all_parameters(self, model):
+        prompts, answers = ragged(3)
+        weights = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        grads = []
+        for shared in (True, False):
+            logps = score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=shared).logps
+            grads.append(torch.autograd.grad((weights * logps).sum(), list(model.parameters())))
+        for (name, _), a, b in zip(model.named_parameters(), *grads, strict=True):
+            assert b.abs().max() > 0, name
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_in_float32(self, make_model, kind, attention):
+        model = make_model(kind, dtype=torch.float32, attention=attention)
+        prompts, answers = ragged(2)
+        with torch.no_grad():
+            a, b = (score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=s).logps for s in (True, False))
+        # logits of order 10 carry 1e-6 each from sums in another order; an answer sums up to 8 of them
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+    def test_eager_attention(self, make_model, kind):
+        model = make_model(kind, attention="eager")
+        prompts, answers = ragged(2)
+        with torch.no_grad():
+            a, b = (score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=s).logps for s in (True, False))
+        # Llama's eager softmax rounds to float32 whatever it is given
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if kind == "llama" else 1e-10)
+
+    def test_an_answer_does_not_see_its_rival(self, model, monkeypatch):
+        prompt, rejected = tokens(4, 1), [*tokens(5, 2), EOS]
+
+        def rejected_beside(chosen):
+            with torch.no_grad():
+                scores = score_answers(
+                    model, [prompt], [[chosen, rejected]], pad_id=PAD, features=True, shared_prefix=True
+                )
+            return scores.logps[0, 1].item(), scores.features
+
+        same_length, longer = [*tokens(3, 7), EOS], [*tokens(8, 9), EOS]
+        first, features = rejected_beside([*tokens(3, 5), EOS])
+        for chosen in (same_length, longer):
+            again, features_again = rejected_beside(chosen)
+            assert again == pytest.approx(first, abs=1e-12)
+            torch.testing.assert_close(features_again, features, rtol=0, atol=1e-6)
+        assert torch.equal(rejected_beside(same_length)[1], features)
+        # the control: with the mask that models use by default it does see it
+        monkeypatch.setattr(PrefixBatch, "attention_mask", plain_causal)
+        seen = [rejected_beside(chosen)[0] for chosen in (same_length, longer)]
+        assert abs(seen[0] - seen[1]) > 0.1
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_padding_does_not_matter(self, model, shared):
+        prompts, answers = ragged(2)
+        with torch.no_grad():
+            together, other = (
+                score_answers(model, prompts, answers, pad_id=pad, entropy=True, shared_prefix=shared)
+                for pad in (PAD, 17)
+            )
+            alone = [
+                score_answers(model, [p], [a], pad_id=PAD, entropy=True, shared_prefix=shared)
+                for p, a in zip(prompts, answers, strict=True)
+            ]
+        for name in ("logps", "entropy_sums", "first_entropies"):
+            torch.testing.assert_close(getattr(together, name), getattr(other, name), **EXACT)
+            one_by_one = torch.cat([getattr(scores, name) for scores in alone])
+            torch.testing.assert_close(getattr(together, name), one_by_one, **EXACT)
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_chunks_change_nothing(self, model, monkeypatch, shared):
+        prompts, answers = ragged(2)
+
+        def run():
+            scores = score_answers(model, prompts, answers, pad_id=PAD, entropy=True, shared_prefix=shared)
+            grads = torch.autograd.grad((scores.logps * scores.entropy_sums).sum(), list(model.parameters()))
+            return [scores.logps, scores.entropy_sums, *grads]
+
+        whole = run()
+        monkeypatch.setattr(lp, "_LOGITS_AT_ONCE", 3 * VOCAB)
+        for a, b in zip(whole, run(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+    def test_logits_only_where_an_answer_is_predicted_and_a_chunk_at_a_time(self, model, monkeypatch):
+        prompts, answers = ragged(2)
+        count = sum(len(answer) for own in answers for answer in own)
+        rows = []
+        hook = model.get_output_embeddings().register_forward_hook(lambda *args: rows.append(args[2].shape[:-1]))
+        try:
+            with torch.no_grad():
+                score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True)
+                assert rows == [(count,)]
+                monkeypatch.setattr(lp, "_LOGITS_AT_ONCE", 3 * VOCAB)
+                score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True)
+        finally:
+            hook.remove()
+        assert sum(n for (n,) in rows[1:]) == count
+        assert max(n for (n,) in rows[1:]) == 3
+
+    def test_gradient_only_where_it_is_on(self, llama):
+        prompts, answers = ragged(2)
+        assert score_answers(llama, prompts, answers, pad_id=PAD).logps.requires_grad
+        with torch.no_grad():
+            assert not score_answers(llama, prompts, answers, pad_id=PAD).logps.requires_grad
+
+
+def deaf(model, argument):
+    """The same model with a body that does not hear `argument`, as a foreign architecture might not."""
+    heard = model.base_model.forward
+
+    def forward(*args, **kwargs):
+        value = kwargs.pop(argument, None)
+        if argument == "attention_mask" and value is not None and value.dim() == 2:
+            kwargs[argument] = value  # an ordinary padding mask is understood
+        return heard(*args, **kwargs)
+
+    model.base_model.forward = forward
+    return model
+
+
+class TestSupportsSharedPrefix:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_yes_and_the_mode_stays(self, make_model, kind, training, caplog):
+        model = make_model(kind, dtype=torch.float32).train(training)
+        assert supports_shared_prefix(model)
+        assert model.training is training
+        assert not caplog.records
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("argument", ["attention_mask", "position_ids"])
+    def test_no_for_a_model_that_does_not_listen_which_is_still_scored_right(
+        self, make_model, oracle, kind, argument, training, caplog
+    ):
+        model = deaf(make_model(kind), argument).train(training)
+        assert not supports_shared_prefix(model)
+        assert model.training is training
+        said = [record.getMessage() for record in caplog.records if record.name == lp.__name__]
+        assert len(said) == 1
+        assert "cannot take shared-prefix batches" in said[0]
+        model.eval()
+        prompts, answers = ragged(2)
+        with torch.no_grad():
+            right = score_answers(model, prompts, answers, pad_id=PAD).logps
+            wrong = score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True).logps
+        exact = torch.tensor(
+            [[sum(oracle(model, p, a)[0]) for a in own] for p, own in zip(prompts, answers, strict=True)],
+            dtype=torch.float64,
+        )
+        torch.testing.assert_close(right, exact, **EXACT)
+        assert (wrong - exact).abs().max() > 0.1  # the control: the trial was right to refuse
+        assert len([record for record in caplog.records if record.name == lp.__name__]) == 1  # said once
+
+    def test_no_for_a_freshly_made_model_whose_numbers_differ_little(self, make_model):
+        model = make_model("llama", dtype=torch.float32, initializer_range=0.02)
+        assert not supports_shared_prefix(deaf(model, "attention_mask"))
+
+    def test_no_for_a_model_that_raises(self, make_model):
+        model = make_model("llama").train()
+
+        def forward(*args, attention_mask=None, **kwargs):
+            raise NotImplementedError("no mask of four dimensions here")
+
+        model.base_model.forward = forward
+        assert not supports_shared_prefix(model)
+        assert model.training
+
+    def test_no_for_a_sliding_window_wider_than_the_trial(self):
+        # the trial's 12 tokens fit in the window, real sequences need not
+        torch.manual_seed(0)
+        config = MistralConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=12,
+            initializer_range=0.4,
+            bos_token_id=None,
+            eos_token_id=EOS,
+        )
+        model = MistralForCausalLM(config).double().eval()
+        prompts, answers = [tokens(20, 1)], [[tokens(10, 2), tokens(10, 3)]]
+        with torch.no_grad():
+            shared, separate = (
+                score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=s).logps for s in (True, False)
+            )
+        assert (shared - separate).abs().max() > 0.1
+        assert not supports_shared_prefix(model)
+
+    def test_asked_once_a_model(self, make_model, monkeypatch):
+        model, calls = make_model("llama"), []
+        trial = lp._shared_scores
+        monkeypatch.setattr(lp, "_shared_scores", lambda *args, **kwargs: calls.append(1) or trial(*args, **kwargs))
+        assert supports_shared_prefix(model)
+        assert supports_shared_prefix(model)
+        assert len(calls) == 1
+        assert supports_shared_prefix(make_model("llama", seed=1))
+        assert len(calls) == 2
+
+
+@pytest.fixture(scope="module")
+def small(make_model, kind):
+    """Four tokens, of which 0 ends an answer: 40 answers in all, at most three tokens long."""
+    return make_model(kind, vocab=4, eos=0, seed=3, initializer_range=0.25, dtype=torch.float32)
+
+
+class TestSampleAnswers:
+    LIMIT = 3
+
+    def draw(self, model, prompts, k, **changes):
+        settings = {"max_new_tokens": self.LIMIT, "eos_id": 0, "pad_id": 0, "seed": 0, **changes}
+        return sample_answers(model, prompts, k, **settings)
+
+    def test_frequencies_are_the_models_probabilities(self, small, enumerate_answers):
+        prompts, n = [[1, 2, 3, 1, 2], [3], [2, 2]], 4000  # left padding of 4 and 3 tokens
+        drawn = self.draw(small, prompts, n)
+        for prompt, answers in zip(prompts, drawn.answers, strict=True):
+            exact = enumerate_answers(small, prompt, eos=0, limit=self.LIMIT)
+            assert {tuple(answer) for answer in answers} <= set(exact)
+            # seeded, so it passes or fails for good; by chance one draw in a thousand would fail
+            assert self.fit(answers, exact) > 1e-3
+            # the control: a temperature of 0.8 is seen
+            total = sum(p**1.25 for p in exact.values())
+            assert self.fit(answers, {answer: p**1.25 / total for answer, p in exact.items()}) < 1e-6
+
+    @staticmethod
+    def fit(answers, exact):
+        """p-value of the chi-square test; answers that are expected less than 5 times are put together."""
+        count = {answer: 0 for answer in exact}
+        for answer in answers:
+            count[tuple(answer)] += 1
+        often = [answer for answer, p in exact.items() if p * len(answers) >= 5]
+        observed = [count[answer] for answer in often]
+        expected = [exact[answer] * len(answers) for answer in often]
+        rest = len(answers) - sum(expected)
+        if rest > 1e-6 * len(answers):
+            observed.append(len(answers) - sum(observed))
+            expected.append(rest)
+        return chisquare(observed, expected, sum_check=False).pvalue
+
+    def test_the_models_own_generation_settings_are_not_used_and_stay(self, make_model, kind):
+        model = make_model(kind, vocab=4, eos=0, seed=3, initializer_range=0.25)
+        before = self.draw(model, [[1, 2], [3]], 50)
+        own = model.generation_config
+        own.temperature, own.top_k, own.do_sample, own.repetition_penalty = 0.1, 1, True, 5.0
+        assert self.draw(model, [[1, 2], [3]], 50) == before
+        assert model.generation_config is own
+        assert (own.temperature, own.top_k) == (0.1, 1)
+        # the control: these settings do make a difference to generate()
+        greedy = model.generate(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2), max_new_tokens=3)
+        assert len({tuple(answer) for answer in before.answers[0]}) > 5
+        assert torch.equal(
+            greedy, model.generate(torch.tensor([[1, 2]]), attention_mask=torch.ones(1, 2), max_new_tokens=3)
+        )
+
+    def test_the_callers_random_state_is_left_alone_and_draws_repeat(self, small):
+        torch.manual_seed(7)
+        state = torch.random.get_rng_state()
+        first = self.draw(small, [[1, 2], [3]], 20)
+        assert torch.equal(state, torch.random.get_rng_state())
+        torch.rand(5)
+        assert self.draw(small, [[1, 2], [3]], 20) == first
+        assert self.draw(small, [[1, 2], [3]], 20, seed=1) != first
+
+    def test_an_answer_stops_at_its_end_and_cut_ones_are_counted(self, small):
+        drawn = self.draw(small, [[1, 2], [3]], 200)
+        for answers, truncated in zip(drawn.answers, drawn.truncated, strict=True):
+            assert len(answers) == 200
+            cut = [answer for answer in answers if answer[-1] != 0]
+            assert 0 < len(cut) == truncated < 200
+            assert {len(answer) for answer in cut} == {self.LIMIT}
+            assert all(0 not in answer[:-1] for answer in answers)
+
+    def test_answers_come_back_in_the_order_of_the_prompts(self, make_model, kind):
+        model = make_model(kind)
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(1e4)  # one token takes all: the answer is known
+        prompts = [tokens(n, n) for n in (5, 2, 7, 1, 4)]
+        drawn = sample_answers(model, prompts, 2, max_new_tokens=4, eos_id=EOS, pad_id=PAD, seed=0, batch_size=2)
+        expected = []
+        for prompt in prompts:
+            row = list(prompt)
+            while len(row) < len(prompt) + 4 and EOS not in row[len(prompt) :]:
+                row.append(model(torch.tensor([row])).logits[0, -1].argmax().item())
+            expected.append([row[len(prompt) :]] * 2)
+        assert drawn.answers == expected
+        assert len({tuple(own[0]) for own in expected}) > 1  # or the order could not be seen
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_stays_and_dropout_does_not_act(self, make_model, training):
+        model = make_model("gpt2", vocab=4, eos=0, seed=3)  # dropout 0.1
+        expected = self.draw(model, [[1, 2]], 50)
+        assert self.draw(model.train(training), [[1, 2]], 50) == expected
+        assert model.training is training
+
+    def test_transformers_has_nothing_to_warn_about(self, small, caplog):
+        transformers_logger = logging.getLogger("transformers")
+        transformers_logger.addHandler(caplog.handler)  # it does not propagate
+        try:
+            self.draw(small, [[1, 2], [3]], 2)
+        finally:
+            transformers_logger.removeHandler(caplog.handler)
+        assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+    @pytest.mark.parametrize(
+        ("prompts", "k", "limit", "message"),
+        [
+            ([[1]], 0, 3, "k: came 0, expected at least 1"),
+            ([], 1, 3, "prompts: came none, or an empty one"),
+            ([[1], []], 1, 3, "prompts: came none, or an empty one"),
+            ([[1], [1] * 62], 1, 3, "max_new_tokens: came 3, but a prompt has 62 tokens and the context 64"),
+        ],
+    )
+    def test_refused(self, small, prompts, k, limit, message):
+        with pytest.raises(ValueError, match=message):
+            self.draw(small, prompts, k, max_new_tokens=limit)
+
+    def test_a_prompt_that_just_fits(self, small):
+        assert len(self.draw(small, [[1] * 61], 1).answers[0][0]) <= 3

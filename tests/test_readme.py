@@ -1,0 +1,38 @@
+"""What the README says can be run, runs; what it names, is there."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_runs():
+    assert blocks("python")
+    for block in blocks("python"):
+        names = {}
+        exec(block, names)
+        assert names["out"].losses.shape == (8,)
+        assert any(p.grad is not None and torch.isfinite(p.grad).all() for p in names["beta"].parameters())
+
+
+def test_two_commands():
+    assert blocks("bash")[:2] == ["pip install -e . && dpoviz demo\n", 'pip install -e ".[test]" && pytest\n']
+
+
+def test_what_it_names_is_there():
+    for name in re.findall(r"`([\w/]+\.(?:py|md))`", README):
+        assert list(ROOT.glob(f"**/{name.split('/')[-1]}")), name
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_module_is_in_the_table():
+    for path in (ROOT / "dpoviz").glob("*.py"):
+        assert path.stem == "__init__" or path.name in README, path.name

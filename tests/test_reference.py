@@ -1,0 +1,253 @@
+"""The reference's columns against one forward a token; a cache that is met only by what made it."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import dpoviz.reference as module
+from dpoviz.entropy import estimate_entropy
+from dpoviz.reference import default_cache_dir, reference_pass
+
+SETTINGS = {"max_length": 16, "max_new_tokens": 4, "entropy_samples": 4, "batch_size": 2, "progress": False}
+# prompts and answers of many lengths, in no order, so that sorted batches have to be put back
+ROWS = [
+    ("a b c d e", "f g", "h"),
+    ("b", "c", "d e f g h i"),
+    ("a b c d e", "i", "j k l"),
+    ("c d", "e f g h", "i"),
+    ("b c d e f g h", "a", "b c"),
+]
+
+
+def pairs(rows=ROWS):
+    return Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r, "task": "t", "group": None, "line": i + 1}
+         for i, (p, c, r) in enumerate(rows)]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Prompts of each scoring pass over pairs, and of each estimate of the entropy."""
+    seen = {"scores": [], "entropies": []}
+    score, estimate = module.score_answers, module.estimate_entropy
+
+    def spy_score(model, prompts, *args, **kwargs):
+        seen["scores"].append(prompts)
+        return score(model, prompts, *args, **kwargs)
+
+    def spy_estimate(model, prompts, **kwargs):
+        seen["entropies"].append(prompts)
+        return estimate(model, prompts, **kwargs)
+
+    monkeypatch.setattr(module, "score_answers", spy_score)
+    monkeypatch.setattr(module, "estimate_entropy", spy_estimate)
+    return seen
+
+
+class TestColumns:
+    def test_log_probabilities_and_features_row_by_row(self, model, tokenizer, oracle):
+        out = reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        assert [(row["prompt"], row["chosen"], row["rejected"]) for row in out] == ROWS
+        for row in out:
+            for side in ("chosen", "rejected"):
+                exact = math.fsum(oracle(model, row["prompt_ids"], row[f"{side}_ids"])[0])
+                # kept in float32: half of 2^-23, relative
+                assert row[f"ref_{side}_logps"] == pytest.approx(exact, rel=1e-7)
+            hidden = model.base_model(torch.tensor([row["prompt_ids"]])).last_hidden_state[0]
+            # averaged in float32: a few roundings of 6e-8, of numbers of order 1
+            np.testing.assert_allclose(row["ref_features"], hidden.mean(dim=0).detach().numpy(), rtol=0, atol=1e-6)
+
+    def test_entropy_is_the_per_token_estimate_of_each_prompt(self, model, tokenizer):
+        out = reference_pass(model, tokenizer, pairs(), seed=3, **SETTINGS)
+        prompts = list(dict.fromkeys(tuple(ids) for ids in out["prompt_ids"]))
+        drawn = estimate_entropy(
+            model, prompts, samples=4, max_new_tokens=4, eos_id=2, pad_id=0, seed=3, batch_size=2
+        )  # fmt: skip
+        for row in out:
+            i = prompts.index(tuple(row["prompt_ids"]))
+            assert row["ref_entropy"] == pytest.approx(drawn.per_token.value[i].item(), rel=1e-7)
+            assert row["ref_entropy_se"] == pytest.approx(drawn.per_token.se[i].item(), rel=1e-7)
+
+    def test_float32_and_flat(self, model, tokenizer):
+        features = reference_pass(model, tokenizer, pairs(), **SETTINGS).features
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_entropy", "ref_entropy_se"):
+            assert features[name].dtype == "float32"
+        assert features["ref_features"].feature.dtype == "float32"
+
+    def test_a_prompt_that_stands_twice_has_one_entropy(self, model, tokenizer, calls):
+        out = reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        assert [len(prompts) for prompts in calls["entropies"]] == [4]  # of five rows
+        for name in ("ref_entropy", "ref_entropy_se", "ref_features"):
+            assert out[0][name] == out[2][name]
+            assert out[0][name] != out[1][name]
+
+    def test_entropy_and_features_depend_on_the_prompt_alone(self, model, tokenizer):
+        other = [(prompt, rejected, "t s r q") for prompt, _, rejected in ROWS]
+        a, b = (reference_pass(model, tokenizer, pairs(rows), **SETTINGS) for rows in (ROWS, other))
+        assert a["ref_entropy"][:] == b["ref_entropy"][:]
+        # other answers, other batches: rounding of 6e-8 on numbers of order 1
+        np.testing.assert_allclose(a["ref_features"][:], b["ref_features"][:], rtol=0, atol=1e-6)
+        assert a["ref_chosen_logps"][:] != b["ref_chosen_logps"][:]  # the control: the answers were others
+        moved = reference_pass(model, tokenizer, pairs([("t s", c, r) for _, c, r in ROWS]), **SETTINGS)
+        assert not np.allclose(a["ref_features"][:], moved["ref_features"][:], atol=0.1)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_stays_and_dropout_does_not_act(self, make_model, tokenizer, training):
+        model = make_model("gpt2")  # dropout 0.1
+        expected = reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
+        assert reference_pass(model.train(training), tokenizer, pairs(), **SETTINGS)[:] == expected
+        assert model.training is training
+
+    def test_padding_by_the_end_token_where_there_is_no_other(self, model, tokenizer):
+        expected = reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        tokenizer.pad_token = None
+        got = reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_entropy"):
+            assert got[name][:] == pytest.approx(expected[name][:], rel=1e-6)
+
+    def test_log_probabilities_that_are_not_finite(self, model, tokenizer):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[tokenizer("t")["input_ids"][0]] = float("nan")
+        rows = [ROWS[0], ("a", "t b", "c"), ROWS[1], ("t", "b", "c")]
+        with pytest.raises(ValueError, match=r"log-probabilities are not finite in rows \[1, 3\] \(2 in all\)"):
+            reference_pass(model, tokenizer, pairs(rows), **SETTINGS)
+
+    def test_too_long(self, model, tokenizer, caplog):
+        with pytest.raises(ValueError, match="2 of 5 pairs are over max_length = 8"):
+            reference_pass(model, tokenizer, pairs(), **{**SETTINGS, "max_length": 8})
+        out = reference_pass(model, tokenizer, pairs(), too_long="drop", **{**SETTINGS, "max_length": 8})
+        assert out["line"][:] == [1, 2, 4]
+        assert "they are left out" in caplog.text
+
+
+class TestCache:
+    @pytest.fixture
+    def run(self, model, tokenizer, tmp_path, calls):
+        """Runs once, and then says of a second run whether the reference had to work, and what came."""
+
+        def once(rows=ROWS, **changes):
+            before = len(calls["scores"])
+            out = reference_pass(model, tokenizer, pairs(rows), cache_dir=tmp_path / "cache", **{**SETTINGS, **changes})
+            return len(calls["scores"]) > before, out[:]
+
+        assert once()[0]
+        return once
+
+    def test_the_second_run_reads(self, run, model, tokenizer):
+        worked, kept = run()
+        assert not worked
+        assert kept == reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
+
+    def test_another_object_of_the_same_weights_reads(self, run, make_model, tokenizer, tmp_path, calls):
+        before = len(calls["scores"])
+        twin = make_model("llama")
+        twin.config._name_or_path = "elsewhere"  # where it came from does not change what it is
+        reference_pass(twin, tokenizer, pairs(), cache_dir=tmp_path / "cache", **SETTINGS)
+        assert len(calls["scores"]) == before
+
+    def test_a_changed_weight_is_a_miss(self, run, model):
+        kept = run()[1]
+        with torch.no_grad():
+            model.lm_head.weight[5, 5] += 1e-6
+        assert run()[0]
+        with torch.no_grad():
+            model.lm_head.weight[5] += 1
+        worked, new = run()
+        assert worked
+        assert new["ref_chosen_logps"] != kept["ref_chosen_logps"]
+
+    def test_a_changed_configuration_is_a_miss(self, run, model):
+        model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 500.0}
+        assert run()[0]
+
+    @pytest.mark.parametrize("column", [0, 1, 2])
+    def test_a_changed_text_is_a_miss(self, run, column):
+        rows = [list(row) for row in ROWS]
+        rows[3][column] += " t"
+        assert run([tuple(row) for row in rows])[0]
+
+    def test_other_rows_are_a_miss(self, run):
+        assert run(ROWS[:4])[0]
+        assert run(ROWS[::-1])[0]
+
+    @pytest.mark.parametrize("name", ["max_new_tokens", "entropy_samples", "seed", "max_length"])
+    def test_a_changed_setting_is_a_miss(self, run, name):
+        value = {**SETTINGS, "seed": 0}[name] + 1
+        assert run(**{name: value})[0]
+        assert not run(**{name: value})[0]
+
+    def test_another_end_token_is_a_miss(self, run, tokenizer):
+        tokenizer.eos_token = "<unk>"
+        assert run()[0]
+
+    def test_changed_code_is_a_miss(self, run, monkeypatch):
+        monkeypatch.setattr(module.inspect, "getsource", lambda source: f"another {source.__name__}")
+        assert run()[0]
+        monkeypatch.setattr(
+            module.inspect, "getsource", lambda source: f"{'new' if source is module else 'another'} {source.__name__}"
+        )
+        assert run()[0]
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda file: file.write_bytes(b""),
+            lambda file: file.write_bytes(b"no Arrow file"),
+            lambda file: file.write_bytes(file.read_bytes()[:-600]),
+            lambda file: file.unlink(),
+        ],
+        ids=["emptied", "overwritten", "cut", "gone"],
+    )
+    @pytest.mark.parametrize("name", ["*.arrow", "state.json", "dataset_info.json"])
+    def test_a_damaged_cache_is_said_and_mended(self, run, tmp_path, damage, name, caplog):
+        kept = run()[1]
+        (file,) = (tmp_path / "cache").glob(f"reference-*/{name}")
+        damage(file)
+        with caplog.at_level(logging.WARNING, logger=module.__name__):
+            worked, again = run()
+        assert worked
+        assert "cannot be read" in caplog.text
+        assert again == kept
+        assert not run()[0]
+
+    def test_an_interrupted_write_leaves_nothing(self, model, tokenizer, tmp_path, monkeypatch, calls):
+        save = Dataset.save_to_disk
+
+        def killed(self, path, **kwargs):
+            save(self, path, **kwargs)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Dataset, "save_to_disk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        assert list(tmp_path.iterdir()) == []
+        monkeypatch.setattr(Dataset, "save_to_disk", save)
+        before = len(calls["scores"])
+        reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        assert len(calls["scores"]) > before
+        (folder,) = tmp_path.iterdir()
+        assert folder.name.startswith("reference-")
+
+    def test_without_a_folder_nothing_is_kept(self, model, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path))
+        reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestDefaultCacheDir:
+    def test_from_the_environment_or_the_home(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path / "here"))
+        assert default_cache_dir() == tmp_path / "here"
+        monkeypatch.setenv("DPOVIZ_CACHE", "")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert default_cache_dir() == tmp_path / ".cache" / "dpoviz"
