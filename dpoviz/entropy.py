@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from dpoviz.logprobs import AnswerScores, sample_answers, score_answers
+from dpoviz.logprobs import AnswerScores, evaluating, sample_answers, score_answers
 
 
 class Estimate(NamedTuple):
@@ -107,21 +107,14 @@ def estimate_entropy(
         batch_size=batch_size,
         progress=progress,
     )
-    mode = model.training
-    model.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     parts: list[AnswerScores] = []
-    bar = tqdm(total=len(prompts), desc="entropy", unit="prompt", disable=not progress)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        parts.append(
-            score_answers(
-                model, [prompts[i] for i in rows], [drawn.answers[i] for i in rows], pad_id=pad_id, entropy=True
-            )
-        )
-        bar.update(len(rows))
-    bar.close()
-    model.train(mode)
+    with evaluating(model), tqdm(total=len(prompts), desc="entropy", unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            some, answers = [prompts[i] for i in rows], [drawn.answers[i] for i in rows]
+            parts.append(score_answers(model, some, answers, pad_id=pad_id, entropy=True))
+            bar.update(len(rows))
 
     back = torch.tensor(order).argsort()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -260,6 +261,17 @@ def _collect(
     )
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model in evaluation mode, and back in the mode it was in, whatever happens."""
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
+
+
 _SUPPORT: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
@@ -271,31 +283,33 @@ def supports_shared_prefix(model: PreTrainedModel) -> bool:
     numbers. A model that fails is scored by separate sequences, which is slower, and a warning says so.
     """
     if model not in _SUPPORT:
-        mode = model.training
-        model.eval()
-        draw = torch.Generator().manual_seed(0)
-        top = model.get_input_embeddings().num_embeddings
-        ids = torch.randint(top, (2, 12), generator=draw).tolist()
-        prompts, answers = [ids[0][:5], ids[1][:3]], [[ids[0][5:9], ids[0][9:]], [ids[1][3:10], ids[1][10:]]]
-        try:
-            # a window is part of a model's own mask, which ours replaces; the trial is too short to meet it
-            if getattr(model.config.get_text_config(), "sliding_window", None):
-                raise ValueError("its attention has a sliding window")
-            tried = [f(model, prompts, answers, pad_id=0, entropy=False, features=False).logps
-                     for f in (_shared_scores, _separate_scores)]  # fmt: skip
-            # half precision rounds the two routes differently; a wrong mask is off by whole nats
-            tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
-            _SUPPORT[model] = torch.allclose(*tried, rtol=tolerance, atol=tolerance)
-        except Exception as error:  # whatever an unfamiliar model raises: separate sequences are the way out
-            logger.info("shared-prefix trial of %s: %s", type(model).__name__, error)
-            _SUPPORT[model] = False
-        model.train(mode)
+        with evaluating(model):
+            _SUPPORT[model] = _both_ways_agree(model)
         if not _SUPPORT[model]:
             logger.warning(
                 "%s cannot take shared-prefix batches; each answer is scored by itself, at about twice the cost",
                 type(model).__name__,
             )
     return _SUPPORT[model]
+
+
+def _both_ways_agree(model: PreTrainedModel) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    top = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(top, (2, 12), generator=draw).tolist()
+    prompts, answers = [ids[0][:5], ids[1][:3]], [[ids[0][5:9], ids[0][9:]], [ids[1][3:10], ids[1][10:]]]
+    try:
+        # a window is part of a model's own mask, which ours replaces; the trial is too short to meet it
+        if getattr(model.config.get_text_config(), "sliding_window", None):
+            raise ValueError("its attention has a sliding window")
+        tried = [f(model, prompts, answers, pad_id=0, entropy=False, features=False).logps
+                 for f in (_shared_scores, _separate_scores)]  # fmt: skip
+    except Exception as error:  # whatever an unfamiliar model raises: separate sequences are the way out
+        logger.info("shared-prefix trial of %s: %s", type(model).__name__, error)
+        return False
+    # half precision rounds the two routes differently; a wrong mask is off by whole nats
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
+    return torch.allclose(*tried, rtol=tolerance, atol=tolerance)
 
 
 class Samples(NamedTuple):
@@ -358,10 +372,8 @@ def sample_answers(
     answers: list[list[list[int]]] = [[] for _ in prompts]
     # generate() fills what a configuration leaves open with the model's own settings: both are the same here
     own, model.generation_config = model.generation_config, config
-    mode = model.training
-    model.eval()
     try:
-        with torch.random.fork_rng(), tqdm(
+        with evaluating(model), torch.random.fork_rng(), tqdm(
             total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
         ) as bar:  # fmt: skip
             torch.manual_seed(seed)
@@ -372,7 +384,6 @@ def sample_answers(
                 bar.update(len(rows))
     finally:
         model.generation_config = own
-        model.train(mode)
     return Samples(answers, [sum(answer[-1] != eos_id for answer in own) for own in answers])
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoviz import data, entropy, logprobs
 from dpoviz.data import tokenize_pairs
 from dpoviz.entropy import estimate_entropy
-from dpoviz.logprobs import AnswerScores, score_answers
+from dpoviz.logprobs import AnswerScores, evaluating, score_answers
 
 logger = logging.getLogger(__name__)
 
@@ -70,20 +70,21 @@ def reference_pass(
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
     settings = {
+        "batch_size": batch_size,  # answers are drawn batch by batch, so it decides which
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
         "seed": seed,
     }
     if cache_dir is None:
-        return _compute(model, tokenizer, pairs, batch_size, progress, **settings)
+        return _compute(model, tokenizer, pairs, progress, **settings)
     folder = Path(cache_dir) / f"reference-{_fingerprint(model, tokenizer, pairs, settings)}"
     if folder.exists():
         try:
             return load_from_disk(str(folder))
         except Exception as error:  # whatever a damaged Arrow file may raise: computing again mends it
             logger.warning("%s cannot be read (%s); the reference runs again", folder, error)
-    scored = _compute(model, tokenizer, pairs, batch_size, progress, **settings)
+    scored = _compute(model, tokenizer, pairs, progress, **settings)
     _keep(scored, folder)
     return load_from_disk(str(folder))
 
@@ -92,9 +93,9 @@ def _compute(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pairs: Dataset,
-    batch_size: int,
     progress: bool,
     *,
+    batch_size: int,
     max_length: int,
     max_new_tokens: int,
     entropy_samples: int,
@@ -118,6 +119,9 @@ def _compute(
         batch_size=batch_size,
         progress=progress,
     ).per_token
+    if not torch.isfinite(per_token.value).all():
+        row = (~torch.isfinite(per_token.value)).nonzero()[0].item()
+        raise ValueError(f"the reference's entropy is not finite at the prompt with tokens {list(prompts[row])[:20]}")
     number = {prompt: i for i, prompt in enumerate(prompts)}
     of_row = torch.tensor([number[tuple(prompt)] for prompt in pairs["prompt_ids"]])
     columns = {
@@ -133,23 +137,20 @@ def _compute(
 @torch.no_grad()
 def _score(model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, progress: bool) -> AnswerScores:
     """Log-probabilities and features of all rows, in the order of the rows."""
-    mode = model.training
-    model.eval()
     rows = pairs[:]
     answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
     size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
     order = sorted(range(len(size)), key=size.__getitem__)
     parts = []
-    bar = tqdm(total=len(order), desc="reference: log-probs", unit="pair", disable=not progress)
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        scores = score_answers(
-            model, [rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad_id=pad, features=True
-        )
-        parts.append((scores.logps.cpu(), scores.features.cpu()))
-        bar.update(len(some))
-    bar.close()
-    model.train(mode)
+    with evaluating(model), tqdm(
+        total=len(order), desc="reference: log-probs", unit="pair", disable=not progress
+    ) as bar:  # fmt: skip
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
+            scores = score_answers(model, prompts, own, pad_id=pad, features=True)
+            parts.append((scores.logps.cpu(), scores.features.cpu()))
+            bar.update(len(some))
     back = torch.tensor(order).argsort()
     logps, features = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return AnswerScores(logps=logps, lengths=torch.tensor(size), features=features)
