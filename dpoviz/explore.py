@@ -65,7 +65,9 @@ class Explorer:
         self.controls = dict(controls)
         self._update = update
         self._canvas = FigureCanvasAgg(figure)
-        self._image = widgets.Image(format="png")
+        # at its own size: stretched to the width of the page it would be blurred
+        width, _ = self._canvas.get_width_height()
+        self._image = widgets.Image(format="png", layout={"width": f"{width}px", "max_width": "100%"})
         self._trouble = widgets.HTML()
         self._draw()
         figure.set_layout_engine("none")

@@ -39,10 +39,10 @@ def estimate(model, prompts, samples, **changes):
 
 class TestRatio:
     def test_by_hand(self):
-        # (2 + 4) / (1 + 3) = 1.5; residuals 2 - 1.5 = 0.5 and 4 - 4.5 = -0.5, so their variance is 0.5;
-        # sqrt(0.5 / 2) over the mean length 2 is 0.25. The mean of the ratios would be (2 + 4/3) / 2
-        value, se = _ratio(torch.tensor([[2.0, 4.0]]), torch.tensor([[1.0, 3.0]]))
-        assert (value.item(), se.item()) == pytest.approx((1.5, 0.25), abs=1e-6)
+        # (2 + 4 + 3) / (1 + 3 + 2) = 1.5, while the mean of the three ratios would be 1.61; the residuals 0.5, -0.5
+        # and 0 have the variance 0.25, and sqrt(0.25 / 3) over the mean length 2 is 0.14434
+        value, se = _ratio(torch.tensor([[2.0, 4.0, 3.0]]), torch.tensor([[1.0, 3.0, 2.0]]))
+        assert (value.item(), se.item()) == pytest.approx((1.5, 0.14434), abs=1e-5)
 
     def test_lengths_that_explain_the_sums_leave_no_error(self):
         lengths = torch.tensor([[1.0, 5.0, 2.0]], dtype=torch.float64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -194,9 +196,8 @@ class TestOptimalPolicy:
         ref_logps, rewards = world(0, 2)
         with pytest.raises(ValueError, match=words):
             optimal_policy(ref_logps, rewards, beta)
-        if not isinstance(beta, str):  # what only the limits are for is refused by everything else
-            with pytest.raises(ValueError, match="beta: came"):
-                population_loss(ref_logps, ref_logps, bradley_terry(rewards), beta, "inverse")
+        with pytest.raises(ValueError, match=words):
+            population_loss(ref_logps, ref_logps, bradley_terry(rewards), beta, "inverse")
 
 
 class TestLogPartition:
@@ -377,11 +378,8 @@ class TestSolveBeta:
         assert abs(float(spent) - epsilon) < 1e-10
         # the reward is known to rounding of its own size
         assert abs(float(dual(ref_logps, rewards, beta, epsilon) - earned)) < 1e-10 * max(1, 10**log_size)
-        # the control: another multiplier neither spends the budget nor closes the gap
-        other = optimal_policy(ref_logps, rewards, 1.5 * beta)
-        assert kl(other, ref_logps).mean() < 0.999 * epsilon or epsilon < 1e-10 or log_share > -1e-3
 
-    def test_the_gap_is_open_at_any_other_multiplier(self):
+    def test_the_gap_is_open_at_another_multiplier(self):
         ref_logps, rewards = world(10)
         beta = solve_beta(ref_logps, rewards, 0.3)
         assert isinstance(beta, float)
@@ -406,10 +404,9 @@ class TestSolveBeta:
         ref_logps, rewards = world(13)
         greedy = kl(optimal_policy(ref_logps, rewards, 0.0), ref_logps).mean()
         torch.testing.assert_close(greedy, greedy_kl(ref_logps, rewards).mean(), **EXACT)
-        # a hundred times the rounding, where the budget itself is the greedy KL
-        assert solve_beta(ref_logps, rewards, float(greedy) + max(beyond, 1e-14)) == 0
-        # no slack at a positive multiplier, no multiplier where there is slack
-        assert solve_beta(ref_logps, rewards, float(greedy) - max(beyond, 1e-9) if beyond < 1 else 0.1) > 0
+        # 1e-14: the rounding of the greedy KL, where the budget equals it
+        assert solve_beta(ref_logps, rewards, float(greedy) + beyond + 1e-14) == 0
+        assert solve_beta(ref_logps, rewards, float(greedy) - 1e-9) > 0
 
     def test_best_answers_that_tie_are_all_kept(self):
         ref_logps = f64([[0.1, 0.3, 0.6]]).log()
@@ -1011,7 +1008,7 @@ class TestTheEntropyTermAlone:
         _, rewards = world(47)
         target = self.ALPHA * entropy(ref_logps)
         beta = torch.full((4,), 0.15, dtype=torch.float64, requires_grad=True)
-        for step in range(600):
+        for step in range(400):
             policy = adapted(ref_logps, rewards, beta.detach(), form)
             total = population_loss(policy, ref_logps, bradley_terry(rewards), beta, form)
             total = total + lambda_entropy * entropy_penalty(beta, entropy(ref_logps), self.ALPHA)
@@ -1026,14 +1023,13 @@ class TestTheEntropyTermAlone:
         beta, target = self.rest(0.5, 1.0, form)
         # one prompt below the range, one above, two inside
         assert target[0] < self.LOW < min(target[1:3]) and max(target[1:3]) < self.HIGH
-        # the last steps across the kink are 0.4·0.5/600^0.75 = 0.0017
-        torch.testing.assert_close(beta, target.clamp(self.LOW, self.HIGH), rtol=0, atol=2e-3)
+        # the last steps across the kink are 0.4·0.5/400^0.75 = 0.0022
+        torch.testing.assert_close(beta, target.clamp(self.LOW, self.HIGH), rtol=0, atol=3e-3)
 
     def test_the_clip_is_hard_only_while_the_range_outweighs_the_entropy(self):
         """λ1 ≥ 2·λ3·overshoot; a weaker range leaves β = αH ± λ1/(2·λ3) outside."""
-        beta, target = self.rest(0.02, 1.0, "inverse")
-        assert target[0] + 0.01 < self.LOW
-        torch.testing.assert_close(beta[0], target[0] + 0.01, rtol=0, atol=1e-6)
+        beta, target = self.rest(0.01, 1.0, "inverse")
+        torch.testing.assert_close(beta[0], target[0] + 0.005, rtol=0, atol=1e-6)
         assert beta[0] < self.LOW - 1e-3
 
     @pytest.mark.parametrize("form", FORMS)
@@ -1045,9 +1041,7 @@ class TestTheEntropyTermAlone:
         assert (scale[by_entropy].diff() > 0).all() if form == "standard" else (scale[by_entropy].diff() < 0).all()
 
 
-def three_tasks(
-    count: int, sharpness: tuple[float, ...] = (2.5, 1.6, 0.5), reliability: tuple[float, ...] = (1.4, 0.7, 0.3)
-) -> tuple[Tensor, Tensor]:
+def three_tasks(count: int, sharpness: tuple, reliability: tuple) -> tuple[Tensor, Tensor]:
     """`count` worlds of math, code and dialogue, 8 prompts and 12 answers each, and what their labels follow."""
     refs, preferred = [], []
     for seed in range(count):
@@ -1058,75 +1052,83 @@ def three_tasks(
     return torch.cat(refs), torch.cat(preferred)
 
 
+SHARPNESS, RELIABILITY = (2.5, 1.6, 0.5), (1.4, 0.7, 0.3)  # entropies of about 1.2, 1.8 and 2.4 nats
+ALIKE_SHARPNESS, ALIKE_RELIABILITY = (1.6, 1.6, 1.6), (1.0, 1.0, 1.0)
+
+
+class Trained(NamedTuple):
+    """Of two worlds: means (2, 3) of math, code and dialogue, and the loss above the least one."""
+
+    beta: Tensor
+    kl: Tensor
+    target: Tensor  # α times the entropy
+    excess: float
+
+
+@lru_cache
 def train_together(
-    ref_logps: Tensor, preferred: Tensor, form: str, lambda_entropy: float, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Policy and β(x) by Adam on loss + range + entropy: the policy and β at the end."""
+    form: str, lambda_entropy: float, sharpness: tuple = SHARPNESS, reliability: tuple = RELIABILITY
+) -> Trained:
+    """Policy and β(x), both free, by Adam on loss + range + entropy."""
+    ref_logps, preferred = three_tasks(2, sharpness, reliability)
     logits = ref_logps.clone().requires_grad_()
     log_beta = torch.full((len(ref_logps),), math.log(0.3), dtype=torch.float64, requires_grad=True)
     preferences, ref_entropy = bradley_terry(preferred), entropy(ref_logps)
-    optimizer = torch.optim.Adam([logits, log_beta], lr=0.02)
-    for _ in range(steps):
+    optimizer = torch.optim.Adam([logits, log_beta], lr=0.05)
+    for _ in range(600):
         beta = log_beta.exp()
         loss = population_loss(torch.log_softmax(logits, 1), ref_logps, preferences, beta, form)
         loss = loss + range_penalty(beta, 0.05, 5.0) + lambda_entropy * entropy_penalty(beta, ref_entropy, 0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return torch.log_softmax(logits.detach(), 1), log_beta.exp().detach()
+    policy, beta = torch.log_softmax(logits.detach(), 1), log_beta.exp().detach()
+    reached, least = (
+        population_loss(p, ref_logps, preferences, beta, form)
+        for p in (policy, adapted(ref_logps, preferred, beta, form))
+    )
+    means = [v.view(-1, 3, 8).mean(2) for v in (beta, kl(policy, ref_logps), 0.1 * ref_entropy)]
+    return Trained(*means, float(reached - least))
 
 
-def by_task(values: Tensor) -> list[float]:
-    """Means of math, code, dialogue over worlds and prompts."""
-    return values.view(-1, 3, 8).mean((0, 2)).tolist()
+def rises(values: Tensor, factor: float = 1.0) -> bool:
+    """Whether math < code < dialogue in every world, each by this factor."""
+    return bool((values[:, 1:] > factor * values[:, :-1]).all())
 
 
 class TestPolicyAndBetaTrainedTogether:
     """The table of four runs: labels of reliability math > code > dialogue, entropy the other way round."""
 
-    STEPS = 1000
-
-    def run(self, form: str, lambda_entropy: float, **of_world: tuple[float, ...]) -> tuple[Tensor, Tensor, float]:
-        ref_logps, preferred = three_tasks(2, **of_world)
-        policy, beta = train_together(ref_logps, preferred, form, lambda_entropy, self.STEPS)
-        preferences = bradley_terry(preferred)
-        least = adapted(ref_logps, preferred, beta, form)
-        excess = population_loss(policy, ref_logps, preferences, beta, form)
-        excess = float(excess - population_loss(least, ref_logps, preferences, beta, form))
-        return beta, kl(policy, ref_logps), excess
-
     def test_the_forms_order_beta_oppositely(self):
-        standard, _, standard_excess = self.run("standard", 0.0)
-        inverse, _, inverse_excess = self.run("inverse", 0.0)
-        math_, code, dialogue = by_task(standard)
-        assert math_ > 1.2 * code > 1.2 * 1.2 * dialogue
-        math_, code, dialogue = by_task(inverse)
-        assert 1.1 * 1.1 * math_ < 1.1 * code < dialogue
-        # nearly the least loss in both, at betas that are far apart
-        assert max(standard_excess, inverse_excess) < 1e-3
-        assert by_task(standard)[0] > 3 * by_task(inverse)[0]
+        standard, inverse = train_together("standard", 0.0), train_together("inverse", 0.0)
+        assert rises(standard.beta.flip(1), 1.2)
+        assert rises(inverse.beta, 1.1)
+        assert max(standard.excess, inverse.excess) < 1e-6
 
     def test_the_order_comes_from_the_reliability_of_the_labels(self):
         """The control: with equally reliable tasks the order is gone, though the entropies differ as before."""
-        standard, _, _ = self.run("standard", 0.0, reliability=(1.0, 1.0, 1.0))
-        math_, code, dialogue = by_task(standard)
-        assert not math_ > 1.1 * code and not code > 1.1 * dialogue
+        alike = train_together("standard", 0.0, reliability=ALIKE_RELIABILITY)
+        assert rises(alike.target, 1.2)
+        assert not rises(alike.beta.flip(1), 1.0)
 
-    def test_the_entropy_term_gives_both_forms_one_order_and_opposite_distances(self):
-        ref_logps, _ = three_tasks(2)
-        target = by_task(0.1 * entropy(ref_logps))
-        assert target[0] < target[1] < target[2]
-        kls = {}
+    def test_the_entropy_term_gives_both_forms_the_order_of_the_entropies(self):
         for form in FORMS:
-            beta, spent, excess = self.run(form, 1.0)
-            kls[form] = by_task(spent)
-            assert by_task(beta)[0] < by_task(beta)[1] < by_task(beta)[2]
-            # not yet at rest where the policy has far to go: math in the standard form
-            assert by_task(beta)[1:] == pytest.approx(target[1:], rel=0.2)
-            assert excess < 5e-3
-        # small beta is far from the reference in the standard form, and near in the inverse one
-        assert all(far > 20 * near for far, near in zip(kls["standard"], kls["inverse"], strict=True))
+            run = train_together(form, 1.0)
+            assert rises(run.beta, 1.05)
+            # math is not yet at rest in the standard form, where its policy has farthest to go
+            torch.testing.assert_close(run.beta[:, 1:], run.target[:, 1:], rtol=0.05, atol=0)
 
     def test_that_order_comes_from_the_entropies(self):
-        beta, _, _ = self.run("inverse", 1.0, sharpness=(1.6, 1.6, 1.6))
-        assert max(by_task(beta)) < 1.15 * min(by_task(beta))
+        alike = train_together("inverse", 1.0, sharpness=ALIKE_SHARPNESS)
+        torch.testing.assert_close(alike.beta, alike.target, rtol=0.05, atol=0)
+        assert not rises(alike.beta)
+
+    def test_far_apart_betas_cost_the_loss_nearly_nothing(self):
+        plain, with_entropy = train_together("standard", 0.0), train_together("standard", 1.0)
+        assert (plain.beta[:, 0] > 5 * with_entropy.beta[:, 0]).all()
+        # the least loss does not depend on beta, so the excesses can be compared
+        assert abs(plain.excess - with_entropy.excess) < 1e-3
+
+    def test_a_small_beta_is_far_in_the_standard_form_and_near_in_the_inverse_one(self):
+        far, near = (train_together(form, 1.0).kl for form in ("standard", "inverse"))
+        assert (far > 50 * near).all()
