@@ -165,23 +165,28 @@ class TestExplorer:
             thread.join()
         assert wrong == []
 
-    def test_two_threads_on_one_explorer_end_with_the_latest_value(self):
-        explorer = toy()
+    def test_a_slow_drawing_does_not_overwrite_a_later_one(self):
+        started, go_on = threading.Event(), threading.Event()
+
+        def linger(height: float) -> None:
+            if height == 4.0:
+                started.set()
+                go_on.wait(10)
+
+        explorer = toy(linger)
         slider = explorer.controls["height"]
-
-        def move(last: float) -> None:
-            for height in (3.0, 9.0, last):
-                slider.value = height
-
-        threads = [threading.Thread(target=move, args=(last,)) for last in (4.0, 6.0)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        slow, later = (threading.Thread(target=setattr, args=(slider, "value", v)) for v in (4.0, 6.0))
+        slow.start()
+        assert started.wait(10)
+        later.start()
+        later.join(0.3)  # without the lock it draws now, and the slow one draws the old value over it
+        go_on.set()
+        slow.join()
+        later.join()
         (curve,) = explorer.figure.axes[0].lines
-        assert curve.get_ydata()[1] == slider.value
+        assert curve.get_ydata()[1] == slider.value == 6.0
         alone = toy()
-        alone.controls["height"].value = slider.value
+        alone.controls["height"].value = 6.0
         assert explorer.png == alone.png
 
 
