@@ -28,6 +28,9 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
         if cell.cell_type == "code":
             cell.metadata.pop("execution", None)
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                # a view without its state is an error where no kernel runs; the picture beside it is not
+                output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return notebook
 
 
