@@ -272,12 +272,10 @@ def _kl_of_tilt(ref_logps: Tensor, gaps: Tensor, inverse_beta: float) -> Tensor:
 
 
 def _solve_inverse_beta(kl_at: Callable[[float], float], epsilon: float) -> float:
-    """The 1/beta at which the increasing `kl_at` is epsilon > 0; inf where it stays below."""
+    """The 1/beta at which `kl_at`, which rises from 0 to above epsilon > 0, is epsilon."""
     high = 1.0
     while kl_at(high) < epsilon:
         high *= 10
-        if high > 1e300:
-            return math.inf
     low = high / 10
     while kl_at(low) > epsilon:
         high, low = low, low / 10
@@ -292,13 +290,11 @@ def _multiplier(ref_logps: Tensor, rewards: Tensor, epsilon: float, prompt_probs
         return 0.0
     if epsilon == 0:
         return math.inf
-    spread = -float(gaps.min())  # the unit in which beta is sought, for rewards of any size
-    gaps = gaps / spread
 
     def mean_kl(inverse_beta: float) -> float:
         return float((prompt_probs * _kl_of_tilt(ref_logps, gaps, inverse_beta)).sum())
 
-    return spread / _solve_inverse_beta(mean_kl, epsilon)
+    return 1 / _solve_inverse_beta(mean_kl, epsilon)
 
 
 def solve_beta(

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from dpoviz.data import load_pairs, split_by_group, tokenize_pairs
 
@@ -222,8 +223,6 @@ class TestTokenizePairs:
         assert out["line"][:] == [1, 5]
 
     def test_special_tokens_open_the_prompt_and_never_an_answer(self, tokenizer):
-        from tokenizers.processors import TemplateProcessing
-
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", 1)]
         )

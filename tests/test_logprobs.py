@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from transformers import MistralConfig, MistralForCausalLM
 
 import dpoviz.logprobs as lp
-from dpoviz.logprobs import PrefixBatch, prefix_batch, sample_answers, score_answers, supports_shared_prefix
+from dpoviz.logprobs import PrefixBatch, evaluating, prefix_batch, sample_answers, score_answers, supports_shared_prefix
 
 VOCAB, PAD, EOS = 30, 0, 2
 # float64 and sums of at most 60 terms of order 10: the rounding is about 1e-13, the bound leaves a thousandfold
@@ -251,6 +251,19 @@ def deaf(model, argument):
 
     model.base_model.forward = forward
     return model
+
+
+class TestEvaluating:
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_comes_back_whatever_happens(self, llama, training):
+        try:
+            llama.train(training)
+            with pytest.raises(KeyboardInterrupt), evaluating(llama):
+                assert not llama.training
+                raise KeyboardInterrupt
+            assert llama.training is training
+        finally:
+            llama.eval()
 
 
 class TestSupportsSharedPrefix:

@@ -122,6 +122,16 @@ class TestColumns:
         with pytest.raises(ValueError, match=r"log-probabilities are not finite in rows \[1, 3\] \(2 in all\)"):
             reference_pass(model, tokenizer, pairs(rows), **SETTINGS)
 
+    def test_an_entropy_that_is_not_finite(self, model, tokenizer, monkeypatch):
+        def broken(model, prompts, **kwargs):
+            drawn = estimate_entropy(model, prompts, **kwargs)
+            drawn.per_token.value[1] = float("nan")
+            return drawn
+
+        monkeypatch.setattr(module, "estimate_entropy", broken)
+        with pytest.raises(ValueError, match=r"entropy is not finite at the prompt with tokens \[5\]"):  # "b"
+            reference_pass(model, tokenizer, pairs(), **SETTINGS)
+
     def test_too_long(self, model, tokenizer, caplog):
         with pytest.raises(ValueError, match="2 of 5 pairs are over max_length = 8"):
             reference_pass(model, tokenizer, pairs(), **{**SETTINGS, "max_length": 8})
@@ -180,7 +190,7 @@ class TestCache:
         assert run(ROWS[:4])[0]
         assert run(ROWS[::-1])[0]
 
-    @pytest.mark.parametrize("name", ["max_new_tokens", "entropy_samples", "seed", "max_length"])
+    @pytest.mark.parametrize("name", ["max_new_tokens", "entropy_samples", "seed", "max_length", "batch_size"])
     def test_a_changed_setting_is_a_miss(self, run, name):
         value = {**SETTINGS, "seed": 0}[name] + 1
         assert run(**{name: value})[0]

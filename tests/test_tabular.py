@@ -100,7 +100,7 @@ class TestOptimalPolicy:
         torch.testing.assert_close(policy.exp(), f64([[2 / 3, 1 / 3]]), **EXACT)
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     def test_is_the_printed_formula(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, 2, 4, sharpness)
         policy = optimal_policy(ref_logps, rewards, f64([beta, 2 * beta]))
@@ -202,7 +202,7 @@ class TestOptimalPolicy:
 
 class TestLogPartition:
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     def test_normalises_the_optimal_policy(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, 3, 5, sharpness)
         log_z = log_partition(ref_logps, rewards, beta)
@@ -222,6 +222,12 @@ class TestLogPartition:
         torch.testing.assert_close(beta * log_partition(ref_logps, rewards, beta), expected, rtol=0, atol=1e-11)
         naive = beta * torch.logsumexp(ref_logps + rewards / beta, 1)
         assert (naive - expected).abs().max() > 1e-6
+
+    def test_a_rare_answer_that_earns_most(self):
+        """At small beta the sum is 1e-30, which 1 − (1 − 1e-30) would not show."""
+        ref_logps = torch.log_softmax(f64([[-30 * math.log(10), 0.0]]), 1)
+        log_z = log_partition(ref_logps, f64([[1.0, 0.0]]), 0.01)
+        torch.testing.assert_close(log_z, f64([100 - 30 * math.log(10)]), **EXACT)
 
     @pytest.mark.parametrize("beta", [0.0, math.inf, -1.0])
     def test_refuses_the_limits(self, beta):
@@ -271,7 +277,7 @@ class TestKLRegularizedObjective:
         torch.testing.assert_close(value, f64(0.25 * (-3 + 2 * math.log(2)) + 0.75 * -2), **EXACT)
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     def test_every_policy_pays_its_distance_from_the_optimal_one(self, seed, sharpness, beta):
         """The cost is −E[β·log Z] + E[β·KL(π‖π*)]: π* minimises it, and nothing else does."""
         ref_logps, rewards = world(seed, sharpness=sharpness)
@@ -363,7 +369,7 @@ class TestSolveBeta:
     """§1 and §2: the constrained problem, solved."""
 
     @given(seeds, sharpnesses, st.floats(-12.0, -1e-9), st.booleans(), st.floats(-3.0, 3.0))
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=30)
     def test_spends_the_budget_and_primal_is_dual(self, seed, sharpness, log_share, ties, log_size):
         """For every ε below the greedy KL: KL = ε and E[r] = g(β*) to 1e-10, and β* > 0 (slackness)."""
         ref_logps, rewards = world(seed, sharpness=sharpness)
@@ -428,8 +434,8 @@ class TestSolveBeta:
         by_prompt = solve_beta(ref_logps, rewards, 0.1, per_prompt=True)
         assert by_prompt[0] == 0 and (by_prompt[1:] > 0).all()
 
-    @given(seeds, st.floats(-6.0, 6.0), st.floats(-5.0, 5.0))
-    @settings(deadline=None, max_examples=20)
+    @given(seeds, st.sampled_from([-100.0, -6.0, -0.3, 6.0, 100.0]), st.floats(-5.0, 5.0))
+    @settings(deadline=None, max_examples=10)
     def test_is_in_units_of_the_reward(self, seed, log_size, shift):
         ref_logps, rewards = world(seed, 2, 4)
         beta = solve_beta(ref_logps, rewards, 0.05)
@@ -532,18 +538,18 @@ class TestOneBudgetForEachPrompt:
         torch.testing.assert_close(each, torch.full_like(each, solve_beta(ref_logps, rewards, 0.2)), **EXACT)
 
     def test_follows_the_spread_of_the_reward_and_not_the_entropy(self):
-        """Point 5b on 200 prompts whose references differ in sharpness, and rewards in size, independently."""
+        """Point 5b on 100 prompts whose references differ in sharpness, and rewards in size, independently."""
         generator = torch.Generator().manual_seed(21)
-        sharpness = 1.5 * torch.rand((200, 1), generator=generator, dtype=torch.float64)
-        size = torch.exp(normal(generator, 200, 1))
-        ref_logps = torch.log_softmax(sharpness * normal(generator, 200, 12), 1)
-        rewards = size * normal(generator, 200, 12)
+        sharpness = 1.5 * torch.rand((100, 1), generator=generator, dtype=torch.float64)
+        size = torch.exp(normal(generator, 100, 1))
+        ref_logps = torch.log_softmax(sharpness * normal(generator, 100, 12), 1)
+        rewards = size * normal(generator, 100, 12)
         beta = solve_beta(ref_logps, rewards, 0.05, per_prompt=True)
         with_spread, with_entropy = (
             float(torch.corrcoef(torch.stack([beta.log(), other.log()]))[0, 1])
             for other in (spread(ref_logps, rewards), entropy(ref_logps))
         )
-        # sampling error of a correlation of 0 over 200 prompts: 0.07
+        # sampling error of a correlation of 0 over 100 prompts: 0.1
         assert with_spread > 0.98 and abs(with_entropy) < 0.3
 
 
@@ -551,7 +557,7 @@ class TestImplicitReward:
     """§4.1."""
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=30)
+    @settings(deadline=None, max_examples=20)
     def test_reads_back_the_reward_of_the_optimal_policy(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         own = beta * f64([1.0, 1.5, 2.0, 0.7])
@@ -1000,19 +1006,19 @@ class TestBetaIsNotIdentified:
 class TestTheEntropyTermAlone:
     """At adapted policies the loss is flat in β, and the other terms decide."""
 
-    LOW, HIGH, ALPHA = 0.1, 0.2, 0.1
-
-    def rest(self, lambda_range: float, lambda_entropy: float, form: str) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    @lru_cache
+    def rest(lambda_range: float, lambda_entropy: float, form: str) -> tuple[Tensor, Tensor]:
         """β at rest, trained by descent with the policy adapted at every step, and αH."""
         ref_logps = torch.log_softmax(f64([[8.0], [2.5], [1.5], [0.3]]) * world(47)[0], 1)
         _, rewards = world(47)
-        target = self.ALPHA * entropy(ref_logps)
+        target = 0.1 * entropy(ref_logps)
         beta = torch.full((4,), 0.15, dtype=torch.float64, requires_grad=True)
         for step in range(400):
             policy = adapted(ref_logps, rewards, beta.detach(), form)
             total = population_loss(policy, ref_logps, bradley_terry(rewards), beta, form)
-            total = total + lambda_entropy * entropy_penalty(beta, entropy(ref_logps), self.ALPHA)
-            total = total + lambda_range * range_penalty(beta, self.LOW, self.HIGH)
+            total = total + lambda_entropy * entropy_penalty(beta, entropy(ref_logps), 0.1)
+            total = total + lambda_range * range_penalty(beta, 0.1, 0.2)
             (gradient,) = torch.autograd.grad(total, beta)
             # times the 4 prompts; falling steps settle the kink of the range term
             beta = (beta - 4 * 0.4 / (1 + step) ** 0.75 * gradient).detach().requires_grad_()
@@ -1022,15 +1028,15 @@ class TestTheEntropyTermAlone:
     def test_beta_is_alpha_times_the_entropy_within_the_range(self, form):
         beta, target = self.rest(0.5, 1.0, form)
         # one prompt below the range, one above, two inside
-        assert target[0] < self.LOW < min(target[1:3]) and max(target[1:3]) < self.HIGH
+        assert target[0] < 0.1 < min(target[1:3]) and max(target[1:3]) < 0.2
         # the last steps across the kink are 0.4·0.5/400^0.75 = 0.0022
-        torch.testing.assert_close(beta, target.clamp(self.LOW, self.HIGH), rtol=0, atol=3e-3)
+        torch.testing.assert_close(beta, target.clamp(0.1, 0.2), rtol=0, atol=3e-3)
 
     def test_the_clip_is_hard_only_while_the_range_outweighs_the_entropy(self):
         """λ1 ≥ 2·λ3·overshoot; a weaker range leaves β = αH ± λ1/(2·λ3) outside."""
         beta, target = self.rest(0.01, 1.0, "inverse")
         torch.testing.assert_close(beta[0], target[0] + 0.005, rtol=0, atol=1e-6)
-        assert beta[0] < self.LOW - 1e-3
+        assert beta[0] < 0.1 - 1e-3
 
     @pytest.mark.parametrize("form", FORMS)
     def test_the_entropy_term_points_opposite_ways(self, form):
