@@ -286,6 +286,7 @@ def _solve_inverse_beta(kl_at: Callable[[float], float], epsilon: float) -> floa
 def _multiplier(ref_logps: Tensor, rewards: Tensor, epsilon: float, prompt_probs: Tensor) -> float:
     gaps = rewards - rewards.amax(1, keepdim=True)
     greedy_kl = -torch.logsumexp(ref_logps.masked_fill(gaps < 0, -math.inf), 1)  # (X,)
+    greedy_kl = greedy_kl.masked_fill((gaps == 0).all(1), 0.0)  # a rounding above 0 would have a price
     if epsilon >= float((prompt_probs * greedy_kl).sum()):
         return 0.0
     if epsilon == 0:
@@ -315,8 +316,8 @@ def solve_beta(
 
     For :math:`0 < \epsilon <` the KL of the greedy policy (the reference restricted to the best answers) the
     multiplier is positive and unique, because :math:`D_{KL}(\pi^*_\beta)` falls strictly from that KL to 0 as
-    beta grows; it is where `dual` is least. A larger budget is not spent, and its multiplier is 0; so it is
-    where all answers of a prompt earn alike. For :math:`\epsilon = 0` no finite multiplier exists (the
+    beta grows; it is where `dual` is least. A larger budget is not spent, and its multiplier is 0, as
+    is that of any budget where all answers earn alike. For :math:`\epsilon = 0` no finite multiplier exists (the
     constraint has no interior, and Slater's condition fails): inf.
 
     Args:
@@ -408,7 +409,7 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
     if answers < 2:
         raise ValueError("ref_logps: came 1 answer per prompt, expected at least 2, to compare")
     _require_finite("preference_logits", preference_logits, (prompts, answers, answers))
-    # exactly as many as the rounding of differences allows: y beats y' as often as y' is beaten
+    # y beats y' as often as y' is beaten by y, up to the rounding of differences
     wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())
     if wrong.any():
         raise ValueError(

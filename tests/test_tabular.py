@@ -424,12 +424,26 @@ class TestSolveBeta:
         assert solve_beta(ref_logps, broken, budget) > 0
         assert solve_beta(ref_logps, broken, -math.log(0.1) + 1e-9) == 0
 
-    @pytest.mark.parametrize("epsilon", [0.0, 0.1, 3.0])
-    def test_where_all_answers_earn_alike_there_is_nothing_to_buy(self, epsilon):
+    @given(seeds, sharpnesses)
+    @settings(deadline=None, max_examples=20)
+    def test_the_last_bits_below_the_greedy_kl(self, seed, sharpness):
+        """Best answers that nearly tie, and a budget that only the rounding keeps below the greedy KL."""
+        ref_logps, rewards = world(seed, sharpness=sharpness)
+        rewards[0, 0] = rewards[0, 1] = 4.0
+        rewards[1, 0], rewards[1, 1] = 4.0, math.nextafter(4.0, 0.0)
+        epsilon = float(greedy_kl(ref_logps, rewards).mean()) * (1 - 1e-15)
+        policy = optimal_policy(ref_logps, rewards, solve_beta(ref_logps, rewards, epsilon))
+        assert abs(float(kl(policy, ref_logps).mean()) - epsilon) < 1e-10
+
+    @given(seeds, sharpnesses, st.sampled_from([0.0, 1e-30, 0.1, 3.0]))
+    @settings(deadline=None, max_examples=20)
+    def test_where_all_answers_earn_alike_there_is_nothing_to_buy(self, seed, sharpness, epsilon):
+        ref_logps, rewards = world(seed, sharpness=sharpness)
+        assert solve_beta(ref_logps, torch.full_like(rewards, 0.1), epsilon) == 0
+
+    def test_a_prompt_with_nothing_to_buy_among_others(self):
         ref_logps, rewards = world(14)
-        constant = torch.full_like(rewards, 0.1)
-        assert solve_beta(ref_logps, constant, epsilon) == 0
-        rewards[0] = 0.1  # one such prompt among others only lowers the mean
+        rewards[0] = 0.1
         assert solve_beta(ref_logps, rewards, 0.1) > 0
         by_prompt = solve_beta(ref_logps, rewards, 0.1, per_prompt=True)
         assert by_prompt[0] == 0 and (by_prompt[1:] > 0).all()
@@ -441,6 +455,11 @@ class TestSolveBeta:
         beta = solve_beta(ref_logps, rewards, 0.05)
         scaled = solve_beta(ref_logps, 10**log_size * (rewards + shift), 0.05)
         assert scaled == pytest.approx(10**log_size * beta, rel=1e-9)
+
+    def test_a_reference_normalised_only_nearly(self):
+        """Within what is taken for normalised, the missing mass is not counted as KL."""
+        ref_logps, rewards = world(48)
+        assert solve_beta(ref_logps + 5e-10, rewards, 0.5) == pytest.approx(solve_beta(ref_logps, rewards, 0.5), 1e-13)
 
     def test_weighs_prompts(self):
         ref_logps, rewards = world(15, 2)
