@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -20,13 +19,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpoviz import models, tasks
-from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.beta import Beta
 from dpoviz.data import load_pairs, split_by_group
 from dpoviz.logprobs import sample_answers
 from dpoviz.losses import Form
 from dpoviz.reference import reference_pass
-from dpoviz.table import beta_table
-from dpoviz.train import TrainConfig, calibrate_alpha, train
+from dpoviz.stages import held_out_table, network, run_arms
+from dpoviz.train import TrainConfig, calibrate_alpha
 
 FORMS: tuple[Form, ...] = ("inverse", "standard")
 
@@ -124,7 +123,7 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
 
 
 _WORLD_CODE = ("demo", "logprobs", "models", "tasks")
-_TRAINING_CODE = ("beta", "data", "entropy", "losses", "reference", "regularizers", "train")
+_TRAINING_CODE = ("beta", "data", "entropy", "losses", "reference", "regularizers", "rules", "stages", "train")
 
 
 def _fingerprint(config: object, code: Sequence[str]) -> str:
@@ -240,8 +239,6 @@ def run_demo(
 ) -> Demo:
     """The small world, stage 1, and stage 2 in both forms.
 
-    Stage 1 runs once: with a fixed beta the two forms are the same loss, as both start at the same scale.
-
     Args:
         config: the settings.
         out: a folder for the checkpoints; a run that was killed goes on from there.
@@ -249,49 +246,24 @@ def run_demo(
         progress: show bars.
     """
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
-    common = {
-        "pad_id": world.tokenizer.pad_token_id,
-        "eos_id": world.tokenizer.eos_token_id,
-        "held_out": world.held_out,
-        "reference": world.reference,
-        "progress": progress,
-    }
-    place = (lambda name: None) if out is None else (lambda name: Path(out) / name)
-    start = copy.deepcopy(world.reference)
-    fixed = ConstantBeta(config.inverse.beta0)
-    stage1 = train(start, fixed, world.train, config.inverse, stage=1, out=place("stage1"), **common)
-
-    x = torch.tensor(world.train["ref_features"][:])
+    policy = copy.deepcopy(world.reference)
+    trained = run_arms(
+        policy,
+        world.train,
+        {form: network(getattr(config, form)) for form in FORMS},
+        held_out=world.held_out,
+        reference=world.reference,
+        pad_id=world.tokenizer.pad_token_id,
+        eos_id=world.tokenizer.eos_token_id,
+        out=out,
+        progress=progress,
+    )
     betas, policies, tables, history, alpha = {}, {}, [], [], {}
-    for form in FORMS:
-        settings = getattr(config, form)
-        policies[form] = copy.deepcopy(start)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            betas[form] = BetaNetwork(x.shape[1], beta0=settings.beta0)
-        betas[form].calibrate(x)
-        stage2 = train(policies[form], betas[form], world.train, settings, stage=2, out=place(form), **common)
-        fixed_beta = {column: settings.beta0 for column in stage1 if column.startswith("beta/")}
-        history += [stage1.assign(form=form, **fixed_beta), stage2]
+    for arm in trained:
+        form, settings = arm.name, getattr(config, arm.name)
+        betas[form], policies[form] = arm.beta, copy.deepcopy(policy)
+        history.append(arm.history)
         alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
-        tables.append(held_out_table(betas[form], world, form=form, seed=settings.seed))
+        tables.append(held_out_table(arm.beta, world.held_out, form=form, seed=settings.seed))
     table, history = pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
     return Demo(world, betas, policies, table, history, alpha)
-
-
-@torch.no_grad()
-def held_out_table(beta: Beta, world: World, *, form: Form, seed: int) -> pd.DataFrame:
-    """Beta at each held-out prompt, once a prompt, beside the reference's entropy there."""
-    rows = world.held_out.to_pandas().drop_duplicates("prompt")
-    device = next(beta.parameters(), torch.empty(0)).device
-    entropy = torch.tensor(rows["ref_entropy"].to_numpy(), device=device)
-    x = torch.tensor(np.stack(rows["ref_features"]), device=device)
-    return beta_table(
-        form=form,
-        seed=seed,
-        task=rows["task"],
-        prompt=rows["prompt"],
-        beta=beta.eval()(x, task=rows["task"].tolist(), ref_entropy=entropy),
-        ref_entropy=entropy,
-        ref_entropy_se=rows["ref_entropy_se"],
-    )

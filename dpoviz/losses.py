@@ -183,6 +183,7 @@ def total_loss(
     ref_rejected_logps: Tensor,
     beta: Tensor,
     *,
+    weight: Tensor | None = None,
     form: Form,
     beta_min: float,
     beta_max: float,
@@ -208,6 +209,7 @@ def total_loss(
         ref_chosen_logps: (B,), as in `dpo_loss`.
         ref_rejected_logps: (B,), as in `dpo_loss`.
         beta: (B,) the value of beta at each pair's prompt.
+        weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves a pair out. None: all alike.
         form: "inverse" or "standard".
         beta_min: lower end of the range, for `range_penalty`.
         beta_max: upper end of the range.
@@ -225,8 +227,8 @@ def total_loss(
         The sum, its terms, and what `gradients_on_beta` needs.
 
     Raises:
-        ValueError: a weight that is negative or not finite; a weight above 0 whose inputs are missing;
-            whatever `dpo_loss` and the penalties refuse.
+        ValueError: a λ that is negative or not finite; a λ above 0 whose inputs are missing; pairs whose weights
+            are negative, or all 0; whatever `dpo_loss` and the penalties refuse.
     """
     _require_weights(
         lambda_range=lambda_range,
@@ -237,7 +239,14 @@ def total_loss(
     require_rows("beta", beta)
     dpo = dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, form=form)
     zero = beta.new_zeros(())
-    terms = {"dpo": dpo.losses.mean(), "range": zero, "smoothness": zero, "entropy": zero}
+    if weight is None:
+        mean = dpo.losses.mean()
+    else:
+        require_rows("weight", weight, len(beta))
+        if (weight < 0).any() or not weight.any():
+            raise ValueError(f"weight: came {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
+        mean = (weight * dpo.losses).sum() / weight.sum()
+    terms = {"dpo": mean, "range": zero, "smoothness": zero, "entropy": zero}
     squared_gradients = torch.zeros_like(beta)
     if lambda_range > 0:
         terms["range"] = lambda_range * range_penalty(beta, beta_min, beta_max)

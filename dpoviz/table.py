@@ -163,6 +163,77 @@ def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
     }
 
 
+def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    r"""Reward accuracy on held-out pairs by arm and task, and its difference from one arm's.
+
+    The accuracy is the share of pairs with h > 0; a tie, :math:`|h| \le 10^{-4}`, counts a half. Intervals are
+    percentile bootstraps at 95 % over groups of pairs: pairs of one `group`, or where that is None of one prompt,
+    are drawn together, and the same draw serves all arms, so that the difference is paired.
+
+    Args:
+        scores: a row per arm and pair: arm, task, group, prompt, h (nats). Every arm has the same pairs, in the
+            same order.
+        baseline: the arm that the others are compared with.
+        n_boot: resamples of the bootstrap, at least 100.
+        seed: of the bootstrap's draws.
+
+    Returns:
+        A row per arm and task, and one per arm over all tasks (`task` "all"): arm, task, n (pairs), groups,
+        accuracy, accuracy_low, accuracy_high, difference, difference_low, difference_high; the last three are NaN
+        for the baseline.
+
+    Raises:
+        ValueError: missing columns, no rows of the baseline, arms with other pairs, a task called "all", or n_boot
+            below 100.
+    """
+    needed = ["arm", "task", "group", "prompt", "h"]
+    missing = [column for column in needed if column not in scores.columns]
+    if missing:
+        raise ValueError(f"scores: missing columns {missing}, expected {needed}")
+    arms = {arm: rows.reset_index(drop=True) for arm, rows in scores.groupby("arm", sort=False)}
+    if baseline not in arms:
+        raise ValueError(f"baseline: came {baseline!r}, expected one of {list(arms)}")
+    if n_boot < 100:
+        raise ValueError(f"n_boot: came {n_boot}, expected at least 100: fewer say nothing of a tail of 2.5 %")
+    base = arms[baseline]
+    for arm, rows in arms.items():
+        if not rows[["task", "prompt"]].equals(base[["task", "prompt"]]):
+            raise ValueError(f"scores: {arm!r} and {baseline!r} have other pairs, expected the same in the same order")
+    _require_no_pooled(base["task"].tolist())
+    right = {arm: _right(rows["h"].to_numpy()) for arm, rows in arms.items()}
+    cluster = base["group"].where(base["group"].notna(), "prompt: " + base["prompt"].astype(str))
+    known = [task for task in EXPECTED_ORDER if (base["task"] == task).any()]
+    found = []
+    for task in [*known, *sorted(set(base["task"]) - set(known)), POOLED]:
+        rows = np.full(len(base), True) if task == POOLED else (base["task"] == task).to_numpy()
+        code, names = pd.factorize(cluster[rows])
+        # (groups,) pairs of each group, and a matrix of how often each resample draws each group
+        count = np.bincount(code)
+        drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
+        sums = {arm: np.bincount(code, weights=values[rows]) for arm, values in right.items()}
+        boot = {arm: drawn @ total / (drawn @ count) for arm, total in sums.items()}
+        for arm in arms:
+            row = {"arm": arm, "task": task, "n": int(rows.sum()), "groups": len(names)}
+            row |= _interval("accuracy", right[arm][rows].mean(), boot[arm])
+            if arm == baseline:
+                row |= _interval("difference", np.nan, np.full(1, np.nan))
+            else:
+                difference = (right[arm] - right[baseline])[rows].mean()
+                row |= _interval("difference", difference, boot[arm] - boot[baseline])
+            found.append(row)
+    order = {arm: i for i, arm in enumerate(arms)}
+    return pd.DataFrame(found).sort_values("arm", key=lambda arm: arm.map(order), kind="stable", ignore_index=True)
+
+
+def _right(h: np.ndarray) -> np.ndarray:
+    return (np.sign(h) * (np.abs(h) > 1e-4) + 1) / 2
+
+
+def _interval(name: str, value: float, boot: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(boot, [0.025, 0.975])
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
 def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: int) -> tuple[float, float, float]:
     """Spearman's rho of two arrays (prompts, seeds), and its interval from resampled prompts."""
 

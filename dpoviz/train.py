@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,9 +24,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
-from dpoviz.beta import Beta
-from dpoviz.logprobs import sample_answers, score_answers, supports_shared_prefix
+from dpoviz.beta import Beta, BetaNetwork
+from dpoviz.logprobs import evaluating, sample_answers, score_answers, supports_shared_prefix
 from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
+from dpoviz.perturbed import perturbed_directions
+from dpoviz.rules import FromPrompt, Rule, Seen, Weighed
+
+ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
+"""Columns that only a rule reads which looks at the reference's entropy along the answers."""
 
 COLUMNS = (
     "prompt_ids",
@@ -155,11 +161,27 @@ def calibrate_alpha(ref_entropy: Sequence[float], beta0: float) -> float:
 
 
 class _Scorer(nn.Module):
-    """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call."""
+    """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call.
+
+    Weights that do not learn, those under a LoRA adapter, are no part of its state: a checkpoint holds what
+    training changes.
+    """
 
     def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
         super().__init__()
         self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+        self.frozen = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
+        self.register_state_dict_post_hook(_Scorer._drop_frozen)
+        self.register_load_state_dict_post_hook(_Scorer._expect_no_frozen)
+
+    @staticmethod
+    def _drop_frozen(module: _Scorer, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        for name in module.frozen:
+            state.pop(prefix + name, None)
+
+    @staticmethod
+    def _expect_no_frozen(module: _Scorer, keys: object) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in module.frozen]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
         return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
@@ -167,7 +189,7 @@ class _Scorer(nn.Module):
 
 def train(
     policy: PreTrainedModel,
-    beta: Beta,
+    beta: Beta | Rule,
     pairs: Dataset,
     config: TrainConfig,
     *,
@@ -176,6 +198,7 @@ def train(
     eos_id: int,
     held_out: Dataset | None = None,
     reference: PreTrainedModel | None = None,
+    calibration: Dataset | None = None,
     out: Path | str | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -183,14 +206,18 @@ def train(
 
     Args:
         policy: a causal language model, in stage 1 equal to the reference.
-        beta: a `ConstantBeta` for stage 1; for stage 2 whatever gives beta(x).
+        beta: a `ConstantBeta` for stage 1; for stage 2 whatever gives beta(x), or a rule of `dpoviz.rules`.
         pairs: what `reference_pass` returned: token ids, and the reference's columns.
         config: the settings.
         stage: 1 (DPO with `beta` alone) or 2 (all four terms).
         pad_id: token that pads.
         eos_id: token that ends an answer, for the sampled KL.
         held_out: pairs whose prompts are not in `pairs`: reward accuracy, beta by task, and prompts for KL.
-        reference: the model that `pairs` was scored with; without it the KL is not measured.
+        reference: the model that `pairs` was scored with; without it the KL is not measured. The policy itself,
+            if it is a PEFT model: the reference is then the policy with its adapter off.
+        calibration: pairs that the policy is not trained on. If they are given, beta learns from them and not
+            from `pairs`: there the policy cannot make up for any beta, and beta is identified (our rule; no
+            paper's).
         out: a folder for checkpoints. A run that finds its own checkpoint there goes on from it.
         progress: show a bar.
 
@@ -200,15 +227,17 @@ def train(
         with h > 0, ties half), margin (mean s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see
         `gradients_on_beta`), grad_norm/policy and grad_norm/beta (before clipping); and, measured on the
         held-out prompts after the update, beta/<task> (mean, evaluation mode), held_out_accuracy and
-        held_out_accuracy/<task> (share of pairs with h > 0), kl and kl_se (nats, sampled).
+        held_out_accuracy/<task> (share of pairs with h > 0), kl and kl_se (nats, sampled), kl/<task>.
 
     Raises:
-        ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, or a checkpoint of
-            another configuration in `out`.
+        ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, a rule of the standard
+            form in the inverse one, a rule that lacks what it looks at, or a checkpoint of another configuration
+            in `out`.
         FloatingPointError: the policy's log-probabilities are not finite, by step and row of `pairs`; nothing is
             updated by that batch.
     """
-    _check(pairs, held_out, config, stage)
+    rule = beta if isinstance(beta, Rule) else FromPrompt(beta)
+    _check(pairs, held_out, calibration, config, stage, rule, policy, reference)
     steps = config.stage1_steps if stage == 1 else config.stage2_steps
     offset = 0 if stage == 1 else config.stage1_steps
     if config.alpha is None:
@@ -220,24 +249,29 @@ def train(
     shared_prefix = supports_shared_prefix(policy)
     scorer = accelerator.prepare(_Scorer(policy, pad_id, shared_prefix))
     optimizers = [_optimizer(accelerator, policy, config.policy_learning_rate)]
-    learns = any(p.requires_grad for p in beta.parameters())
-    if learns:
-        beta = accelerator.prepare(beta)
-        optimizers.append(_optimizer(accelerator, beta, config.beta_learning_rate))
+    if rule.learns:
+        rule = accelerator.prepare(rule)
+        optimizers.append(_optimizer(accelerator, rule, config.beta_learning_rate))
+    elif rule.state_dict():  # moving averages
+        accelerator.register_for_checkpointing(rule)
     schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
-    beta.to(accelerator.device)
+    rule.to(accelerator.device)
     if reference is not None:
         reference.to(accelerator.device).eval()
 
     probe = _Probe(held_out, reference, config, pad_id=pad_id, eos_id=eos_id)
+    look = _Look(rule, pairs, policy, reference, config, pad_id=pad_id, eos_id=eos_id)
     batches = _batches(len(pairs), config.batch_size, steps, seed=config.seed + stage)
-    identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs)}
+    apart = calibration is not None and stage == 2
+    others = _batches(len(calibration), config.batch_size, steps, seed=config.seed + stage) if apart else []
+    identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs), "rule": repr(rule)}
+    identity |= {"calibration": _digest(calibration)} if apart else {}
     checkpoint = _Checkpoint(accelerator, Path(out) if out is not None else None, identity)
     first, history = checkpoint.load()
     bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=not progress)
     for step in range(first, steps):
         batch = _columns(pairs[batches[step]], accelerator.device)
-        scorer.train(), beta.train()
+        scorer.train(), rule.train()
         logps = scorer(batch["prompt_ids"], batch["answer_ids"])  # (B, 2)
         bad = (~torch.isfinite(logps)).any(dim=1).nonzero().flatten().tolist()
         if bad:
@@ -245,16 +279,30 @@ def train(
                 f"step {offset + step}: the policy's log-probabilities are not finite for rows "
                 f"{[batches[step][i] for i in bad]} of the pairs; a lower policy_learning_rate may keep them finite"
             )
-        beta_x = beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])  # (B,)
-        objective = _objective(logps, beta_x, beta, batch, config, alpha, stage)
+        weighed = rule(look(batch, logps, step))
+        if apart:  # the policy learns from its pairs, beta from others
+            other = _columns(calibration[others[step]], accelerator.device)
+            with torch.no_grad():
+                other_logps = scorer(other["prompt_ids"], other["answer_ids"])
+            fixed = weighed._replace(beta=weighed.beta.detach())
+            policy_objective = _objective(logps, fixed, rule, batch, config, alpha, stage=1)
+            of_beta = rule(look(other, other_logps, step))
+            objective = _objective(other_logps, of_beta, rule, other, config, alpha, stage)
+            total = policy_objective.total + objective.total
+        else:
+            policy_objective, of_beta, other = None, weighed, batch
+            objective = _objective(logps, weighed, rule, batch, config, alpha, stage)
+            total = objective.total
         log = step % config.log_every == 0 or step == steps - 1
-        row = _measure(objective, beta_x, batch["task"], config.form, learns) if log else {}
+        row = _measure(objective, of_beta.beta, other["task"], config.form, rule.learns) if log else {}
+        if log and apart:
+            row |= _measure(policy_objective, weighed.beta, batch["task"], config.form, False)
 
-        accelerator.backward(objective.total)
+        accelerator.backward(total)
         # each by its own norm: the few weights of beta would vanish beside a language model's
         norms = {"policy": accelerator.clip_grad_norm_(policy.parameters(), config.policy_max_norm)}
-        if learns:
-            norms["beta"] = accelerator.clip_grad_norm_(beta.parameters(), config.beta_max_norm)
+        if rule.learns:
+            norms["beta"] = accelerator.clip_grad_norm_(rule.parameters(), config.beta_max_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -262,7 +310,7 @@ def train(
 
         if log:
             row |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
-            row |= probe.beta(beta)
+            row |= probe.beta(rule)
             if step % config.probe_every == 0 or step == steps - 1:
                 row |= probe.policy(scorer, policy)
             place = {"form": config.form, "seed": config.seed, "stage": stage, "step": offset + step}
@@ -272,18 +320,37 @@ def train(
         if (step + 1) % config.checkpoint_every == 0 or step == steps - 1:
             checkpoint.save(step + 1, history)
     bar.close()
-    policy.eval(), beta.eval()
+    policy.eval(), rule.eval()
     return pd.DataFrame(history)
 
 
-def _check(pairs: Dataset, held_out: Dataset | None, config: TrainConfig, stage: int) -> None:
+def _check(
+    pairs: Dataset,
+    held_out: Dataset | None,
+    calibration: Dataset | None,
+    config: TrainConfig,
+    stage: int,
+    rule: Rule,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+) -> None:
     _require("stage", stage, stage in (1, 2), "1 (fixed beta) or 2 (beta(x))")
-    for name, data in (("pairs", pairs), ("held_out", held_out)):
+    for name, data in (("pairs", pairs), ("held_out", held_out), ("calibration", calibration)):
         missing = [] if data is None else [column for column in COLUMNS if column not in data.column_names]
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what reference_pass returns")
-    if len(pairs) < config.batch_size:
-        raise ValueError(f"pairs: came {len(pairs)}, expected at least batch_size = {config.batch_size}")
+    for name, data in (("pairs", pairs), ("calibration", calibration)):
+        if data is not None and len(data) < config.batch_size:
+            raise ValueError(f"{name}: came {len(data)}, expected at least batch_size = {config.batch_size}")
+    if rule.form not in (None, config.form):
+        raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, came {config.form!r}")
+    lacking = [column for column in ANSWER_ENTROPY if column not in pairs.column_names]
+    if "answer_entropy" in rule.needs and lacking:
+        raise ValueError(f"pairs: lacks {', '.join(lacking)}, which {type(rule).__name__} looks at")
+    if reference is policy:
+        adapter_off(policy)  # refuses a model without an adapter
+    if rule.needs & {"direction", "kl"} and reference is None:
+        raise ValueError(f"reference: came None, expected the model: {type(rule).__name__} looks at it in training")
 
 
 def _digest(pairs: Dataset) -> str:
@@ -320,29 +387,82 @@ def _columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
         "ref_logps": torch.stack([tensor("ref_chosen_logps"), tensor("ref_rejected_logps")], dim=1),
         "ref_entropy": tensor("ref_entropy"),
         "x": tensor("ref_features"),
+        "answer_entropy": sum(map(tensor, ANSWER_ENTROPY)) if ANSWER_ENTROPY[0] in rows else None,  # nats, both
     }
 
 
+class _Look:
+    """What a rule may look at in a step; what it does not need is not computed."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        pairs: Dataset,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        config: TrainConfig,
+        *,
+        pad_id: int,
+        eos_id: int,
+    ) -> None:
+        self.rule, self.policy, self.reference, self.pad_id = rule, policy, reference, pad_id
+        self.log_vocabulary = math.log(policy.config.get_text_config().vocab_size)
+        self.probe = _Probe(pairs, reference, config, pad_id=pad_id, eos_id=eos_id) if "kl" in rule.needs else None
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, logps: Tensor, step: int) -> Seen:
+        needs = self.rule.needs
+        extras = {}
+        if "answer_entropy" in needs:
+            tokens = [sum(map(len, answers)) for answers in batch["answer_ids"]]
+            most = self.log_vocabulary * torch.tensor(tokens, device=logps.device)  # of a uniform model
+            extras["answer_entropy"] = batch["answer_entropy"] / most
+        if "direction" in needs:
+            extras["direction"] = perturbed_directions(
+                self.policy,
+                self.reference,
+                batch["prompt_ids"],
+                batch["answer_ids"],
+                epsilon=self.rule.epsilon,
+                pad_id=self.pad_id,
+            )
+        if "kl" in needs and step % self.rule.every == 0:
+            measured = self.probe.kl(self.policy, seed_shift=step)
+            extras["kl"] = {name.removeprefix("kl/"): v for name, v in measured.items() if name.startswith("kl/")}
+        ratios = logps.detach() - batch["ref_logps"]
+        return Seen(
+            h=ratios[:, 0] - ratios[:, 1],
+            x=batch["x"],
+            task=batch["task"],
+            ref_entropy=batch["ref_entropy"],
+            **extras,
+        )
+
+
 def _objective(
-    logps: Tensor, beta_x: Tensor, beta: Beta, batch: dict, config: TrainConfig, alpha: float, stage: int
+    logps: Tensor, weighed: Weighed, rule: Rule, batch: dict, config: TrainConfig, alpha: float, stage: int
 ) -> TotalLoss:
-    weight = 1.0 if stage == 2 else 0.0  # a fixed beta has nothing to be regularised
+    # a beta that does not learn has nothing to be regularised
+    weight = 1.0 if stage == 2 and rule.learns else 0.0
+    function = rule.beta if isinstance(rule, FromPrompt) else None
+    reads_x = isinstance(function, BetaNetwork)
     return total_loss(
         logps[:, 0],
         logps[:, 1],
         batch["ref_logps"][:, 0],
         batch["ref_logps"][:, 1],
-        beta_x,
+        weighed.beta,
+        weight=weighed.weight,
         form=config.form,
         beta_min=config.beta_min,
         beta_max=config.beta_max,
         ref_entropy=batch["ref_entropy"],
         alpha=alpha,
         lambda_range=weight * config.lambda_range,
-        lambda_smoothness=weight * config.lambda_smoothness,
+        lambda_smoothness=weight * config.lambda_smoothness * reads_x,
         lambda_consistency=weight * config.lambda_consistency,
         lambda_entropy=weight * config.lambda_entropy,
-        beta_fn=beta,
+        beta_fn=function,
         x=batch["x"],
         task=batch["task"],
     )
@@ -388,16 +508,16 @@ class _Probe:
         if self.data is not None:
             first = pd.DataFrame({"task": self.data["task"], "prompt": map(tuple, self.data["prompt_ids"])})
             some = first.drop_duplicates("prompt").groupby("task").head(config.probe_prompts)
-            self.prompts = [list(prompt) for prompt in some["prompt"]]
+            self.prompts, self.tasks = [list(prompt) for prompt in some["prompt"]], some["task"].tolist()
 
     @torch.no_grad()
-    def beta(self, beta: Beta) -> dict[str, float]:
-        """Mean beta by task, over the held-out prompts, in evaluation mode."""
-        if self.data is None:
+    def beta(self, rule: Rule) -> dict[str, float]:
+        """Mean beta by task over the held-out prompts, in evaluation mode, where beta is a function of the prompt."""
+        if self.data is None or not isinstance(rule, FromPrompt):
             return {}
-        beta.eval()
-        batch = _columns(self.data, next(iter(beta.parameters()), torch.empty(0)).device)
-        values = beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])
+        rule.eval()
+        batch = _columns(self.data, next(rule.parameters(), torch.empty(0)).device)
+        values = rule.beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])
         return _by_task("beta", values.tolist(), self.data["task"])
 
     @torch.no_grad()
@@ -414,9 +534,11 @@ class _Probe:
             right += _ranked_rightly(ratios[:, 0] - ratios[:, 1]).tolist()
         row = {"held_out_accuracy": sum(right) / len(right)}
         row |= _by_task("held_out_accuracy", right, self.data["task"])
-        return row if self.reference is None or not self.prompts else row | self._kl(policy)
+        return row if self.reference is None or not self.prompts else row | self.kl(policy)
 
-    def _kl(self, policy: PreTrainedModel) -> dict[str, float]:
+    @torch.no_grad()
+    def kl(self, policy: PreTrainedModel, *, seed_shift: int = 0) -> dict[str, float]:
+        """KL(policy ‖ reference) over the prompts, its standard error, and by task; one sampled answer a prompt."""
         config = self.config
         answers = sample_answers(
             policy,
@@ -425,16 +547,35 @@ class _Probe:
             max_new_tokens=config.max_new_tokens,
             eos_id=self.eos_id,
             pad_id=self.pad_id,
-            seed=config.seed,
+            seed=config.seed + seed_shift,
         ).answers
         shared = supports_shared_prefix(policy)
-        logps = [
-            score_answers(model, self.prompts, answers, pad_id=self.pad_id, shared_prefix=shared).logps[:, 0]
-            for model in (policy, self.reference)
-        ]
+
+        def logps(model: PreTrainedModel) -> Tensor:
+            return score_answers(model, self.prompts, answers, pad_id=self.pad_id, shared_prefix=shared).logps[:, 0]
+
+        with evaluating(policy):
+            of_policy = logps(policy)
+            with adapter_off(policy) if self.reference is policy else nullcontext():
+                of_reference = logps(self.reference)
         # the mean of log pi - log pi_ref over answers of the policy is unbiased for the KL
-        difference = (logps[0] - logps[1]).double()
-        return {"kl": difference.mean().item(), "kl_se": (difference.std() / len(difference) ** 0.5).item()}
+        difference = (of_policy - of_reference).double()
+        row = {"kl": difference.mean().item(), "kl_se": (difference.std() / len(difference) ** 0.5).item()}
+        return row | _by_task("kl", difference.tolist(), self.tasks)
+
+
+def adapter_off(policy: PreTrainedModel) -> AbstractContextManager:
+    """The reference under a PEFT policy: the same weights with the adapter off, no second copy.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    if not hasattr(policy, "disable_adapter"):
+        raise ValueError(
+            f"reference: came the policy itself, a {type(policy).__name__} without an adapter to turn off; expected "
+            "a copy of it from before training, or a PEFT model"
+        )
+    return policy.disable_adapter()
 
 
 class _Checkpoint:

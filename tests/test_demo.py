@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpoviz import tasks
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
-from dpoviz.demo import FORMS, DemoConfig, demo_folder, held_out_table, small_world
+from dpoviz.demo import FORMS, DemoConfig, demo_folder, small_world
+from dpoviz.stages import held_out_table
 from dpoviz.table import COLUMNS
 
 COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]
@@ -83,7 +84,7 @@ class TestWhatIsLeft:
         table = pd.read_csv(demo[0] / "beta.csv")
         for form in FORMS:
             beta = BetaNetwork.from_pretrained(demo[0] / form / "beta")
-            again = held_out_table(beta, world, form=form, seed=0)
+            again = held_out_table(beta, world.held_out, form=form, seed=0)
             pd.testing.assert_frame_equal(again, table[table["form"] == form].reset_index(drop=True))
 
     def test_saved_policy_is_a_model_that_answers(self, demo, world):

@@ -412,6 +412,23 @@ class TestTotalLoss:
         with pytest.raises(ValueError, match=f"{missing}: missing, needed because {weight} > 0"):
             objective(batch()[1], **inputs | {missing: None})
 
+    def test_pairs_may_weigh_differently(self):
+        # inverse, s·h = 4, −1.5, 0.35, −0.75
+        weight = rows(1.0, 0.0, 2.0, 0.5)
+        out = objective(batch()[1], weight=weight)
+        each = [math.log1p(math.exp(-z)) for z in (4, -1.5, 0.35, -0.75)]
+        assert out.terms["dpo"].item() == pytest.approx((each[0] + 2 * each[2] + 0.5 * each[3]) / 3.5, abs=1e-12)
+        logps, beta = batch()
+        logps[0].requires_grad_()
+        total_loss(*logps, beta, weight=weight, form="inverse", beta_min=None, beta_max=None, ref_entropy=None,
+                   alpha=None, **OFF).total.backward()  # fmt: skip
+        assert logps[0].grad[1] == 0 and (logps[0].grad[[0, 2, 3]] != 0).all()
+
+    @pytest.mark.parametrize("weight", [rows(0, 0, 0, 0), rows(1, -1, 1, 1), rows(1, 1, 1), rows(1, 1, 1, math.nan)])
+    def test_refuses_weights_of_pairs_that_make_no_mean(self, weight):
+        with pytest.raises(ValueError, match="weight: "):
+            objective(batch()[1], weight=weight)
+
     @pytest.mark.parametrize("weight", OFF)
     @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
     def test_refuses_weights_that_are_none(self, weight, value):

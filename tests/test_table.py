@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpoviz.table import COLUMNS, EXPECTED_ORDER, beta_table, summarize
+from dpoviz.table import COLUMNS, EXPECTED_ORDER, beta_table, summarize, summarize_accuracy
 
 # sums and quotients of a few dozen numbers of size 1 in float64: rounding stays below 1e-13
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -233,3 +233,75 @@ class TestSummarize:
     def test_refuses(self, change, kws, message):
         with pytest.raises(ValueError, match=message):
             summarize(change(noisy()), **kws)
+
+
+def scored(h: dict[str, list[float]], *, task=None, group=None) -> pd.DataFrame:
+    """A row per arm and pair; every pair has a prompt of its own."""
+    n = len(next(iter(h.values())))
+    pairs = {"task": task or ["math"] * n, "group": group or [None] * n, "prompt": [f"p{i}" for i in range(n)]}
+    return pd.concat([pd.DataFrame({"arm": arm, **pairs, "h": values}) for arm, values in h.items()])
+
+
+class TestSummarizeAccuracy:
+    def test_by_hand(self):
+        out = summarize_accuracy(
+            scored(
+                {"inverse": [1.0, -2.0, 0.5, 3.0], "fixed": [1.0, -2.0, -0.5, 0.0]},
+                task=["code", "math", "math", "math"],
+            ),
+            baseline="fixed",
+        )
+        assert list(zip(out["arm"], out["task"], out["n"], strict=True)) == [
+            (arm, task, n) for arm in ("inverse", "fixed") for task, n in (("math", 3), ("code", 1), ("all", 4))
+        ]
+        assert out["accuracy"].tolist() == pytest.approx([2 / 3, 1, 3 / 4, 0.5 / 3, 1, 1.5 / 4], **EXACT)
+        assert out["difference"].tolist()[:3] == pytest.approx([1.5 / 3, 0, 1.5 / 4], **EXACT)
+        assert out["difference"].isna().tolist() == [False] * 3 + [True] * 3
+
+    def test_intervals_are_those_of_resampled_groups(self):
+        """Against a bootstrap that draws whole groups of rows, with pandas and another generator."""
+        rng = np.random.default_rng(3)
+        group = [f"g{i // 3}" for i in range(90)]
+        shared = np.repeat(rng.normal(size=30), 3)  # pairs of a group agree
+        data = scored({"a": (shared + 0.2).tolist(), "fixed": shared.tolist()}, group=group)
+        out = summarize_accuracy(data, baseline="fixed", n_boot=4000).set_index(["arm", "task"]).loc[("a", "math")]
+        rows = (
+            data[data["arm"] == "a"].assign(right=lambda d: d["h"] > 0).groupby("group")["right"].agg(["sum", "size"])
+        )
+        draws = [rows.sample(len(rows), replace=True, random_state=i) for i in range(4000)]
+        boot = [draw["sum"].sum() / draw["size"].sum() for draw in draws]
+        # two bootstraps of 4000: the quantiles scatter by about 0.005
+        low, high = np.quantile(boot, [0.025, 0.975])
+        assert (out["accuracy_low"], out["accuracy_high"]) == pytest.approx((low, high), abs=0.015)
+        assert out["groups"] == 30
+        # the control: pairs drawn by themselves would look surer than they are
+        alone = summarize_accuracy(data.assign(group=None), baseline="fixed").set_index(["arm", "task"])
+        narrow = alone.loc[("a", "math"), "accuracy_high"] - alone.loc[("a", "math"), "accuracy_low"]
+        assert narrow < 0.75 * (high - low)
+
+    def test_the_difference_is_paired(self):
+        rng = np.random.default_rng(0)
+        h = rng.normal(size=200)
+        out = summarize_accuracy(scored({"a": h.tolist(), "fixed": (h * 3).tolist()}), baseline="fixed")
+        same = out[(out["arm"] == "a") & (out["task"] == "all")].iloc[0]
+        # the arms rank every pair alike: no resample can tell them apart, though each accuracy is uncertain
+        assert same[["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
+        assert same["accuracy_high"] - same["accuracy_low"] > 0.1
+
+    def test_pairs_of_one_prompt_are_drawn_together_where_there_is_no_group(self):
+        data = scored({"fixed": [1.0, 1.0, -1.0, -1.0]})
+        data["prompt"] = ["p", "p", "q", "q"]
+        assert summarize_accuracy(data, baseline="fixed")["groups"].tolist() == [2, 2]
+
+    def test_refuses(self):
+        data = scored({"a": [1.0, 2.0], "fixed": [1.0, -2.0]})
+        with pytest.raises(ValueError, match="baseline: came 'none', expected one of"):
+            summarize_accuracy(data, baseline="none")
+        with pytest.raises(ValueError, match="missing columns \\['h'\\]"):
+            summarize_accuracy(data.drop(columns="h"), baseline="fixed")
+        with pytest.raises(ValueError, match="have other pairs"):
+            summarize_accuracy(data.iloc[:-1], baseline="fixed")
+        with pytest.raises(ValueError, match="n_boot: came 10"):
+            summarize_accuracy(data, baseline="fixed", n_boot=10)
+        with pytest.raises(ValueError, match="all"):
+            summarize_accuracy(data.assign(task="all"), baseline="fixed")

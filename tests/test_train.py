@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -272,10 +273,10 @@ class TestHistory:
         config = TrainConfig.around(0.1, "inverse", **{**SMALL, "max_new_tokens": 1})
         prompt = [5, 6, 7]
         probe = module._Probe(None, reference, config, pad_id=PAD, eos_id=EOS)
-        probe.prompts = [prompt] * 4000
+        probe.prompts, probe.tasks = [prompt] * 4000, ["math"] * 4000
         with torch.no_grad():
             p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
-            found = probe._kl(policy)
+            found = probe.kl(policy)
         exact = (p.exp() * (p - q)).sum().item()
         assert abs(found["kl"] - exact) < 4 * found["kl_se"]
         assert found["kl_se"] < 0.1 * exact  # the control: an estimate this sharp would miss a wrong formula
@@ -290,6 +291,113 @@ class TestHistory:
         # its features are not read, so that there is no gradient to penalise
         run(world, TrainConfig.around(0.1, "inverse", lambda_smoothness=0.0, **SMALL), beta)
         assert (beta.log_ratio != 0).all()
+
+
+class TestCalibration:
+    """Beta learns from pairs that the policy does not see, and the policy from its own."""
+
+    def test_beta_learns_from_the_calibration_pairs_alone(self, world):
+        reference, pairs, held_out = world
+        apart = small_pairs(reference, n=12, seed=5)
+        config = TrainConfig.around(0.1, "standard", **{**SMALL, "policy_learning_rate": 1e-12})
+
+        def swap(data):
+            return data.map(
+                lambda r: {"ref_chosen_logps": r["ref_rejected_logps"], "ref_rejected_logps": r["ref_chosen_logps"]}
+            )
+
+        def learned(calibration, own=pairs):
+            beta = network()
+            run((reference, own, held_out), config, beta, calibration=calibration)
+            return weights(beta)
+
+        # with a policy that stands still, what beta learns is a function of the calibration pairs
+        assert torch.equal(learned(apart), learned(apart, swap(pairs)))
+        assert not torch.allclose(learned(apart), learned(swap(apart)), atol=1e-4)
+        assert not torch.allclose(learned(None), learned(None, swap(pairs)), atol=1e-4)
+
+    def test_temperature_of_a_policy_that_stands_still(self, world):
+        """Against the maximum-likelihood scale by a search: what calibrating a temperature is."""
+        reference = world[0]
+        policy = small_model(seed=4)
+        apart = small_pairs(reference, n=24, seed=6)
+        config = TrainConfig(
+            form="standard", beta0=0.5, beta_min=1e-3, beta_max=1e3, lambda_range=0.0, lambda_smoothness=0.0,
+            lambda_entropy=0.0, stage2_steps=400, batch_size=24, beta_learning_rate=0.02, policy_learning_rate=1e-12,
+            warmup_steps=0, log_every=400, probe_every=400, checkpoint_every=1000,
+        )  # fmt: skip
+        beta = TaskBeta(TASKS, 0.5)
+        train(policy, beta, apart, config, stage=2, pad_id=PAD, eos_id=EOS, calibration=apart, progress=False)
+        for i, task in enumerate(TASKS):
+            rows = [r for r in apart if r["task"] == task]
+            with torch.no_grad():
+                h = [
+                    float(by_hand(policy, r["prompt_ids"], r["chosen_ids"]))
+                    - float(by_hand(policy, r["prompt_ids"], r["rejected_ids"]))
+                    - (r["ref_chosen_logps"] - r["ref_rejected_logps"])
+                    for r in rows
+                ]
+            grid = np.exp(np.linspace(np.log(1e-4), np.log(1e3), 20001))
+            loss = sum(np.logaddexp(0, -grid * value) for value in h)
+            found = beta.beta0 * float(beta.log_ratio[i].detach().exp())
+            if 1e-3 < grid[loss.argmin()] < 1e2:  # a finite optimum
+                assert found == pytest.approx(grid[loss.argmin()], rel=0.02)
+
+
+class TestAdapters:
+    """LoRA: the reference is the policy with its adapter off, and a checkpoint holds the adapter alone."""
+
+    @pytest.fixture
+    def adapted(self):
+        peft = pytest.importorskip("peft")
+
+        def make(reference):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+                return peft.get_peft_model(copy.deepcopy(reference), config)
+
+        return make
+
+    def test_kl_is_that_of_a_second_copy(self, world, adapted):
+        reference, pairs, held_out = world
+        histories = []
+        for own in (True, False):
+            policy = adapted(reference)
+            config = TrainConfig.around(0.1, "inverse", **SMALL)
+            histories.append(
+                train(
+                    policy, network(), pairs, config, stage=2, pad_id=PAD, eos_id=EOS, held_out=held_out,
+                    reference=policy if own else reference, progress=False,
+                )
+            )  # fmt: skip
+        assert histories[0]["kl"].dropna().iloc[-1] > 1e-4
+        pd.testing.assert_frame_equal(*histories)
+
+    def test_checkpoint_holds_what_learns_and_resumes(self, world, adapted, tmp_path):
+        reference, pairs, _ = world
+        config = TrainConfig.around(0.1, "inverse", **SMALL)
+        common = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
+        whole = adapted(reference)
+        train(whole, network(), pairs, config, **common)
+        frozen = sum(p.numel() * 4 for p in whole.parameters() if not p.requires_grad)
+        policy = adapted(reference)
+        train(policy, network(), pairs, config, out=tmp_path, **common)
+        saved = tmp_path / "checkpoint" / "model.safetensors"
+        assert saved.stat().st_size < frozen
+        again = adapted(reference)
+        train(again, network(), pairs, config, out=tmp_path, **common)  # finds the finished run
+        assert torch.equal(weights(again), weights(whole))
+
+    def test_a_policy_without_adapter_is_no_reference_of_itself(self, world):
+        reference, pairs, held_out = world
+        policy = copy.deepcopy(reference)
+        with pytest.raises(ValueError, match="without an adapter"):
+            train(
+                policy, ConstantBeta(10.0), pairs, TrainConfig.around(0.1, "inverse", **SMALL), stage=1, pad_id=PAD,
+                eos_id=EOS, held_out=held_out, reference=policy, progress=False,
+            )  # fmt: skip
 
 
 class TestBadInput:

@@ -1,0 +1,165 @@
+"""Two stages: the policy with a fixed beta once, then from there one run for each beta that is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.logprobs import evaluating, score_answers
+from dpoviz.losses import Form, scale
+from dpoviz.rules import Rule
+from dpoviz.table import beta_table
+from dpoviz.train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of stage 2.
+
+    Attributes:
+        config: its settings.
+        make: the beta that it starts with, given the training pairs.
+    """
+
+    config: TrainConfig
+    make: Callable[[Dataset], Beta | Rule]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one arm came to. The policy itself holds the arm's weights until the next arm is asked for.
+
+    Attributes:
+        name: the arm's.
+        beta: the trained beta or rule.
+        history: rows of stage 1, in this arm's form and beta, and of stage 2.
+    """
+
+    name: str
+    beta: Beta | Rule
+    history: pd.DataFrame
+
+
+def network(config: TrainConfig) -> Arm:
+    """The source's beta(x): a network on the reference's view of the prompt, with all four terms."""
+
+    def make(pairs: Dataset) -> BetaNetwork:
+        x = features(pairs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            beta = BetaNetwork(x.shape[1], beta0=config.beta0)
+        beta.calibrate(x)
+        return beta
+
+    return Arm(config, make)
+
+
+def fixed(config: TrainConfig) -> Arm:
+    """Goes on with the beta of stage 1: what beta(x) is to be compared with, at as many steps."""
+    return Arm(config, lambda _: ConstantBeta(config.beta0))
+
+
+def features(pairs: Dataset) -> Tensor:
+    """(N, D) the reference's features of the prompts."""
+    return torch.tensor(pairs["ref_features"][:])
+
+
+def run_arms(
+    policy: PreTrainedModel,
+    pairs: Dataset,
+    arms: Mapping[str, Arm],
+    *,
+    held_out: Dataset,
+    reference: PreTrainedModel,
+    pad_id: int,
+    eos_id: int,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> Iterator[Trained]:
+    """Stage 1 once, then stage 2 for each arm, all from the same weights.
+
+    Stage 1 runs once because with a fixed beta the two forms are the same loss where they start at the same
+    scale.
+
+    Args:
+        policy: trained in place; equal to the reference at the start. While an arm's result is looked at, it
+            holds that arm's weights; its weights that do not learn are never copied.
+        pairs: what `reference_pass` returned.
+        arms: by name.
+        held_out: pairs of other prompts, likewise.
+        reference: for the KL; the policy itself if it is a PEFT model.
+        pad_id: token that pads.
+        eos_id: token that ends an answer.
+        out: a folder for the checkpoints; a run that was killed goes on from there.
+        progress: show bars.
+
+    Raises:
+        ValueError: the arms do not start at the same scale, or with as many steps of stage 1.
+    """
+    starts = {(round(scale(arm.config.beta0, arm.config.form), 12), arm.config.stage1_steps) for arm in arms.values()}
+    if len(starts) != 1:
+        raise ValueError(f"arms: start at scales and steps {sorted(starts)}, expected one start for all")
+    common = {"pad_id": pad_id, "eos_id": eos_id, "held_out": held_out, "reference": reference, "progress": progress}
+    place = (lambda name: None) if out is None else (lambda name: Path(out) / name)
+    first = next(iter(arms.values())).config
+    stage1 = train(policy, ConstantBeta(first.beta0), pairs, first, stage=1, out=place("stage1"), **common)
+    learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in learned.items()}
+    for name, arm in arms.items():
+        with torch.no_grad():
+            for key, parameter in learned.items():
+                parameter.copy_(start[key])
+        beta = arm.make(pairs)
+        stage2 = train(policy, beta, pairs, arm.config, stage=2, out=place(name), **common)
+        then = {column: arm.config.beta0 for column in stage1 if column.startswith("beta/")}
+        history = pd.concat([stage1.assign(form=arm.config.form, **then), stage2], ignore_index=True)
+        yield Trained(name, beta, history)
+
+
+@torch.no_grad()
+def held_out_table(beta: Beta, held_out: Dataset, *, form: Form, seed: int) -> pd.DataFrame:
+    """Beta at each held-out prompt, once a prompt, beside the reference's entropy there."""
+    rows = held_out.to_pandas().drop_duplicates("prompt")
+    device = next(beta.parameters(), torch.empty(0)).device
+    entropy = torch.tensor(rows["ref_entropy"].to_numpy(), device=device)
+    x = torch.tensor(np.stack(rows["ref_features"]), device=device)
+    return beta_table(
+        form=form,
+        seed=seed,
+        task=rows["task"],
+        prompt=rows["prompt"],
+        beta=beta.eval()(x, task=rows["task"].tolist(), ref_entropy=entropy),
+        ref_entropy=entropy,
+        ref_entropy_se=rows["ref_entropy_se"],
+    )
+
+
+@torch.no_grad()
+def log_ratio_differences(
+    policy: PreTrainedModel, pairs: Dataset, *, pad_id: int, batch_size: int, progress: bool = True
+) -> np.ndarray:
+    """(N,) h of each pair under the policy, in nats, in the order of the pairs."""
+    rows = pairs[:]
+    answers = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
+    size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
+    order = sorted(range(len(size)), key=size.__getitem__)
+    h = np.empty(len(order))
+    with evaluating(policy), tqdm(total=len(order), desc="held-out pairs", unit="pair", disable=not progress) as bar:
+        for begin in range(0, len(order), batch_size):
+            some = order[begin : begin + batch_size]
+            prompts, own = [rows["prompt_ids"][i] for i in some], [list(answers[i]) for i in some]
+            logps = score_answers(policy, prompts, own, pad_id=pad_id).logps.double().cpu().numpy()
+            ref = np.array([[rows["ref_chosen_logps"][i], rows["ref_rejected_logps"][i]] for i in some])
+            h[some] = (logps - ref) @ [1, -1]
+            bar.update(len(some))
+    return h
