@@ -1,88 +1,283 @@
 """The pair record: loading, validation, splitting, tokenisation.
 
-A record is a JSON object with `prompt`, `chosen`, `rejected` and `task`, all text, and if wanted `group`: pairs
-of one group are never split between training and held-out data. Other fields are kept.
+A record has `prompt`, `chosen`, `rejected` and `task`, all text, and if wanted `group`: pairs of one group are never
+split between training and held-out data. A prompt that is a chat stands in `messages` as well, and its `prompt` is
+the chat in plain words. Other fields are kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
-from datasets import Dataset
+import pyarrow.parquet
+from datasets import Dataset, DatasetDict, load_dataset
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
+
+from dpoviz.presets import PRESETS, Preset
 
 logger = logging.getLogger(__name__)
 
 FIELDS = ("prompt", "chosen", "rejected", "task")
+ROLES = ("system", "user", "assistant")
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _SHOWN = 10  # problems listed in one message
+_HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
+
+Source = Path | str | Dataset | Sequence[Path | str]
 
 
-def load_pairs(path: Path | str, *, tasks: Sequence[str] | None = None) -> Dataset:
-    """Read preference pairs from a JSON Lines file, all of them or none.
+class _Row(NamedTuple):
+    """A record as it came, or why it did not: `place` and `number` say where it stood."""
+
+    place: str
+    number: int
+    file: str
+    record: object
+    problem: str | None = None
+
+
+def load_pairs(
+    source: Source,
+    *,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    preset: str | None = None,
+    tasks: Sequence[str] | None = None,
+    split: str = "train",
+) -> Dataset:
+    """Read preference pairs, all of them or none.
+
+    The prompt is a text or a list of chat messages, ``{"role": …, "content": …}``, whose last one is the user's; an
+    answer is a text, or a list of one assistant's message. The prompt may be left out where both answers begin with
+    it: it is then the messages that they share, or the characters that they share, less a blank at their end (the
+    two layouts that TRL documents as explicit and implicit prompts).
 
     Args:
-        path: a file with one JSON object a line; blank lines are passed over.
+        source: a file (JSON Lines; JSON, a list of records or an object whose "data" is one; Parquet), a folder of
+            such files, several of these, a `datasets.Dataset`, the name of a preset, or a set on Hugging Face's hub.
+        task: the task of all pairs. Where records name one, it must be this.
+        columns: other people's names of columns, to ours: ``{"question": "prompt"}``.
+        preset: the layout of a known public set, one of `PRESETS`, for a file or a `Dataset` of it. Pairs that
+            cannot be used, such as those with two equal answers, are left out there, and counted in a warning.
         tasks: the task names that are expected; None takes any.
+        split: the part of a hub's set, or of a `DatasetDict`.
 
     Returns:
-        A data set with the records' fields, and `line`, where each stood in the file.
+        A data set with the records' fields, `group` (None where there is none), `line` (where each stood: the line of
+        a JSON Lines file, the number of the record elsewhere, from 1), `messages` where a prompt is a chat (None
+        where not), and `file` where there are several.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: lines that are no JSON object, lack a field, hold something else than text, an empty
-            answer, two identical answers, or a task that is not expected: each named by file, line and field;
-            or another field whose values are of different types.
+        ValueError: records that are no objects, lack a field, hold something else than text or messages, an empty
+            answer, two identical answers, a task that is not expected: each named by file, line and field; another
+            field whose values are of different types; a preset that is not known; a hub that cannot be reached,
+            within seconds.
     """
-    path = Path(path)
-    records, problems = [], []
+    source, layout, split = _resolve(source, preset, split)
+    if layout is not None and columns:
+        raise ValueError("columns: came together with a preset, which renames them itself; give one of the two")
+    _require_renaming(columns or {})
+    if layout is not None and task is None:
+        task = layout.task
+    records, problems, left_out, files = [], [], [], set()
+    for row in _rows(source, split):
+        files.add(row.file)
+        if row.problem is not None:
+            problems.append(f"{row.place}: {row.problem}")
+            continue
+        try:
+            found = _converted(row.record, layout, columns or {})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.append(f"{row.place}: not in the layout of {preset or source} ({type(error).__name__}: {error})")
+            continue
+        if not found:
+            left_out.append(f"{row.place}: no preference")
+        for record in found:
+            record, wrong = _canonical(record, task, tasks)
+            if not wrong:
+                records.append({**record, "line": row.number, "file": row.file})
+            else:  # people's own data are refused; a public set is as it is
+                (problems if layout is None else left_out).extend(f"{row.place}: {problem}" for problem in wrong)
+    if problems or not records:
+        problems = problems or left_out or [f"{_named(source)}: holds no pairs"]
+        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError("\n".join(problems[:_SHOWN]) + more)
+    if left_out:
+        logger.warning("%s: %d pairs are left out, such as %s", _named(source), len(left_out), left_out[0])
+    optional = {"file": len(files) > 1, "messages": any(record["messages"] for record in records)}
+    for name in [name for name, wanted in optional.items() if not wanted]:
+        for record in records:
+            del record[name]
+    return Dataset.from_dict(_columns(_named(source), records))
+
+
+def _resolve(source: Source, preset: str | None, split: str) -> tuple[Source, Preset | None, str]:
+    """What to read, in which layout, and which part of it."""
+    if preset is None and isinstance(source, str) and source in PRESETS and not Path(source).exists():
+        preset = source
+        source = PRESETS[preset].hub
+        if source is None:
+            page = PRESETS[preset].page
+            raise ValueError(f"data: {preset} is on no hub; get its file from {page} and give it with this preset")
+        split = PRESETS[preset].split if split == "train" else split
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset: came {preset!r}, expected one of {', '.join(PRESETS)}")
+    return source, None if preset is None else PRESETS[preset], split
+
+
+def _named(source: Source) -> str:
+    if isinstance(source, (Dataset, DatasetDict)):
+        return "the data set"
+    return str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
+
+
+def _require_renaming(columns: Mapping[str, str]) -> None:
+    allowed = (*FIELDS, "group")
+    wrong = [ours for ours in columns.values() if ours not in allowed]
+    if wrong:
+        raise ValueError(f"columns: came {wrong} as our names, expected some of {', '.join(allowed)}")
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(f"columns: two of {list(columns)} become one, expected a name of ours for each")
+
+
+def _rows(source: Source, split: str) -> Iterator[_Row]:
+    if isinstance(source, (list, tuple)):
+        for part in source:
+            yield from _rows(part, split)
+    elif isinstance(source, DatasetDict):
+        if split not in source:
+            raise ValueError(f"split: came {split!r}, expected one of {', '.join(source)}")
+        yield from _rows(source[split], split)
+    elif isinstance(source, Dataset):
+        for i, record in enumerate(source, start=1):
+            yield _Row(f"the data set, row {i}", i, "", record)
+    elif Path(source).is_dir():
+        files = sorted(path for path in Path(source).iterdir() if path.suffix in SUFFIXES)
+        if not files:
+            raise ValueError(f"{source}: holds no file named {', '.join(SUFFIXES)}")
+        for path in files:
+            yield from _file(path)
+    elif isinstance(source, str) and _is_hub_name(source):
+        yield from _rows(_from_hub(source, split), split)
+    else:
+        yield from _file(Path(source))
+
+
+def _is_hub_name(source: str) -> bool:
+    path = Path(source)
+    return not path.exists() and path.suffix not in SUFFIXES and len(path.parts) == 2 and not path.is_absolute()
+
+
+def _from_hub(name: str, split: str) -> Dataset:
+    instead = "give a file, a folder or a datasets.Dataset instead"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if not offline:
+        try:
+            HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
+        except Exception as error:  # the hub's client raises what the HTTP library of its release raises
+            raise ValueError(
+                f"data: {name} is no file or folder, and the hub has no such set or cannot be reached; {instead}, or "
+                "set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            ) from error
+    try:
+        return load_dataset(name, split=split)
+    except Exception as error:
+        if offline:
+            message = "is no file or folder, nor in the local cache, and HF_HUB_OFFLINE forbids the network"
+        else:
+            message = f"cannot be loaded ({error})"
+        raise ValueError(f"data: {name} {message}; {instead}") from error
+
+
+def _file(path: Path) -> Iterator[_Row]:
+    read = {".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix, _json_lines)
+    yield from read(path)
+
+
+def _json_lines(path: Path) -> Iterator[_Row]:
     with path.open("rb") as file:  # bytes, so that text in another encoding is named by its line as well
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
+            place = (f"{path}, line {line}", line, path.name)
             try:
-                record = json.loads(text.decode("utf-8-sig"))
+                yield _Row(*place, json.loads(text.decode("utf-8-sig")))
             except json.JSONDecodeError as error:
-                problems.append(f"{path}, line {line}: not JSON ({error.msg} at character {error.pos})")
-                continue
+                yield _Row(*place, None, f"not JSON ({error.msg} at character {error.pos})")
             except UnicodeDecodeError as error:
-                problems.append(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start})")
-                continue
-            found = _problems(record, tasks)
-            problems += [f"{path}, line {line}: {problem}" for problem in found]
-            if not found:
-                records.append({**record, "group": record.get("group"), "line": line})
-    if problems:
-        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError("\n".join(problems[:_SHOWN]) + more)
-    if not records:
-        raise ValueError(f"{path}: holds no pairs")
-    return Dataset.from_dict(_columns(path, records))
+                yield _Row(*place, None, f"not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _columns(path: Path, records: list[dict]) -> dict[str, list]:
-    """The fields of all records, None where one lacks a field (Dataset.from_list keeps the first one's alone)."""
-    names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: [record.get(name) for record in records] for name in names}
-    for name, values in columns.items():
-        try:
-            pa.array(values)
-        except (pa.ArrowException, UnicodeError, OverflowError) as error:
-            raise ValueError(f"{path}, field {name!r}: the lines' values do not make one column ({error})") from error
-    return columns
+def _json_rows(path: Path) -> Iterator[_Row]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, character {error.colno}"
+        raise ValueError(f"{path}: not JSON ({error.msg} at {place}); JSON Lines are named .jsonl") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    records = content.get("data") if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise ValueError(
+            f'{path}: came a JSON {type(content).__name__}, expected a list, or an object whose "data" is one'
+        )
+    for i, record in enumerate(records, start=1):
+        yield _Row(f"{path}, record {i}", i, path.name, record)
 
 
-def _problems(record: object, tasks: Sequence[str] | None) -> list[str]:
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not Parquet ({error})") from error
+    for i, record in enumerate(records, start=1):
+        yield _Row(f"{path}, record {i}", i, path.name, record)
+
+
+def _converted(record: object, layout: Preset | None, columns: Mapping[str, str]) -> list[object]:
+    if layout is not None:
+        return list(layout.convert(record))
+    if not isinstance(record, dict) or not columns:
+        return [record]
+    missing = [theirs for theirs in columns if theirs not in record]
+    if missing:
+        raise KeyError(f"columns names {', '.join(missing)}; the record has {', '.join(record)}")
+    kept = {name: value for name, value in record.items() if name not in columns and name not in columns.values()}
+    return [kept | {ours: record[theirs] for theirs, ours in columns.items()}]
+
+
+def _canonical(record: object, task: str | None, tasks: Sequence[str] | None) -> tuple[dict, list[str]]:
+    """The record with its prompt and answers as texts and its chat beside them; or what is wrong with it."""
     if not isinstance(record, dict):
-        return [f"came a JSON {type(record).__name__}, expected an object with {', '.join(FIELDS)}"]
-    problems = []
+        came = type(record).__name__
+        return {}, [f"came a JSON {came}, expected an object with {', '.join(FIELDS)}"]
+    record, problems = dict(record), []
+    if task is not None:
+        own = record.get("task")
+        if own not in (None, task):
+            problems.append(f"field 'task': came {own!r}, but task={task!r} names the whole source")
+        record["task"] = task
+    if all(isinstance(record.get(name), (str, list)) for name in ("chosen", "rejected")):
+        record = _with_prompt(record)
     for field in FIELDS:
         if field not in record:
-            problems.append(f"field {field!r} is missing; the line has {', '.join(map(repr, record)) or 'none'}")
+            has = ", ".join(map(repr, record)) or "none"
+            hint = "; name the task of the whole source with task=" if field == "task" else ""
+            problems.append(f"field {field!r} is missing; the line has {has}{hint}")
+        elif field != "task" and isinstance(record[field], list):
+            problems += [f"field {field!r}: {text}" for text in _wrong_messages(record[field], field)]
         elif not isinstance(record[field], str):
             problems.append(f"field {field!r}: came {type(record[field]).__name__}, expected text")
         elif not record[field].strip():
@@ -90,12 +285,93 @@ def _problems(record: object, tasks: Sequence[str] | None) -> list[str]:
     if not isinstance(record.get("group"), (str, type(None))):
         problems.append(f"field 'group': came {type(record['group']).__name__}, expected text")
     if problems:
-        return problems
+        return {}, problems
+    for field in ("chosen", "rejected"):
+        if isinstance(record[field], list):
+            record[field] = record[field][0]["content"]
+    messages = None
+    if isinstance(record["prompt"], list):
+        messages = [{"role": message["role"], "content": message["content"]} for message in record["prompt"]]
+        record["prompt"] = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
     if record["chosen"] == record["rejected"]:
-        problems.append("fields 'chosen' and 'rejected' are identical: no preference can be learned from them")
+        text = "fields 'chosen' and 'rejected' are identical: no preference can be learned from them"
+        problems.append(text)
     if tasks is not None and record["task"] not in tasks:
         problems.append(f"field 'task': came {record['task']!r}, expected one of {', '.join(tasks)}")
-    return problems
+    return {**record, "group": record.get("group"), "messages": messages}, problems
+
+
+def _with_prompt(record: dict) -> dict:
+    """The record with a prompt of its own, if its answers begin with it."""
+    chosen, rejected = record["chosen"], record["rejected"]
+    whole = isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1
+    if "prompt" in record and not whole:
+        return record
+    if type(chosen) is not type(rejected):
+        return record
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
+        shared -= 1  # the blank belongs to the answers
+    if shared == 0:
+        return record
+    if "prompt" in record and isinstance(record["prompt"], list) and record["prompt"] != chosen[:shared]:
+        return record
+    return {**record, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _wrong_messages(messages: list, field: str) -> Iterator[str]:
+    """What is wrong with a prompt's or an answer's chat messages."""
+    if not messages:
+        yield "came no messages"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            yield f"message {i + 1}: came {str(message)[:60]!r}, expected an object with role and content"
+        elif message["role"] not in ROLES:
+            yield f"message {i + 1}: came the role {message['role']!r}, expected one of {', '.join(ROLES)}"
+        elif not isinstance(message["content"], str) or not message["content"].strip():
+            yield f"message {i + 1}: its content is {'empty' if isinstance(message['content'], str) else 'no text'}"
+        elif field == "prompt" and i == len(messages) - 1 and message["role"] != "user":
+            yield f"ends with the {message['role']}'s message, expected the user's"
+        elif field != "prompt" and message["role"] != "assistant":
+            yield f"came the {message['role']}'s message, expected an answer: one assistant's message"
+    if field != "prompt" and len(messages) > 1:
+        yield f"came {len(messages)} messages, expected an answer of one"
+
+
+def _columns(name: str, records: list[dict]) -> dict[str, list]:
+    """The fields of all records, None where one lacks a field (Dataset.from_list keeps the first one's alone)."""
+    names = dict.fromkeys(field for record in records for field in record)
+    columns = {field: [record.get(field) for record in records] for field in names}
+    for field, values in columns.items():
+        try:
+            pa.array(values)
+        except (pa.ArrowException, UnicodeError, OverflowError) as error:
+            raise ValueError(f"{name}, field {field!r}: the lines' values do not make one column ({error})") from error
+    return columns
+
+
+def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
+    """The pairs, with the plain prompts of some tasks put to the model as a user's message.
+
+    Args:
+        pairs: records as `load_pairs` returns them; their `prompt` stays as it is.
+        tasks: which.
+
+    Raises:
+        ValueError: a task that no pair has.
+    """
+    unknown = sorted(set(tasks) - set(pairs["task"]))
+    if unknown:
+        raise ValueError(
+            f"chat: came {', '.join(unknown)}, expected tasks of the pairs: {', '.join(sorted(set(pairs['task'])))}"
+        )
+    columns = pairs[:]
+    messages = columns.get("messages", [None] * len(pairs))
+    columns["messages"] = [
+        [{"role": "user", "content": prompt}] if own is None and task in tasks else own
+        for own, prompt, task in zip(messages, columns["prompt"], columns["task"], strict=True)
+    ]
+    return Dataset.from_dict(columns)
 
 
 def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -157,35 +433,42 @@ def tokenize_pairs(
 ) -> Dataset:
     """Add `prompt_ids`, `chosen_ids` and `rejected_ids`; both answers end with the end token.
 
-    Prompt and answer are tokenised by themselves, so that the prompt is the same tokens for both answers.
+    Prompt and answer are tokenised by themselves, so that the prompt is the same tokens for both answers. A chat is
+    put into the tokenizer's chat template, up to where the assistant's answer begins.
 
     Args:
         pairs: records as `load_pairs` returns them.
-        tokenizer: with an end token.
+        tokenizer: with an end token, and with a chat template if a prompt is a chat.
         max_length: limit of the prompt and one answer together, in tokens.
         too_long: "refuse" pairs over the limit, or "drop" them, which is said in a warning that counts and
             names them.
 
     Raises:
-        ValueError: the tokenizer has no end token, a prompt gives no token, or pairs are over the limit.
+        ValueError: the tokenizer has no end token, or no chat template for a chat, or its template ends a turn with
+            another token; a prompt gives no token; pairs are over the limit.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no end token (eos_token), so that an answer could not end; set one")
     if too_long not in ("refuse", "drop"):
         raise ValueError(f"too_long: came {too_long!r}, expected 'refuse' or 'drop'")
+    rows = pairs[:]
+    messages = rows.get("messages", [None] * len(pairs))
+    first_chat = next((i for i, own in enumerate(messages) if own), None)
+    if first_chat is not None:
+        _require_template(tokenizer, f"{_name(pairs, first_chat)} is a chat")
+    end = tokenizer.eos_token_id
 
-    def tokens(rows: dict[str, list]) -> dict[str, list]:
-        def ids(field: str) -> list[list[int]]:
-            return tokenizer(rows[field], add_special_tokens=field == "prompt")["input_ids"]
+    def answer_ids(field: str) -> list[list[int]]:
+        return [[*ids, end] for ids in tokenizer(rows[field], add_special_tokens=False)["input_ids"]]
 
-        end = [tokenizer.eos_token_id]
-        return {
-            "prompt_ids": ids("prompt"),
-            "chosen_ids": [answer + end for answer in ids("chosen")],
-            "rejected_ids": [answer + end for answer in ids("rejected")],
+    pairs = Dataset.from_dict(
+        {
+            **rows,
+            "prompt_ids": _prompt_ids(rows["prompt"], messages, tokenizer),
+            "chosen_ids": answer_ids("chosen"),
+            "rejected_ids": answer_ids("rejected"),
         }
-
-    pairs = Dataset.from_dict({**pairs[:], **tokens(pairs[:])})
+    )
     lengths = [
         (len(p), max(len(c), len(r)))
         for p, c, r in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
@@ -205,6 +488,37 @@ def tokenize_pairs(
     logger.warning("%s\nthey are left out", message)
     dropped = set(long)
     return pairs.select([i for i in range(len(pairs)) if i not in dropped])
+
+
+def _prompt_ids(
+    prompts: Sequence[str], messages: Sequence[list[dict] | None], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    ids = tokenizer(list(prompts))["input_ids"]
+    # an end that the tokenizer puts behind every text would be the end of the answer before it began
+    ids = [own[:-1] if len(own) > 1 and own[-1] == tokenizer.eos_token_id else own for own in ids]
+    for i, chat in enumerate(messages):
+        if chat:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            # the template writes the special tokens itself
+            ids[i] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
+    """A chat template, whose turns end with the end token: what an answer is trained, and sampled, to end with."""
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer: has no chat template, and {why}; give a chat model, or prompts that are texts")
+    answer = "a plain answer"
+    chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    behind = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+    special = [i for i in behind if i in tokenizer.all_special_ids]
+    if special and special[0] != tokenizer.eos_token_id:
+        ends = tokenizer.convert_ids_to_tokens(special[0])
+        raise ValueError(
+            f"tokenizer: its chat template ends an answer with {ends!r}, and its end token is "
+            f"{tokenizer.eos_token!r}; set tokenizer.eos_token = {ends!r}"
+        )
 
 
 def _name(pairs: Dataset, i: int) -> str:

