@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from dpoviz.plots import task_colors
 from dpoviz.table import EXPECTED_ORDER, POOLED
 
-FIGURES = ("beta_by_task", "training", "beta_gradients")
-"""The pictures that have a place in the report; the first one is required."""
+FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
+"""The pictures that have a place in the report; the first one is required where there is a table of beta."""
 
 
 def reading(summary: pd.DataFrame) -> list[str]:
@@ -84,52 +84,99 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
     return f"{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {', '.join(parts)}."
 
 
+def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
+    """What the held-out accuracies say, a sentence an arm: its difference from the baseline over all tasks.
+
+    Args:
+        accuracy: what `table.summarize_accuracy` returned.
+    """
+    pooled = accuracy[accuracy["task"] == POOLED]
+    base = pooled[pooled["difference"].isna()].iloc[0]
+    sentences = []
+    for row in pooled[pooled["difference"].notna()].itertuples():
+        if row.difference_low > 0:
+            verdict = "better than"
+        elif row.difference_high < 0:
+            verdict = "worse than"
+        else:
+            verdict = "not told apart from"
+        sentences.append(
+            f"{row.arm}: reward accuracy on {row.n} held-out pairs is {row.accuracy:.3f}, {verdict} the {base.arm} β’s "
+            f"{base.accuracy:.3f} at as many steps (difference {_signed3(row.difference)}, 95 % bootstrap interval "
+            f"{_signed3(row.difference_low)} to {_signed3(row.difference_high)})."
+        )
+    return sentences
+
+
 def write_report(
     path: Path | str,
     *,
-    table: pd.DataFrame,
+    table: pd.DataFrame | None,
     history: pd.DataFrame,
-    summary: pd.DataFrame,
+    summary: pd.DataFrame | None,
     config: Mapping[str, object],
     figures: Mapping[str, Figure],
     reading: Iterable[str],
+    accuracy: pd.DataFrame | None = None,
+    entropy: pd.DataFrame | None = None,
+    answers: pd.DataFrame | None = None,
 ) -> Path:
     """Write one HTML file that needs nothing else: no request to anywhere, no script.
 
     Args:
         path: where to; folders that do not exist are made.
-        table: what `beta_table` returned.
+        table: what `beta_table` returned; None where beta is no function of the prompt.
         history: what `train` returned.
-        summary: what `summarize` returned.
+        summary: what `summarize` returned, or None with `table`.
         config: the configuration, nested as it is.
         figures: by name, of `FIGURES`; a section whose picture is not given is left out.
         reading: sentences on what came out, such as those of the function `reading`.
+        accuracy: what `summarize_accuracy` returned, or None.
+        entropy: what `summarize_estimators` returned, or None.
+        answers: a row per arm and prompt, with arm, task, prompt, answer and beta (NaN where there is none), or
+            None.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: the figure "beta_by_task" is missing, or one has a name that is not in `FIGURES`.
+        ValueError: a table without the figure "beta_by_task" or a figure without a table, or a figure whose name
+            is not in `FIGURES`.
     """
     unknown = [name for name in figures if name not in FIGURES]
-    if unknown or FIGURES[0] not in figures:
-        raise ValueError(f"figures: came {list(figures)}, expected {FIGURES[0]!r} and any of {list(FIGURES[1:])}")
-    body = [
-        _head(table),
-        _picture(figures[FIGURES[0]], "β by task, and β against the entropy of the reference, for each form"),
-        _HOW_TO_READ,
-        "<h2>What came out</h2>",
-        "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in reading) + "</ul>",
-        _summary_table(summary),
-        _EXPECTATIONS,
-    ]
+    if unknown or (FIGURES[0] in figures) != (table is not None):
+        wanted = f"{FIGURES[0]!r} and any" if table is not None else "any"
+        raise ValueError(f"figures: came {list(figures)}, expected {wanted} of {list(FIGURES[1:])}")
+    sentences = "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in reading) + "</ul>"
+    if table is None:
+        body = [_QUESTION, "<h2>What came out</h2>", sentences]
+    else:
+        body = [
+            _head(table),
+            _picture(figures[FIGURES[0]], "β by task, and β against the entropy of the reference, for each form"),
+            _HOW_TO_READ,
+            "<h2>What came out</h2>",
+            sentences,
+            _summary_table(summary),
+            _EXPECTATIONS,
+        ]
+    if accuracy is not None:
+        body += ["<h2>Held-out pairs</h2>", _ACCURACY, _accuracy_table(accuracy)]
+    if "entropy_estimators" in figures:
+        body += ["<h2>The entropy of the reference, by estimator</h2>"]
+        body += [_picture(figures["entropy_estimators"], "Entropy at each prompt by estimator and task"), _ESTIMATORS]
+        body += [_estimator_table(entropy)] if entropy is not None else []
     if "training" in figures:
         body += ["<h2>Training</h2>", _picture(figures["training"], "Loss, accuracy, margin, KL and β over the steps")]
         body += [_TRAINING, _end_table(history)]
     if "beta_gradients" in figures:
         body += ["<h2>What moves β</h2>", _picture(figures["beta_gradients"], "Each term’s pull on β over the steps")]
         body += [_GRADIENTS]
-    body += ["<h2>Prompts at the ends</h2>", _ends_table(table), _configuration(config)]
+    if table is not None:
+        body += ["<h2>Prompts at the ends</h2>", _ends_table(table)]
+    if answers is not None:
+        body += ["<h2>Answers before and after</h2>", _ANSWERS, _answers_table(answers)]
+    body += [_configuration(config)]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_PAGE.replace("{body}", "\n".join(body)), encoding="utf-8")
@@ -219,6 +266,55 @@ def _end_table(history: pd.DataFrame) -> str:
     return _html_table(["form", "seed", *names.values()], rows, numbers_from=2)
 
 
+def _accuracy_table(accuracy: pd.DataFrame) -> str:
+    colors = task_colors(set(accuracy["task"]) - {POOLED})
+    rows = [
+        [
+            escape(row.arm),
+            _task_cell(row.task, colors),
+            f"{row.n} ({row.groups})",
+            f"{row.accuracy:.3f} [{row.accuracy_low:.3f}, {row.accuracy_high:.3f}]",
+            "–"
+            if math.isnan(row.difference)
+            else f"{_signed3(row.difference)} [{_signed3(row.difference_low)}, {_signed3(row.difference_high)}]",
+        ]
+        for row in accuracy.itertuples()
+    ]
+    head = ["run", "task", "pairs (groups)", "reward accuracy", "difference from the fixed β"]
+    return _html_table(head, rows, numbers_from=2)
+
+
+def _signed3(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _estimator_table(entropy: pd.DataFrame) -> str:
+    colors = task_colors(set(entropy["task"]))
+    rows = [
+        [escape(row.estimator), _task_cell(row.task, colors), str(row.n), f"{_digits(row.mean)} ± {_digits(row.se)}"]
+        for row in entropy.itertuples()
+    ]
+    return _html_table(["estimator", "task", "n", "mean ± standard error"], rows, numbers_from=2)
+
+
+def _answers_table(answers: pd.DataFrame) -> str:
+    """For each prompt the arms' answers under each other."""
+    colors = task_colors(answers["task"])
+    rows = []
+    for (task, prompt), group in answers.groupby(["task", "prompt"], sort=False):
+        first = [_task_cell(task, colors), f"<q>{escape(_short(prompt, 240))}</q>"]
+        for row in group.itertuples():
+            beta = "" if math.isnan(row.beta) else f", β = {_digits(row.beta)}"
+            rows.append([*first, escape(row.arm) + beta, f"<q>{escape(_short(row.answer, 400))}</q>"])
+            first = ["", ""]
+    return _html_table(["task", "prompt", "run", "answer"], rows, numbers_from=5)
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def _ends_table(table: pd.DataFrame) -> str:
     """In each form and task, the prompt with the smallest and with the largest beta."""
     colors = task_colors(table["task"])
@@ -233,9 +329,7 @@ def _ends_table(table: pd.DataFrame) -> str:
 
 
 def _prompt(row: pd.Series) -> str:
-    text = " ".join(row["prompt"].split())
-    text = text if len(text) <= 140 else text[:139] + "…"
-    return f"{_digits(row['beta'])} <q>{escape(text)}</q>"
+    return f"{_digits(row['beta'])} <q>{escape(_short(row['prompt'], 140))}</q>"
 
 
 def _configuration(config: Mapping[str, object]) -> str:
@@ -302,6 +396,23 @@ averaged over the prompts of a task in the batch; the dashed line is their sum. 
 above zero a term <b>lowers</b> β, below zero it <b>raises</b> β. The axis is linear, so that the parts can be
 added up by eye. The smoothness term depends on how β varies from prompt to prompt, not on its value at one; its part
 is the derivative when β is scaled and its relative variation is held.</p>
+"""
+
+_ACCURACY = """<p>Reward accuracy: the share of held-out pairs that the policy ranks rightly against the reference,
+h&nbsp;&gt;&nbsp;0. Each run trained for as many steps on the same pairs; <b>fixed</b> kept β<sub>0</sub> all along.
+Intervals are 95&nbsp;% bootstraps over groups of pairs (pairs that share a prompt or a problem); those of the
+difference are paired.</p>
+"""
+
+_ESTIMATORS = """<p><b>first_token</b> is the exact entropy of the first token; <b>per_token</b> averages the exact
+next-token entropies along answers sampled from the reference, and is the H that β(x) is compared with above;
+<b>sequence</b> sums them along each answer; <b>monte_carlo</b> is −log π<sub>ref</sub> of the sampled answers;
+<b>teacher_forced</b> averages along the data’s chosen answer, and may not feed β(x), because it sees the answer.
+Dots are prompts; bars are means with one standard error over prompts.</p>
+"""
+
+_ANSWERS = """<p>One sampled answer a prompt and run, cut at the length limit; <b>reference</b> is the model before
+training.</p>
 """
 
 _PAGE = """<!doctype html>

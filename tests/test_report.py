@@ -180,8 +180,8 @@ class TestWriteReport:
         images = written(tmp_path).of("img")
         data = [base64.b64decode(attrs["src"].split(",")[1]) for attrs in images]
         assert all(png.startswith(b"\x89PNG\r\n\x1a\n") for png in data)
-        # 160 dots an inch; figures are 1, 2 and 3 inches wide
-        assert [struct.unpack(">I", png[16:20])[0] for png in data] == [160, 320, 480]
+        # 160 dots an inch; figures are 1 to 4 inches wide
+        assert [struct.unpack(">I", png[16:20])[0] for png in data] == [160, 320, 480, 640]
         assert all(attrs["alt"] for attrs in images)
 
     def test_what_came_in_is_shown_as_it_is(self, tmp_path):
