@@ -25,6 +25,7 @@ ALLOWED = {
     "perturbed": {"logprobs"},
     "train": {"losses", "regularizers", "beta", "rules", "perturbed", "logprobs", "data"},
     "stages": {"beta", "rules", "logprobs", "losses", "table", "train"},
+    "trl": {"beta", "losses", "regularizers", "train"},
     "sandbox": set(),
     "onpolicy": {"logprobs", "tasks", "data", "sandbox"},
     "evaluate": {"logprobs", "tasks", "entropy", "losses"},

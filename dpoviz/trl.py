@@ -1,0 +1,185 @@
+"""The objective inside TRL's `DPOTrainer`, for those who train with it already (the extra `trl`)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from dpoviz.beta import Beta, BetaNetwork
+from dpoviz.losses import scale
+from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
+from dpoviz.train import TrainConfig, calibrate_alpha
+
+COLUMNS = ("task", "ref_entropy", "ref_features")
+"""What beta(x) and its regularisers read beside a pair; `reference_pass` makes them."""
+
+
+def trl_dataset(scored: Dataset) -> Dataset:
+    """Pairs in the layout of TRL, with what the reference makes of them beside each.
+
+    Args:
+        scored: what `reference_pass` returned.
+
+    Returns:
+        prompt, chosen and rejected, as chat messages where a prompt is a chat, and as texts elsewhere; a set holds one
+        kind. ref_chosen_logps and ref_rejected_logps, so that a trainer need not run the reference; `COLUMNS`.
+
+    Raises:
+        ValueError: texts and chats in one set, which TRL does not take.
+    """
+    rows = scored[:]
+    chats = [bool(own) for own in rows.get("messages", [None] * len(scored))]
+    if any(chats) and not all(chats):
+        raise ValueError(
+            f"scored: {sum(chats)} of {len(chats)} prompts are chats, expected all or none: TRL's sets hold one kind; "
+            "dpoviz.data.as_chat turns texts into chats"
+        )
+    columns = {name: rows[name] for name in ("prompt", "chosen", "rejected")}
+    if any(chats):
+        columns = {"prompt": rows["messages"]}
+        for name in ("chosen", "rejected"):
+            columns[name] = [[{"role": "assistant", "content": answer}] for answer in rows[name]]
+    kept = (*COLUMNS, "ref_chosen_logps", "ref_rejected_logps")
+    return Dataset.from_dict(columns | {name: rows[name] for name in kept})
+
+
+class _Collator(DataCollatorForPreference):
+    """TRL's batch, and beside it what beta reads of each pair."""
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        batch = super().torch_call(examples)
+        return batch | {
+            "task": [example["task"] for example in examples],
+            "ref_entropy": torch.tensor([example["ref_entropy"] for example in examples]),
+            "ref_features": torch.tensor([example["ref_features"] for example in examples]),
+        }
+
+
+class BetaDPOTrainer(DPOTrainer):
+    r"""TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
+
+    The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and every other loss
+    type follow. To it come :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns.
+    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser.
+
+    Args:
+        model: as in `DPOTrainer`, and so are all other arguments.
+        beta: any `Beta`. One that learns is trained with the policy: its own learning rate, and its own clipping.
+        config: form, range, weights of the regularisers, beta's learning rate and norm; the rest is `args`'. Its
+            `beta0` is not read.
+        train_dataset: with the columns `COLUMNS`, as `trl_dataset` gives it.
+
+    Raises:
+        ValueError: a data set without those columns.
+    """
+
+    def __init__(self, model, *, beta: Beta, config: TrainConfig, train_dataset: Dataset, **kwargs) -> None:
+        evaluated = kwargs.get("eval_dataset")
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", evaluated)):
+            missing = [] if data is None else [column for column in COLUMNS if column not in data.column_names]
+            if missing:
+                raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what trl_dataset returns")
+        self.config, self.beta_module = config, beta
+        self.learns = any(p.requires_grad for p in beta.parameters())
+        self.alpha = config.alpha or calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
+        super().__init__(model, train_dataset=train_dataset, **kwargs)
+        self.beta_module.to(self.accelerator.device)
+        if type(self.data_collator) is DataCollatorForPreference:
+            self.data_collator = _Collator(**{f.name: getattr(self.data_collator, f.name) for f in fields(_Collator)})
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        seen = {name: inputs[name] for name in COLUMNS}
+        inputs = {name: value for name, value in inputs.items() if name not in COLUMNS}
+        self.beta_module.train(self.model.training)
+        beta = self.beta_module(seen["ref_features"], task=seen["task"], ref_entropy=seen["ref_entropy"])  # (B,)
+        # every loss of the parent multiplies by its one beta; (B,) in its place gives each pair its own
+        own, self.beta = self.beta, scale(beta, self.config.form)
+        try:
+            found = super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.beta = own
+        terms = self._regularisers(beta, seen) if self.learns else {}
+        self._log_beta(beta, seen["task"], terms)
+        added = sum(terms.values())
+        return (found[0] + added, found[1]) if return_outputs else found + added
+
+    def _regularisers(self, beta: Tensor, seen: dict) -> dict[str, Tensor]:
+        config, terms = self.config, {}
+        if config.lambda_range > 0:
+            terms["range"] = config.lambda_range * range_penalty(beta, config.beta_min, config.beta_max)
+        if config.lambda_smoothness > 0 and isinstance(self.beta_module, BetaNetwork):
+            terms["smoothness"] = config.lambda_smoothness * smoothness_penalty(self.beta_module, seen["ref_features"])
+        if config.lambda_consistency > 0:
+            terms["consistency"] = config.lambda_consistency * task_consistency_penalty(beta, seen["task"])
+        if config.lambda_entropy > 0:
+            terms["entropy"] = config.lambda_entropy * entropy_penalty(beta, seen["ref_entropy"], self.alpha)
+        return terms
+
+    def _log_beta(self, beta: Tensor, task: list[str], terms: dict[str, Tensor]) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, term in terms.items():
+            metrics[f"loss/{name}"].append(term.item())
+        for name, mean in pd.Series(beta.tolist()).groupby(list(task)).mean().items():
+            metrics[f"beta/{name}"].append(mean)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.learns:
+            weights = [p for p in self.beta_module.parameters() if p.requires_grad]
+            optimizer.add_param_group({"params": weights, "lr": self.config.beta_learning_rate, "weight_decay": 0.0})
+            norm = self.config.beta_max_norm
+            # the trainer clips, and sets to zero, the gradients of the model alone
+            optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(weights, norm) and None)
+            optimizer.register_step_post_hook(lambda *_: self.beta_module.zero_grad())
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        self.beta_module.save_pretrained(Path(output_dir or self.args.output_dir) / "beta")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self.learns:
+            self.beta_module.load_state_dict(load_file(Path(resume_from_checkpoint) / "beta" / "model.safetensors"))
+
+
+class BetaCallback(TrainerCallback):
+    """Mean beta by task over some prompts, logged by any `transformers.Trainer` to whatever `report_to` names.
+
+    Args:
+        beta: what is trained elsewhere, or not at all.
+        prompts: with the columns `COLUMNS`, a row a prompt.
+    """
+
+    def __init__(self, beta: Beta, prompts: Dataset) -> None:
+        self.beta, self.task = beta, prompts["task"][:]
+        self.x, self.ref_entropy = (torch.tensor(prompts[name][:]) for name in ("ref_features", "ref_entropy"))
+
+    def attach(self, trainer: Trainer) -> None:
+        """Put before the trainer's other callbacks, so that those that report find beta in the logs."""
+        trainer.callback_handler.callbacks.insert(0, self)
+
+    @torch.no_grad()
+    def on_log(self, args, state, control, logs: dict | None = None, **_) -> None:
+        if logs is None:
+            return
+        training = self.beta.training
+        device = next(iter(self.beta.parameters()), self.x).device
+        beta = self.beta.eval()(self.x.to(device), task=self.task, ref_entropy=self.ref_entropy.to(device))
+        self.beta.train(training)
+        means = pd.Series(beta.tolist()).groupby(self.task).mean()
+        logs.update({f"held_out_beta/{task}": mean for task, mean in means.items()})

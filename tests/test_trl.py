@@ -1,0 +1,211 @@
+"""The trainer for TRL's users: TRL's own numbers where beta is constant, and beta's own beside them elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
+
+from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
+from dpoviz.losses import total_loss  # noqa: E402
+from dpoviz.reference import reference_pass  # noqa: E402
+from dpoviz.train import TrainConfig, train  # noqa: E402
+from dpoviz.trl import COLUMNS, BetaCallback, BetaDPOTrainer, trl_dataset  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+TASKS = ("math", "code", "dialogue")
+
+
+@pytest.fixture
+def world(make_model, tokenizer):
+    """A model, its tokenizer, and 24 scored pairs."""
+    model = make_model(dtype=torch.float32)
+    words = [word for word in tokenizer.get_vocab() if not word.startswith("<")]
+    rows = []
+    for i in range(24):
+        text = " ".join(words[(i * 7 + j * 3) % len(words)] for j in range(12))
+        parts = text.split()
+        # an answer begins with a blank: TRL tokenises prompt and answer as one text
+        answers = {"chosen": " " + " ".join(parts[6:9]), "rejected": " " + " ".join(parts[8 : 10 + i % 2])}
+        rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 3], "group": None})
+    pairs = Dataset.from_list(rows)
+    scored = reference_pass(model, tokenizer, pairs, max_length=32, max_new_tokens=4, entropy_samples=2, progress=False)
+    return model, tokenizer, scored
+
+
+def arguments(folder, **changed):
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-3, "beta": 0.1,
+        "logging_steps": 1, "report_to": [], "seed": 0, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
+        "gradient_checkpointing": False, "bf16": False, "lr_scheduler_type": "constant", "max_grad_norm": 1.0,
+        "precompute_ref_log_probs": False,
+    }  # fmt: skip
+    return trl.DPOConfig(**{**settings, **changed})
+
+
+def losses(trainer, name="loss"):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def trained(world, folder, beta=None, config=None, cls=None, data=None, **changed):
+    model, tokenizer, scored = world
+    own = {} if beta is None else {"beta": beta, "config": config}
+    trainer = (cls or (trl.DPOTrainer if beta is None else BetaDPOTrainer))(
+        copy.deepcopy(model),
+        ref_model=copy.deepcopy(model),
+        args=arguments(folder, **changed),
+        train_dataset=trl_dataset(scored) if data is None else data,
+        processing_class=tokenizer,
+        **own,
+    )
+    trainer.train()
+    return trainer
+
+
+class TestConstantBeta:
+    @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+    def test_is_trl_with_the_same_beta(self, world, tmp_path, loss):
+        theirs = trained(world, tmp_path / "a", loss_type=loss)
+        config = TrainConfig.around(0.1, "standard")
+        ours = trained(world, tmp_path / "b", ConstantBeta(0.1), config, loss_type=loss)
+        # one machine, the same sums: nothing but the place of a factor differs
+        assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+        assert losses(ours, "rewards/margins") == pytest.approx(losses(theirs, "rewards/margins"), rel=1e-5, abs=1e-7)
+        for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+    def test_inverse_form_of_the_reciprocal_is_the_same_loss(self, world, tmp_path):
+        standard = trained(world, tmp_path / "a", ConstantBeta(0.1), TrainConfig.around(0.1, "standard"))
+        inverse = trained(world, tmp_path / "b", ConstantBeta(10.0), TrainConfig.around(0.1, "inverse"))
+        assert losses(inverse) == pytest.approx(losses(standard), rel=1e-6)
+
+    def test_another_beta_is_another_loss(self, world, tmp_path):
+        theirs = trained(world, tmp_path / "a")
+        ours = trained(world, tmp_path / "b", ConstantBeta(0.3), TrainConfig.around(0.1, "standard"))
+        assert losses(ours)[-1] != pytest.approx(losses(theirs)[-1], rel=1e-3)
+
+
+class TestBetaThatLearns:
+    def test_first_loss_is_the_total_objective(self, world, tmp_path):
+        """Against `total_loss` on the same batch, from log-probabilities of two separate passes in float64."""
+        scored = world[2]
+        config = TrainConfig.around(0.1, "inverse", lambda_consistency=1.0)
+        torch.manual_seed(0)
+        beta = BetaNetwork(len(scored["ref_features"][0]), beta0=config.beta0, hidden=(8,))
+        torch.nn.init.normal_(beta.layers[-1].weight)
+        beta.calibrate(torch.tensor(scored["ref_features"][:]))
+        start = copy.deepcopy(beta)
+        trainer = trained(world, tmp_path, beta, config, per_device_train_batch_size=24, max_steps=1)
+        task, x = scored["task"][:], torch.tensor(scored["ref_features"][:])
+        entropy = torch.tensor(scored["ref_entropy"][:])
+        ref = [torch.tensor(scored[f"ref_{name}_logps"][:]) for name in ("chosen", "rejected")]
+        alpha = config.beta0 / entropy.mean().item()
+        expected = total_loss(
+            *ref, *ref, start.train()(x), form="inverse", beta_min=config.beta_min, beta_max=config.beta_max,
+            ref_entropy=entropy, alpha=alpha, lambda_range=config.lambda_range,
+            lambda_smoothness=config.lambda_smoothness, lambda_consistency=config.lambda_consistency,
+            lambda_entropy=config.lambda_entropy, beta_fn=start, x=x, task=task,
+        )  # fmt: skip
+        # rows come in another order, and batch norm sums over them in it
+        assert losses(trainer)[0] == pytest.approx(expected.total.item(), rel=1e-4)
+        assert losses(trainer, "loss/entropy")[0] == pytest.approx(expected.terms["entropy"].item(), rel=1e-4)
+
+    def test_moves_by_its_own_learning_rate_and_norm(self, world, tmp_path):
+        moved = {}
+        for rate in (0.0, 1e-2):
+            config = TrainConfig.around(0.1, "standard", beta_learning_rate=max(rate, 1e-12))
+            beta = TaskBeta(TASKS, 0.1)
+            trained(world, tmp_path / str(rate), beta, config)
+            moved[rate] = beta.log_ratio.abs().max().item()
+        assert moved[0.0] < 1e-8 and 0.01 < moved[1e-2] <= 3 * 1e-2 * 1.01  # three steps of Adam, at most the rate each
+
+    def test_logs_beta_by_task(self, world, tmp_path):
+        trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), max_steps=6)
+        rows = [row for row in trainer.state.log_history if "loss" in row]
+        assert rows[0]["beta/math"] == pytest.approx(0.1)
+        assert all(any(f"beta/{task}" in row for row in rows) for task in TASKS)
+
+    def test_killed_and_resumed_it_ends_the_same(self, world, tmp_path):
+        model, tokenizer, scored = world
+        config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2)
+
+        def run(folder, steps, resume=None):
+            beta = TaskBeta(TASKS, 0.1)
+            trainer = BetaDPOTrainer(
+                copy.deepcopy(model), ref_model=copy.deepcopy(model), beta=beta, config=config,
+                args=arguments(folder, save_strategy="steps", save_steps=2, max_steps=steps),
+                train_dataset=trl_dataset(scored), processing_class=tokenizer,
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=resume)
+            return beta.log_ratio.detach(), losses(trainer)
+
+        whole, whole_losses = run(tmp_path / "whole", 4)
+        run(tmp_path / "part", 2)
+        resumed, resumed_losses = run(tmp_path / "part", 4, resume=str(tmp_path / "part" / "checkpoint-2"))
+        torch.testing.assert_close(resumed, whole, rtol=1e-6, atol=1e-8)
+        assert resumed_losses[-1] == pytest.approx(whole_losses[-1], rel=1e-5)
+
+
+def test_parity_of_both_loops(world, tmp_path):
+    """Ours and TRL's, the same batches in the same order, a fixed beta in the standard form, 20 steps."""
+    model, tokenizer, scored = world
+    config = TrainConfig.around(
+        0.1, "standard", stage1_steps=20, batch_size=4, policy_learning_rate=1e-3, warmup_steps=0, log_every=1,
+        probe_every=100, checkpoint_every=100,
+    )  # fmt: skip
+    policy = copy.deepcopy(model)
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    history = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
+
+    from dpoviz.train import _batches
+
+    order = [i for batch in _batches(len(scored), 4, 20, seed=config.seed + 1) for i in batch]
+
+    class InOrder(trl.DPOTrainer):
+        def _get_train_sampler(self, *_):
+            return order
+
+    trainer = trained(world, tmp_path, cls=InOrder, max_steps=20, adam_epsilon=1e-8, weight_decay=0.0,
+                      data=trl_dataset(scored), learning_rate=1e-3)  # fmt: skip
+    assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
+    assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
+
+
+class TestData:
+    def test_chats_and_texts(self, world):
+        scored = world[2].select(range(3))
+        texts = trl_dataset(scored)
+        assert texts["prompt"][:] == scored["prompt"][:] and set(COLUMNS) <= set(texts.column_names)
+        chat = [{"role": "user", "content": "a"}]
+        chats = trl_dataset(Dataset.from_dict({**scored[:], "messages": [chat] * 3}))
+        assert chats[0]["prompt"] == chat
+        assert chats[0]["chosen"] == [{"role": "assistant", "content": scored[0]["chosen"]}]
+        with pytest.raises(ValueError, match="1 of 3 prompts are chats, expected all or none"):
+            trl_dataset(Dataset.from_dict({**scored[:], "messages": [chat, None, None]}))
+
+    def test_a_set_without_the_columns_is_refused(self, world, tmp_path):
+        data = trl_dataset(world[2]).remove_columns("ref_entropy")
+        with pytest.raises(ValueError, match="train_dataset: lacks ref_entropy; expected what trl_dataset returns"):
+            trained(world, tmp_path, ConstantBeta(0.1), TrainConfig.around(0.1, "standard"), data=data)
+
+
+def test_callback_logs_beta_where_the_trainer_reports(world, tmp_path):
+    model, tokenizer, scored = world
+    seen = []
+
+    class Reporter(trl.trainer.dpo_trainer.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            seen.append(dict(logs))
+
+    trainer = trl.DPOTrainer(
+        copy.deepcopy(model), ref_model=copy.deepcopy(model), args=arguments(tmp_path), callbacks=[Reporter()],
+        train_dataset=trl_dataset(scored), processing_class=tokenizer,
+    )  # fmt: skip
+    beta = TaskBeta(TASKS, 0.1)
+    with torch.no_grad():
+        beta.log_ratio += torch.tensor([0.0, 1.0, 2.0])
+    BetaCallback(beta, trl_dataset(scored)).attach(trainer)
+    trainer.train()
+    assert seen[0]["held_out_beta/code"] == pytest.approx(0.1 * torch.e, rel=1e-2)
