@@ -107,7 +107,7 @@ PRESETS = {
         None,
         "https://github.com/openai/grade-school-math",
         "math",
-        800,
+        2_429,
         "MIT",
         "the final number",
         _gsm8k_solutions,
