@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -61,7 +61,7 @@ class TrainConfig:
         lambda_entropy: weight λ3 of the entropy term, per squared unit of beta.
         stage1_steps: steps with the fixed beta.
         stage2_steps: steps with beta(x).
-        batch_size: pairs in a step, over all devices.
+        batch_size: pairs in a step, over all processes: a multiple of their number.
         policy_learning_rate: AdamW on the policy.
         beta_learning_rate: AdamW on beta.
         policy_max_norm: the policy's gradient is clipped at this norm.
@@ -204,6 +204,9 @@ def train(
 ) -> pd.DataFrame:
     """Train `policy`, and `beta` with it where beta learns. Both are changed in place.
 
+    Under `accelerate launch` each process scores its share of a batch, and all of them take the step that one
+    process would take.
+
     Args:
         policy: a causal language model, in stage 1 equal to the reference.
         beta: a `ConstantBeta` for stage 1; for stage 2 whatever gives beta(x), or a rule of `dpoviz.rules`.
@@ -238,6 +241,9 @@ def train(
     """
     rule = beta if isinstance(beta, Rule) else FromPrompt(beta)
     _check(pairs, held_out, calibration, config, stage, rule, policy, reference)
+    accelerator = Accelerator()
+    _require("batch_size", config.batch_size, config.batch_size % accelerator.num_processes == 0,
+             f"a multiple of the {accelerator.num_processes} processes")  # fmt: skip
     steps = config.stage1_steps if stage == 1 else config.stage2_steps
     offset = 0 if stage == 1 else config.stage1_steps
     if config.alpha is None:
@@ -245,22 +251,20 @@ def train(
     else:
         alpha = config.alpha
     set_seed(config.seed + stage)
-    accelerator = Accelerator()
     shared_prefix = supports_shared_prefix(policy)
     scorer = accelerator.prepare(_Scorer(policy, pad_id, shared_prefix))
     optimizers = [_optimizer(accelerator, policy, config.policy_learning_rate)]
     if rule.learns:
-        rule = accelerator.prepare(rule)
         optimizers.append(_optimizer(accelerator, rule, config.beta_learning_rate))
-    elif rule.state_dict():  # moving averages
+    if rule.state_dict():  # weights, or moving averages
         accelerator.register_for_checkpointing(rule)
     schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
     rule.to(accelerator.device)
     if reference is not None:
         reference.to(accelerator.device).eval()
 
-    probe = _Probe(held_out, reference, config, pad_id=pad_id, eos_id=eos_id)
-    look = _Look(rule, pairs, policy, reference, config, pad_id=pad_id, eos_id=eos_id)
+    probe = _Probe(held_out, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
+    look = _Look(rule, pairs, policy, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
     batches = _batches(len(pairs), config.batch_size, steps, seed=config.seed + stage)
     apart = calibration is not None and stage == 2
     others = _batches(len(calibration), config.batch_size, steps, seed=config.seed + stage) if apart else []
@@ -268,11 +272,12 @@ def train(
     identity |= {"calibration": _digest(calibration)} if apart else {}
     checkpoint = _Checkpoint(accelerator, Path(out) if out is not None else None, identity)
     first, history = checkpoint.load()
-    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=not progress)
+    shown = progress and accelerator.is_main_process
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=not shown)
     for step in range(first, steps):
         batch = _columns(pairs[batches[step]], accelerator.device)
         scorer.train(), rule.train()
-        logps = scorer(batch["prompt_ids"], batch["answer_ids"])  # (B, 2)
+        logps = _scores(scorer, batch, accelerator)  # (B, 2)
         bad = (~torch.isfinite(logps)).any(dim=1).nonzero().flatten().tolist()
         if bad:
             raise FloatingPointError(
@@ -283,7 +288,7 @@ def train(
         if apart:  # the policy learns from its pairs, beta from others
             other = _columns(calibration[others[step]], accelerator.device)
             with torch.no_grad():
-                other_logps = scorer(other["prompt_ids"], other["answer_ids"])
+                other_logps = _scores(scorer, other, accelerator)
             fixed = weighed._replace(beta=weighed.beta.detach())
             policy_objective = _objective(logps, fixed, rule, batch, config, alpha, stage=1)
             of_beta = rule(look(other, other_logps, step))
@@ -302,7 +307,7 @@ def train(
         # each by its own norm: the few weights of beta would vanish beside a language model's
         norms = {"policy": accelerator.clip_grad_norm_(policy.parameters(), config.policy_max_norm)}
         if rule.learns:
-            norms["beta"] = accelerator.clip_grad_norm_(rule.parameters(), config.beta_max_norm)
+            norms["beta"] = nn.utils.clip_grad_norm_(rule.parameters(), config.beta_max_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -391,6 +396,25 @@ def _columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
     }
 
 
+def _scores(scorer: nn.Module, batch: dict, accelerator: Accelerator) -> Tensor:
+    """(B, 2) log-probabilities of the whole batch, on every process; each computes its own rows.
+
+    So every process has the objective of the whole batch, and beta, its batch norm and a rule's averages are what
+    one process would have. Only a process's own rows carry a gradient to the policy, as many times as there are
+    processes, because the average over processes divides it by their number.
+    """
+    prompts, answers = batch["prompt_ids"], batch["answer_ids"]
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    if processes == 1:
+        return scorer(prompts, answers)
+    rows = len(prompts) // processes
+    own = slice(rank * rows, (rank + 1) * rows)
+    mine = scorer(prompts[own], answers[own])
+    whole = accelerator.gather(mine.detach())
+    mine = mine.detach() + processes * (mine - mine.detach())
+    return torch.cat([whole[: own.start], mine, whole[own.stop :]])
+
+
 class _Look:
     """What a rule may look at in a step; what it does not need is not computed."""
 
@@ -401,13 +425,16 @@ class _Look:
         policy: PreTrainedModel,
         reference: PreTrainedModel | None,
         config: TrainConfig,
+        accelerator: Accelerator,
         *,
         pad_id: int,
         eos_id: int,
     ) -> None:
         self.rule, self.policy, self.reference, self.pad_id = rule, policy, reference, pad_id
         self.log_vocabulary = math.log(policy.config.get_text_config().vocab_size)
-        self.probe = _Probe(pairs, reference, config, pad_id=pad_id, eos_id=eos_id) if "kl" in rule.needs else None
+        self.probe = None
+        if "kl" in rule.needs:
+            self.probe = _Probe(pairs, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
 
     @torch.no_grad()
     def __call__(self, batch: dict, logps: Tensor, step: int) -> Seen:
@@ -499,11 +526,13 @@ class _Probe:
         held_out: Dataset | None,
         reference: PreTrainedModel | None,
         config: TrainConfig,
+        accelerator: Accelerator,
         *,
         pad_id: int,
         eos_id: int,
     ) -> None:
         self.reference, self.config, self.pad_id, self.eos_id = reference, config, pad_id, eos_id
+        self.accelerator = accelerator
         self.data = None if held_out is None else held_out[:]
         if self.data is not None:
             first = pd.DataFrame({"task": self.data["task"], "prompt": map(tuple, self.data["prompt_ids"])})
@@ -525,13 +554,14 @@ class _Probe:
         """Reward accuracy on all held-out pairs; KL(policy ‖ reference) from one sampled answer a prompt."""
         if self.data is None:
             return {}
-        scorer.eval()
-        device = next(policy.parameters()).device
-        right = []
-        for start in range(0, len(self.data["task"]), self.config.batch_size):
-            batch = _columns({k: v[start : start + self.config.batch_size] for k, v in self.data.items()}, device)
+        scorer = self.accelerator.unwrap_model(scorer).eval()
+        size, right = self.config.batch_size, []
+        starts = range(0, len(self.data["task"]), size)
+        for start in starts[self.accelerator.process_index :: self.accelerator.num_processes]:
+            batch = _columns({k: v[start : start + size] for k, v in self.data.items()}, self.accelerator.device)
             ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
-            right += _ranked_rightly(ratios[:, 0] - ratios[:, 1]).tolist()
+            right.append((start, _ranked_rightly(ratios[:, 0] - ratios[:, 1]).tolist()))
+        right = [value for _, values in sorted(gather_object(right)) for value in values]
         row = {"held_out_accuracy": sum(right) / len(right)}
         row |= _by_task("held_out_accuracy", right, self.data["task"])
         return row if self.reference is None or not self.prompts else row | self.kl(policy)
@@ -539,6 +569,10 @@ class _Probe:
     @torch.no_grad()
     def kl(self, policy: PreTrainedModel, *, seed_shift: int = 0) -> dict[str, float]:
         """KL(policy ‖ reference) over the prompts, its standard error, and by task; one sampled answer a prompt."""
+        row = [self._kl(policy, seed_shift) if self.accelerator.is_main_process else None]
+        return broadcast_object_list(row)[0]
+
+    def _kl(self, policy: PreTrainedModel, seed_shift: int) -> dict[str, float]:
         config = self.config
         answers = sample_answers(
             policy,
@@ -590,8 +624,9 @@ class _Checkpoint:
         if self.folder is None:
             return 0, []
         old = self.folder.with_suffix(".old")
-        if old.exists() and not self.folder.exists():
+        if self.accelerator.is_main_process and old.exists() and not self.folder.exists():
             old.rename(self.folder)  # killed between the two moves of `save`
+        self.accelerator.wait_for_everyone()
         if not (self.folder / "run.json").is_file():
             return 0, []
         saved = json.loads((self.folder / "run.json").read_text())
@@ -607,12 +642,17 @@ class _Checkpoint:
         if self.folder is None:
             return
         new, old = self.folder.with_suffix(".new"), self.folder.with_suffix(".old")
-        for leftover in (new, old):
+        main = self.accelerator.is_main_process
+        for leftover in (new, old) if main else ():
             shutil.rmtree(leftover, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(new))
-        run = {"identity": self.identity, "step": step, "history": history}
-        (new / "run.json").write_text(json.dumps(run))
-        if self.folder.exists():
-            self.folder.rename(old)
-        new.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if main:
+            run = {"identity": self.identity, "step": step, "history": history}
+            (new / "run.json").write_text(json.dumps(run))
+            if self.folder.exists():
+                self.folder.rename(old)
+            new.rename(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -272,7 +273,7 @@ class TestHistory:
         policy = small_model(seed=3)
         config = TrainConfig.around(0.1, "inverse", **{**SMALL, "max_new_tokens": 1})
         prompt = [5, 6, 7]
-        probe = module._Probe(None, reference, config, pad_id=PAD, eos_id=EOS)
+        probe = module._Probe(None, reference, config, Accelerator(), pad_id=PAD, eos_id=EOS)
         probe.prompts, probe.tasks = [prompt] * 4000, ["math"] * 4000
         with torch.no_grad():
             p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
