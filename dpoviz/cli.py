@@ -1,143 +1,315 @@
-"""The command line: `dpoviz demo`."""
+"""The command line: `dpoviz demo`, `train`, `reference`, `report`, `sample`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
-
 from dpoviz.demo import FORMS, Demo, DemoConfig, own_progress_only, run_demo
-from dpoviz.plots import figure_beta_by_task, figure_beta_gradients, figure_training
+from dpoviz.entropy import summarize_estimators
+from dpoviz.forecast import forecast
+from dpoviz.models import load_lm
+from dpoviz.onpolicy import sample_pairs, write_pairs
+from dpoviz.plots import plot_entropy_estimators
+from dpoviz.real import FIXED, RULES, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
 from dpoviz.reference import default_cache_dir
-from dpoviz.report import reading, write_report
-from dpoviz.table import summarize
+from dpoviz.report import reading, reading_of_accuracy
+from dpoviz.results import accuracy_as_text, as_text, claim, entropy_as_text, report, require_unclaimed, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `dpoviz`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="dpoviz", description=__import__("dpoviz").__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train the small world in both forms and draw beta(x) by task, against the reference's entropy",
-        description="Train a tiny reference, DPO with a fixed beta and with beta(x) in both forms, and leave the "
-        "numbers, the pictures, the models and a report in a folder. A run that was killed goes on where it "
-        "stopped when the same command is given again.",
-    )
-    demo.add_argument("--out", type=Path, default=Path("dpoviz-demo"), help="the folder (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-    demo.add_argument("--fast", action="store_true", help="a tiny version, for a first look: its numbers say little")
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     own_progress_only()
     try:
-        _demo(arguments.out, arguments.seed, arguments.fast)
-    except (ValueError, OSError, FloatingPointError) as error:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ndpoviz: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ndpoviz: stopped; the same command goes on from where it was", file=sys.stderr)
         return 130
     return 0
 
 
-def _demo(out: Path, seed: int, fast: bool) -> None:
-    if seed < 0:
-        raise ValueError(f"--seed: came {seed}, expected at least 0")
-    config = DemoConfig.default(seed, fast=fast)
-    _claim(out, {"command": "demo", **asdict(config)})
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dpoviz", description=__import__("dpoviz").__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable, line: str, more: str, out: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=line, description=more)
+        added.add_argument("--out", type=Path, default=Path(out), help="where to (default: %(default)s)")
+        added.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+        added.set_defaults(run=run)
+        return added
+
+    demo = command(
+        "demo",
+        _demo,
+        "train the small world in both forms and draw beta(x) by task, against the reference's entropy",
+        "Train a tiny reference, DPO with a fixed beta and with beta(x) in both forms, and leave the numbers, the "
+        "pictures, the models and a report in a folder. A run that was killed goes on where it stopped when the same "
+        "command is given again.",
+        "dpoviz-demo",
+    )
+    demo.add_argument("--fast", action="store_true", help="a tiny version, for a first look: its numbers say little")
+
+    train = command(
+        "train",
+        _train,
+        "the same on your model and your pairs",
+        "Pass the reference over the pairs, train DPO with a fixed beta, then with beta(x) in both forms and with the "
+        "fixed beta for as many steps, and leave the numbers, the pictures, the adapters and a report in a folder. A "
+        "run that was killed goes on where it stopped when the same command is given again.",
+        "dpoviz-run",
+    )
+    reference = command(
+        "reference",
+        _reference,
+        "the reference's pass alone: its entropy by task and estimator",
+        "Pass the reference over the pairs and leave the entropy of each prompt, by estimator, as a table and a "
+        "picture. What it computes is kept, and `dpoviz train` with the same options need not do it again.",
+        "dpoviz-reference",
+    )
+    for added in (train, reference):
+        _model_and_data(added)
+    _training(train)
+
+    again = commands.add_parser("report", help="make the pictures and the report of a finished run again")
+    again.add_argument("folder", type=Path, help="what --out was")
+    again.set_defaults(run=_report)
+
+    sample = command(
+        "sample",
+        _sample,
+        "sample preference pairs from a model, labelled by programs",
+        "Sample answers to HumanEval's problems, to generated word problems and to chat openers, label them by running "
+        "the problems' tests, by the number and by the dialogue's reward, and write pairs of a better and a worse "
+        "answer.",
+        "pairs.jsonl",
+    )
+    sample.add_argument("--model", default="smollm2-135m", help=_MODEL)
+    sample.add_argument("--tasks", nargs="+", default=["math", "code", "dialogue"], metavar="TASK")
+    sample.add_argument("--prompts", type=int, default=50, help="prompts a task (default: %(default)s)")
+    sample.add_argument("--samples", type=int, default=8, help="answers a prompt (default: %(default)s)")
+    sample.add_argument("--max-new-tokens", type=int, default=128, help="limit of an answer (default: %(default)s)")
+    sample.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
+    return parser
+
+
+_MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m (default: %(default)s)"
+
+
+def _model_and_data(parser: argparse.ArgumentParser) -> None:
+    default = RealConfig(data=("-",))
+    parser.add_argument("--model", default=default.model, help=_MODEL)
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="SOURCE", help="files, folders, a hub name or a preset's name"
+    )
+    parser.add_argument("--preset", help="the layout of a known public set, for a file of it")
+    parser.add_argument("--task", help="the task of all pairs, where they name none")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="other people's columns, as question=prompt",
+    )
+    parser.add_argument(
+        "--chat", nargs="+", default=[], metavar="TASK", help="tasks whose plain prompts become a user's message"
+    )
+    _numbers(
+        parser,
+        default,
+        pairs_per_task="the most pairs a task, drawn by the seed (default: all)",
+        max_length="limit of prompt and answer, in tokens",
+        max_new_tokens="limit of a sampled answer, in tokens",
+        entropy_samples="answers a prompt for the entropy",
+        score_batch="pairs at once where nothing is trained",
+    )
+    parser.add_argument("--held-out", type=float, default=default.held_out, help="share (default: %(default)s)")
+
+
+def _training(parser: argparse.ArgumentParser) -> None:
+    default = RealConfig(data=("-",))
+    parser.add_argument(
+        "--rule", choices=list(RULES), default=default.rule, help="what gives beta (default: %(default)s)"
+    )
+    _numbers(
+        parser,
+        default,
+        lora_rank="rank of the adapters; 0 trains all weights",
+        stage1_steps="steps with the fixed beta (default: one pass over the pairs)",
+        stage2_steps="steps with beta(x) (default: one pass over the pairs)",
+        batch_size="pairs in a step",
+    )
+    parser.add_argument("--learning-rate", type=float, help="of the policy (default: 1e-4 with adapters, else 1e-6)")
+    parser.add_argument(
+        "--s0", type=float, default=default.s0, help="what multiplies h at the start (default: %(default)s)"
+    )
+
+
+def _numbers(parser: argparse.ArgumentParser, default: RealConfig, **options: str) -> None:
+    for name, line in options.items():
+        value = getattr(default, name)
+        more = " (default: %(default)s)" if value is not None else ""
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, metavar="N", help=line + more)
+
+
+def _demo(given: argparse.Namespace) -> None:
+    if given.seed < 0:
+        raise ValueError(f"--seed: came {given.seed}, expected at least 0")
+    config, out = DemoConfig.default(given.seed, fast=given.fast), given.out
+    claim(out, {"command": "demo", **asdict(config)})
     demo = run_demo(config, out=out, cache_dir=default_cache_dir())
-    summary = write_demo(demo, config, out)
-    print(f"\nbeta(x) on held-out prompts, seed {seed}\n{format_summary(summary)}\n")
+    write_demo(demo, config, out)
+    summary = report(out)["summary"]
+    print(f"\nbeta(x) on held-out prompts, seed {given.seed}\n{as_text(summary)}\n")
     for line in reading(summary):
         print(f"  {line}")
     left_out = ", ".join(f"{len(prompts)} of {task}" for task, prompts in demo.world.left_out.items())
     print(f"  Prompts left out, because all answers sampled there earn the same: {left_out} (left_out.json).")
-    print(f"\nthe report: {out / 'report.html'}\nbeside it:  {', '.join(_written(out))}")
+    _say_where(out)
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Write the settings into the folder, or refuse a folder that holds a run with others."""
-    settings = json.loads(json.dumps(settings))
-    file = out / "config.json"
-    if file.exists():
-        found = json.loads(file.read_text())
-        if {key: found.get(key) for key in settings} != settings:
-            raise ValueError(f"--out: {out} holds a run with other settings; give another folder, or delete that one")
-    out.mkdir(parents=True, exist_ok=True)
-    packages = {name: version(name) for name in ("dpoviz", "torch", "transformers", "datasets", "accelerate")}
-    file.write_text(json.dumps({**settings, "python": platform.python_version(), "packages": packages}, indent=2))
-
-
-def write_demo(demo: Demo, config: DemoConfig, out: Path) -> pd.DataFrame:
-    """Leave a finished demo in a folder: tables, pictures, models, report.
-
-    Returns:
-        The summary of the table, a row per form and task.
-    """
-    demo.table.to_csv(out / "beta.csv", index=False)
-    demo.history.to_csv(out / "history.csv", index=False)
+def write_demo(demo: Demo, config: DemoConfig, out: Path) -> None:
+    """Leave a finished demo in a folder: tables, facts, models."""
     # prompts to which all sampled answers earn the same carry no preference: said, not silently dropped
     (out / "left_out.json").write_text(json.dumps(dict(demo.world.left_out), indent=1, ensure_ascii=False))
     for form in FORMS:
         demo.policies[form].save_pretrained(out / form / "policy")
         demo.world.tokenizer.save_pretrained(out / form / "policy")
         demo.betas[form].save_pretrained(out / form / "beta")
-    summary = summarize(demo.table)
-    given = {form: getattr(config, form) for form in FORMS}
-    figures = {
-        "beta_by_task": figure_beta_by_task(
-            demo.table,
-            alpha=demo.alpha,
-            **{
-                name: {form: getattr(settings, name) for form, settings in given.items()}
-                for name in ("beta0", "beta_min", "beta_max")
-            },
-        ),
-        "training": figure_training(demo.history),
-        "beta_gradients": figure_beta_gradients(demo.history),
-    }
-    figures["beta_by_task"].savefig(out / "beta_by_task.png", dpi=150)
-    write_report(
-        out / "report.html",
-        table=demo.table,
-        history=demo.history,
-        summary=summary,
-        config=json.loads((out / "config.json").read_text())
-        | {"alpha": dict(demo.alpha), "reference rewards": dict(demo.world.rewards)}
-        | {"prompts without a pair": {task: len(prompts) for task, prompts in demo.world.left_out.items()}},
-        figures=figures,
-        reading=reading(summary),
+    facts = {name: {form: getattr(getattr(config, form), name) for form in FORMS} for name in _LINES}
+    facts |= {"alpha": dict(demo.alpha), "reference rewards": dict(demo.world.rewards)}
+    facts |= {"prompts without a pair": {task: len(prompts) for task, prompts in demo.world.left_out.items()}}
+    write(out, facts=facts, beta=demo.table, history=demo.history)
+
+
+_LINES = ("beta0", "beta_min", "beta_max")
+
+
+def _config(given: argparse.Namespace) -> RealConfig:
+    settings = {name: getattr(given, name) for name in RealConfig.__dataclass_fields__ if hasattr(given, name)}
+    wrong = [pair for pair in given.columns if pair.count("=") != 1]
+    if wrong:
+        raise ValueError(f"--columns: came {wrong}, expected pairs such as question=prompt")
+    settings["columns"] = dict(pair.split("=") for pair in given.columns)
+    return RealConfig(**{**settings, "data": tuple(given.data), "chat": tuple(given.chat)})
+
+
+def _loaded(config: RealConfig, out: Path, command: str) -> Loaded:
+    settings = {"command": command, **asdict(config)}
+    require_unclaimed(out, settings)
+    loaded = load(config)
+    claim(out, settings)
+    tasks = Counter([*loaded.train["task"], *loaded.held_out["task"]])
+    print(
+        f"{config.model}: {loaded.model.num_parameters():,} parameters; {len(loaded.train)} pairs to train on, "
+        f"{len(loaded.held_out)} held out ({', '.join(f'{n} of {task}' for task, n in sorted(tasks.items()))})"
     )
-    return summary
+    return loaded
 
 
-def format_summary(summary: pd.DataFrame) -> str:
-    """The summary as text, for a terminal."""
-    rows = pd.DataFrame(
-        {
-            "form": summary["form"],
-            "task": summary["task"],
-            "prompts": summary["n"],
-            "beta (median)": summary["beta_median"].map("{:.3g}".format),
-            "quartiles": [f"{a:.3g} to {b:.3g}" for a, b in zip(summary["beta_q1"], summary["beta_q3"], strict=True)],
-            "s (median)": summary["scale_median"].map("{:.3g}".format),
-            "H, nats/token": summary["ref_entropy_mean"].map("{:.3f}".format),
-            "rho(beta, H)": [
-                f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
-                for rho, low, high in zip(summary["rho"], summary["rho_low"], summary["rho_high"], strict=True)
-            ],
-        }
+def _forecast(config: RealConfig, loaded: Loaded, *, runs: int) -> None:
+    settings = config.training("standard", len(loaded.train))
+    parts = forecast(
+        loaded.model,
+        loaded.train,
+        loaded.held_out,
+        samples=config.entropy_samples,
+        max_new_tokens=config.max_new_tokens,
+        steps=settings.stage1_steps + runs * settings.stage2_steps if runs else 0,
+        batch_size=config.batch_size,
+        evaluations=1 + 2 * runs if runs else 0,  # at the end of each stage, and each run's scores
+        eos_id=loaded.tokenizer.eos_token_id,
+        pad_id=loaded.tokenizer.pad_token_id,
     )
-    return rows.to_string(index=False)
+    said = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items() if seconds)
+    print(f"about {_minutes(sum(parts.values()))} if nothing is kept from an earlier run: {said}", flush=True)
 
 
-def _written(out: Path) -> list[str]:
-    names = ["beta.csv", "history.csv", "left_out.json", "config.json", "beta_by_task.png"]
-    return names + [f"{form}/{what}/" for form in FORMS for what in ("policy", "beta")]
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _reference(given: argparse.Namespace) -> None:
+    config = _config(given)
+    loaded = _loaded(config, given.out, "reference")
+    _forecast(config, loaded, runs=0)
+    prepared = score(config, loaded, cache_dir=default_cache_dir())
+    prepared.entropy.to_csv(given.out / "entropy.csv", index=False)
+    plot_entropy_estimators(prepared.entropy).figure.savefig(given.out / "entropy.png", dpi=150)
+    _say_entropy(prepared)
+    print(f"\nthe picture: {given.out / 'entropy.png'}\nbeside it:   entropy.csv, config.json")
+
+
+def _say_entropy(prepared: Prepared) -> None:
+    of_data = prepared.entropy[~prepared.entropy["example"]]
+    print("\nentropy of the reference, mean ± standard error over prompts; per_token, teacher_forced: nats per token")
+    print(entropy_as_text(summarize_estimators(of_data)))
+
+
+def _train(given: argparse.Namespace) -> None:
+    config, out = _config(given), given.out
+    loaded = _loaded(config, out, "train")
+    _forecast(config, loaded, runs=len(RULES[config.rule].forms) + 1)
+    prepared = score(config, loaded, cache_dir=default_cache_dir())
+    write_run(run_real(config, prepared, out=out), prepared, config, out)
+    found = report(out)
+    _say_entropy(prepared)
+    if "summary" in found:
+        print(f"\nbeta(x) on held-out prompts, seed {config.seed}\n{as_text(found['summary'])}")
+    print(f"\nreward accuracy on held-out pairs, 95 % bootstrap intervals\n{accuracy_as_text(found['accuracy'])}\n")
+    for line in (reading(found["summary"]) if "summary" in found else []) + reading_of_accuracy(found["accuracy"]):
+        print(f"  {line}")
+    _say_where(out)
+
+
+def write_run(run: RealRun, prepared: Prepared, config: RealConfig, out: Path) -> None:
+    """Leave a finished run's tables and facts in its folder."""
+    settings = {arm.config.form: arm.config for arm in arms(config, prepared).values()}
+    facts = {name: {form: getattr(own, name) for form, own in settings.items()} for name in _LINES}
+    facts |= {"alpha": dict(run.alpha), "baseline": FIXED}
+    write(
+        out,
+        facts=facts,
+        beta=run.table,
+        history=run.history,
+        entropy=prepared.entropy,
+        held_out=run.scores,
+        answers=run.answers,
+    )
+
+
+def _report(given: argparse.Namespace) -> None:
+    report(given.folder)
+    _say_where(given.folder)
+
+
+def _sample(given: argparse.Namespace) -> None:
+    model, tokenizer = load_lm(given.model)
+    records, made = sample_pairs(
+        model,
+        tokenizer,
+        tasks=given.tasks,
+        prompts_per_task=given.prompts,
+        samples=given.samples,
+        max_new_tokens=given.max_new_tokens,
+        batch_size=given.batch,
+        seed=given.seed,
+    )
+    write_pairs(records, given.out)
+    print(f"\n{made.to_string(index=False)}\n\n{len(records)} pairs: {given.out}")
+
+
+def _say_where(out: Path) -> None:
+    beside = sorted(path.name + "/" * path.is_dir() for path in out.iterdir() if path.name != "report.html")
+    print(f"\nthe report: {out / 'report.html'}\nbeside it:  {', '.join(beside)}")

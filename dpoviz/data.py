@@ -464,7 +464,7 @@ def tokenize_pairs(
     pairs = Dataset.from_dict(
         {
             **rows,
-            "prompt_ids": _prompt_ids(rows["prompt"], messages, tokenizer),
+            "prompt_ids": encode_prompts(rows["prompt"], messages, tokenizer),
             "chosen_ids": answer_ids("chosen"),
             "rejected_ids": answer_ids("rejected"),
         }
@@ -490,9 +490,16 @@ def tokenize_pairs(
     return pairs.select([i for i in range(len(pairs)) if i not in dropped])
 
 
-def _prompt_ids(
+def encode_prompts(
     prompts: Sequence[str], messages: Sequence[list[dict] | None], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
+    """Token ids of prompts: a chat through the chat template up to where the answer begins, a text as it stands.
+
+    Args:
+        prompts: the texts.
+        messages: for each its chat, or None.
+        tokenizer: with a chat template, where there is a chat.
+    """
     ids = tokenizer(list(prompts))["input_ids"]
     # an end that the tokenizer puts behind every text would be the end of the answer before it began
     ids = [own[:-1] if len(own) > 1 and own[-1] == tokenizer.eos_token_id else own for own in ids]

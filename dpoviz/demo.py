@@ -123,7 +123,18 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
 
 
 _WORLD_CODE = ("demo", "logprobs", "models", "tasks")
-_TRAINING_CODE = ("beta", "data", "entropy", "losses", "reference", "regularizers", "rules", "stages", "train")
+_TRAINING_CODE = (
+    "beta",
+    "data",
+    "entropy",
+    "journal",
+    "losses",
+    "reference",
+    "regularizers",
+    "rules",
+    "stages",
+    "train",
+)
 
 
 def _fingerprint(config: object, code: Sequence[str]) -> str:

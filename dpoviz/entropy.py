@@ -1,20 +1,31 @@
 r"""Estimators of the reference's entropy at a prompt, :math:`H(\pi_{ref}(\cdot|x))`, with their standard errors.
 
 All of them come from K answers sampled from the reference and one scoring pass over these. They depend on the
-reference and the prompt alone, never on a data set's answers, so each may feed beta(x).
+reference and the prompt alone, never on a data set's answers, so each may feed beta(x). A fifth, `teacher_forced`,
+does depend on these answers; it is for pictures, and comes with `reference_pass`: ref_chosen_entropy over the
+number of tokens in chosen_ids.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from dpoviz.logprobs import AnswerScores, evaluating, sample_answers, score_answers
+from dpoviz import logprobs
+from dpoviz.journal import Journal, fingerprint
+from dpoviz.logprobs import Sampler, by_length, sampling, score_answers
 
 
 class Estimate(NamedTuple):
@@ -76,6 +87,7 @@ def estimate_entropy(
     pad_id: int,
     seed: int,
     batch_size: int = 64,
+    keep: Path | str | None = None,
     progress: bool = False,
 ) -> EntropyEstimates:
     """Entropy of the model's answer to each prompt.
@@ -88,46 +100,134 @@ def estimate_entropy(
         eos_id: token that ends an answer.
         pad_id: token that fills the rows.
         seed: the draws.
-        batch_size: prompts at once.
-        progress: show bars.
+        batch_size: prompts at once; `batch_size` × K answers are drawn, and scored, side by side.
+        keep: a folder where each batch is kept, by a fingerprint of model, settings and code. A run that was
+            killed goes on from there, and ends with the numbers of one that was not. Prompts that another run
+            asked for are not drawn again: their numbers are that run's, and the others' draws begin anew at the
+            seed. None keeps nothing.
+        progress: show a bar.
 
     Raises:
         ValueError: fewer than 2 samples, or as `sample_answers`.
     """
     if samples < 2:
         raise ValueError(f"samples: came {samples}, expected at least 2: one answer has no standard error")
-    drawn = sample_answers(
-        model,
-        prompts,
-        samples,
-        max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
-        pad_id=pad_id,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    parts: list[AnswerScores] = []
-    with evaluating(model), tqdm(total=len(prompts), desc="entropy", unit="prompt", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            some, answers = [prompts[i] for i in rows], [drawn.answers[i] for i in rows]
-            parts.append(score_answers(model, some, answers, pad_id=pad_id, entropy=True))
-            bar.update(len(rows))
-
-    back = torch.tensor(order).argsort()
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts]).double().cpu()[back]
-
-    entropy_sums, lengths = joined("entropy_sums"), joined("lengths")
-    first = joined("first_entropies")
+    settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    journal = Journal(None)
+    if keep is not None:
+        code = (logprobs, sys.modules[__name__])
+        name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, code)
+        journal = Journal(Path(keep) / f"entropy-{name}")
+    with (
+        sampling(model, prompts, samples, **settings) as sampler,
+        tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not progress) as bar,
+    ):
+        numbers = _numbers(model, prompts, sampler, pad_id, eos_id, batch_size, journal, bar)
+    entropy_sums, logps, lengths, first, cut = (torch.from_numpy(numbers[name]) for name in _NUMBERS)
     return EntropyEstimates(
         per_token=_ratio(entropy_sums, lengths),
         sequence=_mean(entropy_sums),
-        monte_carlo=_mean(-joined("logps")),
+        monte_carlo=_mean(-logps),
         first_token=Estimate(first, torch.zeros_like(first)),
         samples=samples,
-        truncated=torch.tensor(drawn.truncated) / samples,
+        truncated=cut / samples,
     )
+
+
+_NUMBERS = ("entropy_sums", "logps", "lengths", "first_entropies", "truncated")
+"""What is kept of a batch of B prompts: three (B, K), then two (B,)."""
+
+
+def _numbers(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampler: Sampler,
+    pad_id: int,
+    eos_id: int,
+    batch_size: int,
+    journal: Journal,
+    bar: tqdm,
+) -> dict[str, np.ndarray]:
+    """The numbers of all prompts, in their order: read where they are kept, drawn and scored elsewhere."""
+    names = _names(prompts)
+    run = hashlib.blake2b("".join(names).encode(), digest_size=8).hexdigest()
+    batches = journal.read()
+    others = {prompt for name, batch in batches.items() if not name.startswith(run) for prompt in batch["prompts"]}
+    known = {prompt: (batch, i) for batch in batches.values() for i, prompt in enumerate(batch["prompts"])}
+    left = [row for row, name in enumerate(names) if name not in others]
+    bar.update(len(names) - len(left))
+    # the same batches whether the run was killed or not: only what other runs had done is left out
+    for number, places in enumerate(by_length([len(prompts[row]) for row in left], batch_size)):
+        rows, name = [left[place] for place in places], f"{run}-{number:06d}"
+        if not all(names[row] in known for row in rows):
+            batch = _draw(model, [prompts[row] for row in rows], sampler, pad_id, eos_id)
+            batch["prompts"] = np.array([names[row] for row in rows])
+            batch["state"] = sampler.generator.get_state().numpy()
+            journal.add(name, batch)
+            known |= {prompt: (batch, i) for i, prompt in enumerate(batch["prompts"])}
+        elif name in batches:
+            sampler.generator.set_state(torch.from_numpy(batches[name]["state"]))
+        bar.update(len(rows))
+    found = [known[name] for name in names]
+    return {key: np.stack([batch[key][i] for batch, i in found]) for key in _NUMBERS}
+
+
+def _names(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """A name for each prompt; one that stands several times is drawn as often, and has as many names."""
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        name = hashlib.blake2b(json.dumps(list(prompt)).encode(), digest_size=16).hexdigest()
+        names.append(f"{name}.{seen[name]}")
+        seen[name] += 1
+    return names
+
+
+def _draw(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampler: Sampler, pad_id: int, eos_id: int
+) -> dict[str, np.ndarray]:
+    answers = sampler.draw(prompts)
+    scores = score_answers(model, prompts, answers, pad_id=pad_id, entropy=True)
+    batch = {name: getattr(scores, name).double().cpu().numpy() for name in _NUMBERS[:-1]}
+    cut = [sum(answer[-1] != eos_id for answer in own) for own in answers]
+    return {**batch, "truncated": np.array(cut)}
+
+
+def summarize_estimators(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Mean entropy of each task by each estimator, and the order of the tasks with its uncertainty.
+
+    Args:
+        table: a row per estimator and prompt: columns estimator, task, entropy; in the estimator's unit.
+        resamples: of the bootstrap over prompts, each task's own.
+        seed: of the bootstrap.
+
+    Returns:
+        A row per estimator and task, in the order in which they first come: estimator, task, n (prompts), mean,
+        se (of the mean over prompts: their standard deviation over the root of n; NaN for one), order (the
+        estimator's tasks by rising mean, as "math < code"), order_share (of the resamples that give this order).
+
+    Raises:
+        ValueError: missing columns, no rows, or an entropy that is not finite.
+    """
+    missing = [column for column in ("estimator", "task", "entropy") if column not in table.columns]
+    if missing or table.empty:
+        raise ValueError(f"table: came {len(table)} rows and no columns {missing}, expected a row for each prompt")
+    if not np.isfinite(table["entropy"]).all():
+        raise ValueError("table: entropy is not finite in some rows, expected finite numbers")
+    draw = np.random.default_rng(seed)
+    rows = []
+    for estimator, of_estimator in table.groupby("estimator", sort=False):
+        groups = {task: group.to_numpy() for task, group in of_estimator.groupby("task", sort=False)["entropy"]}
+        means = np.array([values.mean() for values in groups.values()])
+        again = np.stack(
+            [draw.choice(v, size=(resamples, len(v))).mean(axis=1) for v in groups.values()], axis=1
+        )  # (resamples, tasks)
+        order = means.argsort(kind="stable")
+        facts = {
+            "order": " < ".join(np.array(list(groups))[order]),
+            "order_share": (np.diff(again[:, order], axis=1) > 0).all(axis=1).mean(),
+        }
+        for (task, values), mean in zip(groups.items(), means, strict=True):
+            se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+            rows.append({"estimator": estimator, "task": task, "n": len(values), "mean": mean, "se": se, **facts})
+    return pd.DataFrame(rows)

@@ -23,7 +23,12 @@ from transformers import GenerationConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-_LOGITS_AT_ONCE = 2**25  # numbers held in one chunk of logits: 128 MiB in float32
+_LOGITS_AT_ONCE = 2**25
+"""Numbers in one chunk of logits, 128 MiB in float32, whatever the vocabulary.
+
+Logits, their softmax and what the backward pass makes of them are alive together: the measured peak is 2 such
+chunks forward and 3 with the backward pass, 4 and 5 where entropies are wanted too; a bfloat16 head adds half of one.
+"""
 
 Tokens = Sequence[Sequence[int]]
 
@@ -151,7 +156,7 @@ def score_answers(
     """Log-probabilities of K answers to each prompt, on the model's device, with gradient where it is on.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or one with PEFT's adapters.
         prompts: B prompts as token ids.
         answers: for each prompt K answers as token ids.
         pad_id: token that fills the rows.
@@ -160,12 +165,29 @@ def score_answers(
         shared_prefix: compute each prompt once for all its answers; None asks `supports_shared_prefix`.
 
     Raises:
-        ValueError: as `prefix_batch`.
+        ValueError: as `prefix_batch`, or an adapter by prompt tuning.
     """
+    model = _language_model(model)
     if shared_prefix is None:
         shared_prefix = supports_shared_prefix(model)
     score = _shared_scores if shared_prefix else _separate_scores
     return score(model, prompts, answers, pad_id=pad_id, entropy=entropy, features=features)
+
+
+def _language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, without PEFT's wrapping; its adapters are layers inside it and act as before."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "model: came a prompt-tuning adapter, which lives outside the model; expected one such as LoRA"
+        )
+    return model.get_base_model()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that the model reads, by its configuration; None where that does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _shared_scores(
@@ -187,7 +209,10 @@ def _shared_scores(
 def _separate_scores(
     model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], *, pad_id: int, entropy: bool, features: bool
 ) -> AnswerScores:
-    """One sequence an answer, by the model's own logits: for models that cannot take the mask; the slow twin."""
+    """One sequence an answer, by the model's own logits: for models that cannot take the mask; the slow twin.
+
+    The model itself makes the logits here, of all positions and at once, in its own precision.
+    """
     _require_tokens(prompts, answers)
     k = len(answers[0])
     rows = [(list(p), list(a)) for p, own in zip(prompts, answers, strict=True) for a in own]
@@ -282,12 +307,14 @@ def supports_shared_prefix(model: PreTrainedModel) -> bool:
     Attention that ignores the mask or the positions, and heads that do more than multiply, are found by their
     numbers. A model that fails is scored by separate sequences, which is slower, and a warning says so.
     """
+    model = _language_model(model)  # so that a model and its adapters are asked once
     if model not in _SUPPORT:
         with evaluating(model):
             _SUPPORT[model] = _both_ways_agree(model)
         if not _SUPPORT[model]:
             logger.warning(
-                "%s cannot take shared-prefix batches; each answer is scored by itself, at about twice the cost",
+                "%s cannot take shared-prefix batches; each answer is scored by itself, at about twice the cost, and "
+                "all logits of a batch are in memory",
                 type(model).__name__,
             )
     return _SUPPORT[model]
@@ -324,7 +351,77 @@ class Samples(NamedTuple):
     truncated: list[int]
 
 
-@torch.no_grad()
+class Sampler(NamedTuple):
+    """Draws answers from one random stream, batch after batch; what `sampling` gives.
+
+    Attributes:
+        draw: prompts → for each K answers as token ids, the end token included where one was drawn.
+        generator: where the draws come from; its state says how far the stream has come.
+    """
+
+    draw: Callable[[Tokens], list[list[list[int]]]]
+    generator: torch.Generator
+
+
+@contextmanager
+def sampling(
+    model: PreTrainedModel, prompts: Tokens, k: int, *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int
+) -> Iterator[Sampler]:
+    """Draw K answers to prompts, in batches of the caller's choice; arguments and errors as `sample_answers`.
+
+    Args:
+        prompts: all that will be asked for; they are checked before the first is drawn.
+    """
+    if k < 1:
+        raise ValueError(f"k: came {k}, expected at least 1")
+    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("prompts: came none, or an empty one, expected at least one token each")
+    model, longest = _language_model(model), max(len(prompt) for prompt in prompts)
+    room = context_length(model)
+    if room is not None and longest + max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens: came {max_new_tokens}, but a prompt has {longest} tokens and the context {room}; "
+            "expected fewer, or shorter prompts"
+        )
+    config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, num_return_sequences=k, eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )  # fmt: skip
+
+    def draw(some: Tokens) -> list[list[list[int]]]:
+        drawn = [_until_end(row, eos_id) for row in _generate(model, some, config)]
+        return [drawn[i : i + k] for i in range(0, len(drawn), k)]
+
+    # generate() fills what a configuration leaves open with the model's own settings: both are the same here
+    own, model.generation_config = model.generation_config, config
+    try:
+        with evaluating(model), _seeded(model.device, seed) as generator, torch.no_grad():
+            yield Sampler(draw, generator)
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[torch.Generator]:
+    """The generator that PyTorch draws from on a device, seeded, and afterwards as it was."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+    else:
+        generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield generator
+    finally:
+        generator.set_state(before)
+
+
+def by_length(rows: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of row numbers, given each row's length: like beside like, so that little is padded."""
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def sample_answers(
     model: PreTrainedModel,
     prompts: Tokens,
@@ -340,50 +437,31 @@ def sample_answers(
     """K answers to each prompt, drawn from the model's own distribution (temperature 1, nothing cut off).
 
     Args:
-        model: a causal language model; left in the mode it was in. Its own generation settings are not used.
+        model: a causal language model, or one with PEFT's adapters; left in the mode it was in. Its own
+            generation settings are not used.
         prompts: token ids.
         k: answers a prompt.
         max_new_tokens: limit of an answer, in tokens.
         eos_id: token that ends an answer.
         pad_id: token that fills the rows.
         seed: the draws; the caller's random state is left alone.
-        batch_size: prompts at once.
+        batch_size: prompts at once. Their answers are drawn side by side: `batch_size` × K sequences, each with a
+            cache of keys and values for the prompt and `max_new_tokens`, are in memory.
         progress: show a bar.
 
     Raises:
-        ValueError: k < 1, no prompt or an empty one, or a prompt that leaves no room for `max_new_tokens` in the
-            model's context.
+        ValueError: k < 1, no prompt or an empty one, an adapter by prompt tuning, or a prompt that leaves no room
+            for `max_new_tokens` in the model's context.
     """
-    if k < 1:
-        raise ValueError(f"k: came {k}, expected at least 1")
-    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("prompts: came none, or an empty one, expected at least one token each")
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(prompt) for prompt in prompts)
-    if room is not None and longest + max_new_tokens > room:
-        raise ValueError(
-            f"max_new_tokens: came {max_new_tokens}, but a prompt has {longest} tokens and the context {room}"
-        )
-    config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, num_return_sequences=k, eos_token_id=eos_id,
-        pad_token_id=pad_id,
-    )  # fmt: skip
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     answers: list[list[list[int]]] = [[] for _ in prompts]
-    # generate() fills what a configuration leaves open with the model's own settings: both are the same here
-    own, model.generation_config = model.generation_config, config
-    try:
-        with evaluating(model), torch.random.fork_rng(), tqdm(
-            total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
-        ) as bar:  # fmt: skip
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                for i, row in enumerate(_generate(model, [prompts[r] for r in rows], config)):
-                    answers[rows[i // k]].append(_until_end(row, eos_id))
-                bar.update(len(rows))
-    finally:
-        model.generation_config = own
+    settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    with sampling(model, prompts, k, **settings) as sampler, tqdm(
+        total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
+    ) as bar:  # fmt: skip
+        for rows in by_length([len(prompt) for prompt in prompts], batch_size):
+            for row, own in zip(rows, sampler.draw([prompts[row] for row in rows]), strict=True):
+                answers[row] = own
+            bar.update(len(rows))
     return Samples(answers, [sum(answer[-1] != eos_id for answer in own) for own in answers])
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -33,6 +34,15 @@ QUANTITIES = {
     "beta": r"$\beta(x)$, mean of a task",
 }
 """What `plot_training` draws, and the label of its axis."""
+
+ESTIMATORS = {
+    "first_token": "first token\n(nats)",
+    "per_token": "per token\n(nats per token)",
+    "teacher_forced": "teacher-forced\n(nats per token)",
+    "sequence": "sequence\n(nats)",
+    "monte_carlo": "Monte Carlo\n(nats)",
+}
+"""The estimators of the reference's entropy in the order of an axis, and their labels there, with units."""
 
 _FORMULAS = {
     "inverse": r"inverse form: loss $-\log\,\sigma(h/\beta(x))$",
@@ -234,6 +244,68 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     ax.set_ylabel(_PULL_LABEL.replace("pull", f"{task}: pull"))
     _legend_above(ax, ncols=5)
     _step_axis(ax)
+    return ax
+
+
+def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **artist_kws) -> Axes:
+    r"""The reference's entropy by each estimator: every prompt a point, each task's mean with its standard error.
+
+    The estimators have different units, which their labels state: tasks are to be compared within one of them.
+    The axis is logarithmic where all entropies are positive, linear elsewhere.
+
+    Args:
+        table: columns estimator (keys of `ESTIMATORS`), task, prompt, entropy. A column example, if there is
+            one, marks prompts that are shown by themselves, with their text, and belong to no task's mean: true,
+            or the text to show.
+        ax: where to draw; a new figure if None.
+        **artist_kws: for `Axes.scatter`.
+
+    Raises:
+        ValueError: an empty table, missing columns, an estimator that is not known, or nothing but examples.
+    """
+    _require(table, ["estimator", "task", "prompt", "entropy"], "table")
+    unknown = sorted(set(table["estimator"]) - set(ESTIMATORS))
+    if unknown:
+        raise ValueError(f"table: came the estimators {unknown}, expected some of {list(ESTIMATORS)}")
+    shown = table["example"] if "example" in table else pd.Series(False, index=table.index)
+    named = shown.fillna(False).astype(bool)
+    of_data = table[~named]
+    if of_data.empty:
+        raise ValueError("table: came nothing but examples, expected prompts of a task too")
+    places = {name: i for i, name in enumerate(e for e in ESTIMATORS if e in set(table["estimator"]))}
+    if ax is None:
+        ax = Figure(figsize=(2.3 * len(places) + 0.8, 4.4), layout="constrained").add_subplot()
+    ax = _axes(ax)
+    if (table["entropy"] > 0).all():
+        ax.set_yscale("log")
+        _plain_ticks(ax.yaxis)
+    colors = task_colors(of_data["task"])
+    width = (0.48 if named.any() else 0.8) / len(colors)  # examples stand to the right of the tasks
+    for i, (task, color) in enumerate(colors.items()):
+        rows = of_data[of_data["task"] == task]
+        style = {"s": 12, "color": color, "alpha": 0.4, "linewidths": 0, "label": "_prompts"} | artist_kws
+        for name, values in rows.groupby("estimator")["entropy"]:
+            x = places[name] - (0.46 if named.any() else 0.4) + width * (i + 0.5)
+            ax.scatter(x + _jitter(values.to_numpy(), 0.6 * width), values, **style)
+            se = values.std() / len(values) ** 0.5 if len(values) > 1 else 0
+            mean = {"marker": "D", "markersize": 4.5, "markeredgecolor": "white", "capsize": 4, "elinewidth": 1.6}
+            ax.errorbar(x, values.mean(), se, color=color, ecolor=_INK, zorder=4, label=f"_{task}", **mean)
+        ax.scatter([], [], color=color, s=24, linewidths=0, label=f"{task} (n={rows['prompt'].nunique()})")
+    ax.set_xticks(range(len(places)), [ESTIMATORS[name] for name in places])
+    ax.set_xlim(-0.5, len(places) - 0.5)
+    for place in range(1, len(places)):
+        ax.axvline(place - 0.5, color=_GREY, linewidth=0.5, alpha=0.4, label="_between")
+    examples = table[named].groupby("estimator")
+    for name, values in examples["entropy"]:
+        x = np.full(len(values), places[name] + 0.09)
+        ax.scatter(x, values, s=24, marker="_", color=_INK, label="_examples", zorder=3)
+    ax.set_ylim(ax.get_ylim())  # the texts find their places within these limits
+    for name, group in examples:
+        texts = [p if mark is True else mark for p, mark in zip(group["prompt"], shown[group.index], strict=True)]
+        _texts_beside(ax, places[name] + 0.09, group["entropy"].to_numpy(), texts)
+    ax.tick_params(axis="x", length=0)
+    ax.set_ylabel("entropy of the reference")
+    _legend_above(ax, ncols=4)
     return ax
 
 
@@ -464,6 +536,46 @@ def _legend_above(ax: Axes, ncols: int) -> None:
     """A legend in rows above the axes, where it hides nothing."""
     tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 1.0, "borderaxespad": 0.3}
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False, fontsize="small", **tight)
+
+
+def _texts_beside(ax: Axes, x: float, values: np.ndarray, texts: list[str]) -> None:
+    """Texts on the right of points that stand above one another, pushed apart."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = to_axes.transform(np.column_stack([np.full(len(values), x), values]))[:, 1]
+    height, gap = 1.0, 0.045  # of the axes; a line of small print
+    for i in reversed(np.argsort(heights, kind="stable")):
+        height = min(heights[i], height - gap)
+        font, text = _printable(texts[i])
+        ax.annotate(
+            text,
+            (x, values[i]),
+            xytext=(x + 0.05, height),
+            textcoords=ax.get_xaxis_transform(),
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": _GREY},
+            va="center",
+            fontsize="x-small",
+            color=_INK,
+            parse_math=False,
+            **font,
+        )
+
+
+_CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
+    "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS", "Droid Sans Fallback",
+)  # fmt: skip
+
+
+def _printable(text: str) -> tuple[dict[str, list[str]], str]:
+    """Font and text; characters that no font at hand has become boxes (matplotlib would warn, and draw such)."""
+    known = get_font(findfont(FontProperties()))
+    if all(known.get_char_index(ord(letter)) for letter in text):
+        return {}, text
+    there = {font.name for font in fontManager.ttflist}
+    for name in _CHINESE_FONTS:
+        if name in there:
+            return {"fontfamily": ["sans-serif", name]}, text
+    return {}, "".join(letter if known.get_char_index(ord(letter)) else "□" for letter in text)
 
 
 def _step_axis(ax: Axes) -> None:

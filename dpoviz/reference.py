@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, load_from_disk
 from tqdm import tqdm
@@ -18,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz import data, entropy, logprobs
 from dpoviz.data import tokenize_pairs
-from dpoviz.entropy import estimate_entropy
-from dpoviz.logprobs import AnswerScores, evaluating, score_answers
+from dpoviz.entropy import EntropyEstimates, estimate_entropy
+from dpoviz.journal import Journal, fingerprint
+from dpoviz.logprobs import by_length, context_length, evaluating, score_answers
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +51,37 @@ def reference_pass(
         pairs: records as `load_pairs` returns them.
         max_length: limit of the prompt and one answer together, in tokens.
         max_new_tokens: limit of an answer that is sampled for the entropy.
-        entropy_samples: answers a prompt that are sampled for the entropy.
-        batch_size: pairs, or prompts, at once.
+        entropy_samples: K, answers a prompt that are sampled for the entropy.
+        batch_size: pairs, or prompts, at once; with prompts, `batch_size` × K sequences are in memory, with
+            their cache of keys and values.
         seed: the draws.
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: a folder; the result is kept there by a fingerprint of model, tokenizer, data, settings and
-            code, and found there the next time. None keeps nothing.
+            code, and found there the next time. So is every batch on the way: a run that was killed goes on
+            where it stopped, and a prompt that another data set had is not sampled again (`estimate_entropy`).
+            None keeps nothing.
         progress: show bars.
 
     Returns:
-        The pairs with prompt_ids, chosen_ids, rejected_ids; ref_chosen_logps and ref_rejected_logps (nats,
-        summed over the answer); ref_entropy and ref_entropy_se (nats per token, the `per_token` estimator);
-        ref_features (D numbers, the mean of the last hidden states over the prompt). All of the reference's
-        columns are float32; ref_entropy and ref_features depend on the prompt alone.
+        The pairs with prompt_ids, chosen_ids, rejected_ids, and these columns in float32:
+
+        - ref_chosen_logps, ref_rejected_logps: nats, summed over the answer;
+        - ref_chosen_entropy, ref_rejected_entropy: nats, the exact next-token entropies summed along the answer.
+          They look at the answers, so they must not feed beta(x);
+        - ref_entropy, ref_entropy_se: nats per token, the `per_token` estimator;
+        - ref_entropy_first_token: nats, exact;
+        - ref_entropy_sequence, ref_entropy_monte_carlo: nats, each with its standard error, named with _se behind;
+        - ref_entropy_truncated: share of the sampled answers that hit `max_new_tokens`;
+        - ref_features: D numbers, the mean of the last hidden states over the prompt.
+
+        ref_entropy, all that begins with ref_entropy_, and ref_features depend on the prompt alone.
 
     Raises:
-        ValueError: as `tokenize_pairs`, or log-probabilities that are not finite, by row.
+        ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
+            context; or log-probabilities that are not finite, by row.
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
+    require_room(model, pairs, max_length, max_new_tokens)
     settings = {
         "batch_size": batch_size,  # answers are drawn batch by batch, so it decides which
         "max_length": max_length,
@@ -76,102 +89,123 @@ def reference_pass(
         "entropy_samples": entropy_samples,
         "seed": seed,
     }
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    if ends["pad_id"] is None:
+        ends["pad_id"] = ends["eos_id"]
     if cache_dir is None:
-        return _compute(model, tokenizer, pairs, progress, **settings)
-    folder = Path(cache_dir) / f"reference-{_fingerprint(model, tokenizer, pairs, settings)}"
+        return _compute(model, pairs, settings, ends, None, Journal(None), progress)
+    facts = [tokenizer.pad_token_id, ends, settings, pairs[:]]
+    name = fingerprint(model, facts, (data, entropy, logprobs, sys.modules[__name__]))
+    folder, unfinished = Path(cache_dir) / f"reference-{name}", Path(cache_dir) / f"unfinished-{name}"
     if folder.exists():
         try:
             return load_from_disk(str(folder))
         except Exception as error:  # whatever a damaged Arrow file may raise: computing again mends it
             logger.warning("%s cannot be read (%s); the reference runs again", folder, error)
-    scored = _compute(model, tokenizer, pairs, progress, **settings)
+    scored = _compute(model, pairs, settings, ends, cache_dir, Journal(unfinished), progress)
     _keep(scored, folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return load_from_disk(str(folder))
+
+
+def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_new_tokens: int) -> None:
+    """Refuse what the model's context cannot hold, before time is spent.
+
+    Args:
+        model: the reference.
+        pairs: tokenised pairs.
+        max_length: limit of the prompt and one answer together, in tokens.
+        max_new_tokens: limit of a sampled answer.
+
+    Raises:
+        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context.
+    """
+    room = context_length(model)
+    if room is None:
+        return
+    if max_length > room:
+        raise ValueError(
+            f"max_length: came {max_length}, but the model's context has {room} tokens; expected at most that "
+            '(with too_long="drop" longer pairs are left out)'
+        )
+    longest = max(len(prompt) for prompt in pairs["prompt_ids"])
+    if longest + max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens: came {max_new_tokens}, but a prompt has {longest} tokens and the model's context {room}; "
+            f'expected at most {room - longest}, or a smaller max_length with too_long="drop"'
+        )
 
 
 def _compute(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     pairs: Dataset,
+    settings: dict[str, int],
+    ends: dict[str, int],
+    keep: Path | str | None,
+    journal: Journal,
     progress: bool,
-    *,
-    batch_size: int,
-    max_length: int,
-    max_new_tokens: int,
-    entropy_samples: int,
-    seed: int,
 ) -> Dataset:
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    pad = end if pad is None else pad
     prompts = list({tuple(prompt): None for prompt in pairs["prompt_ids"]})  # each prompt once
-    scores = _score(model, pairs, pad, batch_size, progress)
-    bad = (~torch.isfinite(scores.logps)).any(dim=1).nonzero().flatten().tolist()
+    scores = _score(model, pairs, ends["pad_id"], settings["batch_size"], journal, progress)
+    bad = (~np.isfinite(scores["logps"])).any(axis=1).nonzero()[0].tolist()
     if bad:
         raise ValueError(f"the reference's log-probabilities are not finite in rows {bad[:10]} ({len(bad)} in all)")
-    per_token = estimate_entropy(
+    estimates = estimate_entropy(
         model,
         prompts,
-        samples=entropy_samples,
-        max_new_tokens=max_new_tokens,
-        eos_id=end,
-        pad_id=pad,
-        seed=seed,
-        batch_size=batch_size,
+        samples=settings["entropy_samples"],
+        max_new_tokens=settings["max_new_tokens"],
+        **ends,
+        seed=settings["seed"],
+        batch_size=settings["batch_size"],
+        keep=keep,
         progress=progress,
-    ).per_token
-    if not torch.isfinite(per_token.value).all():
-        row = (~torch.isfinite(per_token.value)).nonzero()[0].item()
+    )
+    finite = torch.isfinite(estimates.per_token.value)
+    if not finite.all():
+        row = (~finite).nonzero()[0].item()
         raise ValueError(f"the reference's entropy is not finite at the prompt with tokens {list(prompts[row])[:20]}")
     number = {prompt: i for i, prompt in enumerate(prompts)}
     of_row = torch.tensor([number[tuple(prompt)] for prompt in pairs["prompt_ids"]])
-    columns = {
-        "ref_chosen_logps": scores.logps[:, 0],
-        "ref_rejected_logps": scores.logps[:, 1],
-        "ref_entropy": per_token.value[of_row],
-        "ref_entropy_se": per_token.se[of_row],
-        "ref_features": scores.features,
-    }
-    return Dataset.from_dict({**pairs[:], **{name: c.float().numpy() for name, c in columns.items()}})
+    columns = {f"ref_{side}_logps": scores["logps"][:, i] for i, side in enumerate(("chosen", "rejected"))}
+    columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
+    columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
+    columns["ref_features"] = scores["features"]
+    return Dataset.from_dict({**pairs[:], **{name: c.astype(np.float32) for name, c in columns.items()}})
+
+
+def _entropy_columns(estimates: EntropyEstimates) -> dict[str, torch.Tensor]:
+    columns = {"ref_entropy": estimates.per_token.value, "ref_entropy_se": estimates.per_token.se}
+    columns["ref_entropy_first_token"] = estimates.first_token.value
+    for name in ("sequence", "monte_carlo"):
+        value, se = getattr(estimates, name)
+        columns |= {f"ref_entropy_{name}": value, f"ref_entropy_{name}_se": se}
+    return {**columns, "ref_entropy_truncated": estimates.truncated}
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, progress: bool) -> AnswerScores:
-    """Log-probabilities and features of all rows, in the order of the rows."""
+def _score(
+    model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, journal: Journal, progress: bool
+) -> dict[str, np.ndarray]:
+    """logps and entropy_sums (N, 2) and features (N, D) of all rows, in the order of the rows."""
     rows = pairs[:]
     answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
     size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
-    order = sorted(range(len(size)), key=size.__getitem__)
-    parts = []
+    batches, kept, parts = by_length(size, batch_size), journal.read(), []
     with evaluating(model), tqdm(
-        total=len(order), desc="reference: log-probs", unit="pair", disable=not progress
+        total=len(size), desc="reference: log-probs", unit="pair", disable=not progress
     ) as bar:  # fmt: skip
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
-            scores = score_answers(model, prompts, own, pad_id=pad, features=True)
-            parts.append((scores.logps.cpu(), scores.features.cpu()))
+        for name, some in zip((f"{i:06d}" for i in range(len(batches))), batches, strict=True):
+            if name not in kept:
+                prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
+                scores = score_answers(model, prompts, own, pad_id=pad, entropy=True, features=True)
+                names = ("logps", "entropy_sums", "features")
+                kept[name] = {key: getattr(scores, key).cpu().numpy() for key in names}
+                journal.add(name, kept[name])
+            parts.append(kept[name])
             bar.update(len(some))
-    back = torch.tensor(order).argsort()
-    logps, features = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-    return AnswerScores(logps=logps, lengths=torch.tensor(size), features=features)
-
-
-def _fingerprint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, settings: dict[str, int]
-) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    # the path that a model was loaded from is part of its configuration, and is not part of what it is
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    parts = [config, tokenizer.eos_token_id, tokenizer.pad_token_id, settings, pairs[:]]
-    for part in parts:
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    for module in (data, entropy, logprobs, sys.modules[__name__]):
-        digest.update(inspect.getsource(module).encode())
-    return digest.hexdigest()
+    back = np.argsort([row for some in batches for row in some])
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 
 
 def _keep(scored: Dataset, folder: Path) -> None:

@@ -68,7 +68,8 @@ class TrainConfig:
         beta_max_norm: the beta-network's gradient is clipped at this norm, by itself.
         warmup_steps: steps in which both learning rates rise from 0, in each stage.
         log_every: steps between rows of the history.
-        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy).
+        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0 measures at
+            the end of a stage alone.
         probe_prompts: held-out prompts a task in such a measurement.
         max_new_tokens: limit of a sampled answer, in tokens.
         checkpoint_every: steps between checkpoints.
@@ -113,9 +114,9 @@ class TrainConfig:
             _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a number, at least 0")
         for name in ("policy_max_norm", "beta_max_norm"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
-        for name in ("batch_size", "log_every", "probe_every", "checkpoint_every", "max_new_tokens"):
+        for name in ("batch_size", "log_every", "checkpoint_every", "max_new_tokens"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_prompts"):
+        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_every", "probe_prompts"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
 
     @classmethod
@@ -316,7 +317,7 @@ def train(
         if log:
             row |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
             row |= probe.beta(rule)
-            if step % config.probe_every == 0 or step == steps - 1:
+            if step == steps - 1 or (config.probe_every and step % config.probe_every == 0):
                 row |= probe.policy(scorer, policy)
             place = {"form": config.form, "seed": config.seed, "stage": stage, "step": offset + step}
             history.append(place | row)

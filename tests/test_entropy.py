@@ -1,11 +1,16 @@
 """Entropies of models small enough to list every answer, and standard errors that mean what they say."""
 
+import logging
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from dpoviz.entropy import _ratio, estimate_entropy
+import dpoviz.entropy as module
+from dpoviz import journal
+from dpoviz.entropy import _ratio, estimate_entropy, summarize_estimators
 
 EOS, LIMIT = 0, 3
 
@@ -109,6 +114,22 @@ class TestEstimateEntropy:
         assert 0.86 < z.std().item() < 1.14
         assert abs(z.mean().item()) < 0.2
 
+    def test_variances_of_the_two_that_have_one_mean(self, model, enumerate_answers, repeats, oracle):
+        """By the list of all answers: sequence sums expectations where monte_carlo sums draws."""
+        answers = enumerate_answers(model, [3], eos=EOS, limit=LIMIT)
+        sums = {answer: math.fsum(oracle(model, [3], answer)[1]) for answer in answers}
+        exact = {}
+        for name, value in (
+            ("sequence", lambda answer, p: sums[answer]),
+            ("monte_carlo", lambda answer, p: -math.log(p)),
+        ):
+            mean = math.fsum(p * value(answer, p) for answer, p in answers.items())
+            exact[name] = math.fsum(p * (value(answer, p) - mean) ** 2 for answer, p in answers.items())
+            # the variance of 400 estimates of 64 answers: relative error sqrt(2 / 400) = 0.07, four of these
+            assert getattr(repeats, name).value.var().item() * 64 == pytest.approx(exact[name], rel=0.28)
+        # nowhere is an order promised: here the two differ, by more than the tolerance above
+        assert abs(math.log(exact["sequence"] / exact["monte_carlo"])) > 0.3
+
     def test_uniform(self, make_model):
         model = make_model("llama", vocab=5, eos=EOS)
         with torch.no_grad():
@@ -157,3 +178,223 @@ class TestEstimateEntropy:
     def test_too_few_samples(self, model, samples):
         with pytest.raises(ValueError, match=f"samples: came {samples}, expected at least 2"):
             estimate(model, [[1, 2]], samples)
+
+
+class Killed(BaseException):
+    """Not an Exception, as a signal is not."""
+
+
+class TestKeep:
+    PROMPTS = ([1, 2, 3], [3], [2, 1], [1, 1, 2, 2, 3, 3], [2], [3, 3, 1, 2], [1])
+
+    @pytest.fixture
+    def draws(self, monkeypatch):
+        """The prompts of each batch that is drawn; raises after `draws.limit` of them."""
+
+        class Draws(list):
+            limit = 99
+
+        seen, draw = Draws(), module._draw
+
+        def spy(model, prompts, *args):
+            if len(seen) == seen.limit:
+                raise Killed
+            seen.append([list(prompt) for prompt in prompts])
+            return draw(model, prompts, *args)
+
+        monkeypatch.setattr(module, "_draw", spy)
+        return seen
+
+    @pytest.fixture
+    def run(self, model, tmp_path):
+        return lambda prompts=self.PROMPTS, keep=tmp_path, **changes: estimate(
+            model, prompts, 5, **{"batch_size": 2, "keep": keep, **changes}
+        )
+
+    @staticmethod
+    def same(a, b):
+        pairs = zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True)
+        return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+    def test_changes_nothing(self, run, draws):
+        whole = run(keep=None)
+        assert self.same(run(), whole)
+        assert len(draws) == 8
+        assert self.same(run(), whole)  # read
+        assert len(draws) == 8
+
+    @pytest.mark.parametrize("done", [0, 1, 2, 3])
+    def test_a_killed_run_goes_on_and_ends_bit_by_bit_as_if_it_had_not_been(self, run, draws, done):
+        whole = run(keep=None)
+        batches = list(draws)
+        assert [len(batch) for batch in batches] == [2, 2, 2, 1]
+        draws.clear()
+        draws.limit = done
+        with pytest.raises(Killed):
+            run()
+        draws.limit = 99
+        torch.rand(3)  # another process has another random state
+        assert self.same(run(), whole)
+        assert draws == batches  # each batch once
+
+    def test_the_state_of_the_draws_is_needed_for_that(self, run, draws, monkeypatch):
+        """The control: without it the second half would repeat the first half's draws."""
+        whole = run(keep=None)
+        draws.clear()
+        draws.limit = 2
+        with pytest.raises(Killed):
+            run()
+        draws.limit = 99
+        read = journal.Journal.read
+
+        def forgetful(self):
+            return {name: {**batch, "state": torch.Generator().manual_seed(0).get_state().numpy()}
+                    for name, batch in read(self).items()}  # fmt: skip
+
+        monkeypatch.setattr(journal.Journal, "read", forgetful)
+        assert not self.same(run(), whole)
+
+    @pytest.mark.parametrize("number", [0, 1, 3])
+    def test_a_damaged_batch_is_drawn_again_with_the_same_draws(self, run, draws, tmp_path, number, caplog):
+        whole = run()
+        batch = draws[number]
+        draws.clear()
+        file = sorted(tmp_path.glob("entropy-*/*.npz"))[number]
+        file.write_bytes(file.read_bytes()[:-40])
+        with caplog.at_level(logging.WARNING):
+            assert self.same(run(), whole)
+        assert draws == [batch]
+        assert f"{file} cannot be read" in caplog.text
+
+    def test_prompts_of_another_run_are_not_drawn_again(self, run, draws):
+        first = run([[3], [2, 1], [1]])
+        draws.clear()
+        new, old = [[1, 2, 3], [2]], [[1], [3]]
+        got = run([old[0], new[0], old[1], new[1]])
+        assert draws == [[[2], [1, 2, 3]]]
+        # the others' draws begin anew, as if they had been asked for alone
+        alone = run(new, keep=None)
+        for name in ("per_token", "sequence", "monte_carlo", "first_token"):
+            mixed, before, after = (getattr(x, name).value.tolist() for x in (got, first, alone))
+            assert mixed == [before[2], after[0], before[0], after[1]]
+        assert got.truncated.tolist() == [
+            first.truncated[2],
+            alone.truncated[0],
+            first.truncated[0],
+            alone.truncated[1],
+        ]
+
+    def test_such_a_run_that_was_killed_ends_the_same_too(self, run, draws, tmp_path):
+        ends = []
+        for limit in (99, 2):
+            keep = tmp_path / str(limit)
+            run([[3], [2, 1], [1]], keep=keep)
+            draws.clear()
+            draws.limit = limit
+            if limit == 2:
+                with pytest.raises(Killed):
+                    run([*self.PROMPTS, [2, 2], [3, 2]], keep=keep)
+                draws.limit = 99
+            ends.append(run([*self.PROMPTS, [2, 2], [3, 2]], keep=keep))
+            assert len(draws) == 3  # six of nine
+        assert self.same(*ends)
+
+    def test_a_prompt_that_stands_twice_is_drawn_twice(self, run):
+        kept = run([[1, 2], [1, 2]])
+        assert self.same(kept, run([[1, 2], [1, 2]], keep=None))
+        assert kept.sequence.value[0] != kept.sequence.value[1]
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"max_new_tokens": 2}, {"batch_size": 3}, {"pad_id": 1}])
+    def test_another_setting_draws_anew(self, run, draws, change):
+        run()
+        draws.clear()
+        assert self.same(run(**change), run(keep=None, **change))
+        assert sum(len(batch) for batch in draws) == 14
+
+    def test_another_model_and_another_code_draw_anew(self, run, make_model, tmp_path, draws, monkeypatch):
+        run()
+        draws.clear()
+        other = make_model("llama", vocab=4, eos=EOS, seed=4, initializer_range=0.25)
+        estimate(other, self.PROMPTS, 5, batch_size=2, keep=tmp_path)
+        assert len(draws) == 4
+        monkeypatch.setattr(journal.inspect, "getsource", lambda source: f"another {source.__name__}")
+        run()
+        assert len(draws) == 8
+
+    def test_one_bar_counts_prompts_read_or_drawn(self, run, capsys, draws):
+        draws.limit = 2
+        with pytest.raises(Killed):
+            run()
+        draws.limit = 99
+        capsys.readouterr()
+        run(progress=True)
+        shown = capsys.readouterr().err
+        assert "entropy of the reference: 100%" in shown
+        assert "7/7" in shown
+        assert "prompt/s" in shown
+        assert "sampling" not in shown
+
+
+class TestSummarizeEstimators:
+    @staticmethod
+    def table(estimator="per_token", **groups):
+        rows = [(estimator, task, value) for task, values in groups.items() for value in values]
+        return pd.DataFrame(rows, columns=["estimator", "task", "entropy"])
+
+    def test_by_hand(self):
+        table = pd.concat(
+            [
+                self.table(math=[1.0, 2.0, 3.0], code=[10.0, 12.0]),
+                self.table("sequence", math=[90.0, 110.0, 100.0], code=[40.0, 60.0]),
+            ]
+        )
+        got = summarize_estimators(table)
+        assert got["estimator"].tolist() == ["per_token"] * 2 + ["sequence"] * 2
+        assert got["task"].tolist() == ["math", "code"] * 2
+        assert got["n"].tolist() == [3, 2, 3, 2]
+        assert got["mean"].tolist() == [2, 11, 100, 50]
+        # sd 1 over sqrt(3); sd sqrt(2) over sqrt(2); sd 10 over sqrt(3); sd sqrt(200) over sqrt(2)
+        assert got["se"].tolist() == pytest.approx([3**-0.5, 1, 10 * 3**-0.5, 10])
+        assert got["order"].tolist() == ["math < code"] * 2 + ["code < math"] * 2
+        assert got["order_share"].tolist() == [1] * 4  # no resample mixes ranges that do not overlap
+
+    def test_the_share_is_the_probability_of_the_order(self):
+        # the bootstrap's mean of two is 0, 1/2 or 1 with 1/4, 1/2, 1/4, against 0.4 that does not vary
+        got = summarize_estimators(self.table(code=[0.0, 1.0], math=[0.4, 0.4]), resamples=20_000)
+        assert got["order"].unique() == ["math < code"]
+        # 20000 resamples: standard error 0.003, four of these
+        assert got["order_share"].tolist() == pytest.approx([0.75] * 2, abs=0.012)
+
+    def test_ties_are_no_order(self):
+        assert summarize_estimators(self.table(code=[1.0, 1.0], math=[1.0, 1.0]))["order_share"].tolist() == [0, 0]
+
+    def test_three_tasks_are_one_order(self):
+        table = self.table(math=[1.0, 1.1], code=[2.0, 2.1], dialogue=[0.0, 10.0])
+        got = summarize_estimators(table, resamples=20_000)
+        assert got["order"].unique() == ["math < code < dialogue"]
+        # dialogue's resampled mean is 0, 5 or 10: above the others with probability 3/4
+        assert got["order_share"].tolist() == pytest.approx([0.75] * 3, abs=0.012)
+
+    def test_one_prompt_has_no_standard_error_and_one_task_no_order(self):
+        got = summarize_estimators(self.table(math=[1.0]))
+        assert np.isnan(got["se"][0])
+        assert (got["order"][0], got["order_share"][0]) == ("math", 1)
+
+    def test_repeatable(self):
+        draw = np.random.default_rng(0)
+        table = self.table(math=draw.normal(size=20), code=draw.normal(size=20))
+        a, b, other = (summarize_estimators(table, seed=seed) for seed in (0, 0, 1))
+        assert a.equals(b)
+        assert not a.equals(other)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.drop(columns="task"), r"no columns \['task'\]"),
+            (lambda t: t.iloc[:0], "came 0 rows"),
+            (lambda t: t.assign(entropy=float("nan")), "entropy is not finite"),
+        ],
+    )
+    def test_refused(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            summarize_estimators(change(self.table(math=[1.0])))

@@ -1,21 +1,39 @@
 """Shared-prefix scores against one forward a token, and samples against the tree of all answers."""
 
+import itertools
 import logging
 import math
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, MistralForCausalLM
 
 import dpoviz.logprobs as lp
-from dpoviz.logprobs import PrefixBatch, evaluating, prefix_batch, sample_answers, score_answers, supports_shared_prefix
+from dpoviz.logprobs import (
+    PrefixBatch,
+    by_length,
+    context_length,
+    evaluating,
+    prefix_batch,
+    sample_answers,
+    sampling,
+    score_answers,
+    supports_shared_prefix,
+)
 
 VOCAB, PAD, EOS = 30, 0, 2
 # float64 and sums of at most 60 terms of order 10: the rounding is about 1e-13, the bound leaves a thousandfold
 EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+def _log_softmax(logits):
+    log_z = max(logits) + math.log(math.fsum(math.exp(v - max(logits)) for v in logits))
+    return [v - log_z for v in logits]
 
 
 def tokens(length, seed):
@@ -237,6 +255,168 @@ class TestScoreAnswers:
         assert score_answers(llama, prompts, answers, pad_id=PAD).logps.requires_grad
         with torch.no_grad():
             assert not score_answers(llama, prompts, answers, pad_id=PAD).logps.requires_grad
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_softmax_and_sums_are_float32(self, make_model, shared):
+        model = make_model("llama", dtype=torch.bfloat16)
+        prompt, answer = tokens(4, 1), [*tokens(40, 2), EOS]
+        with torch.no_grad():
+            got = score_answers(model, [prompt], [[answer]], pad_id=PAD, entropy=True, shared_prefix=shared)
+            # an answer's last token is not fed in by one route and fed in by the other: the same shapes, so the
+            # same bfloat16 logits
+            ids = torch.tensor([[*prompt, *(answer[:-1] if shared else answer)]])
+            logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 :][: len(answer)]
+        rows = [_log_softmax(row.tolist()) for row in logits]  # float64, in plain Python
+        logp = math.fsum(row[token] for row, token in zip(rows, answer, strict=True))
+        entropy = -math.fsum(math.exp(v) * v for row in rows for v in row)
+        assert got.logps.dtype == got.entropy_sums.dtype == torch.float32
+        # 41 terms of order 10 with roundings of 5e-7, in sums of order 200 with roundings of 8e-6
+        assert got.logps.item() == pytest.approx(logp, abs=2e-4)
+        assert got.entropy_sums.item() == pytest.approx(entropy, abs=2e-4)
+        # the control: in bfloat16 they are off by more
+        coarse = logits.log_softmax(dim=-1)
+        assert abs(coarse.gather(-1, torch.tensor(answer)[:, None]).sum().item() - logp) > 0.01
+        assert abs(-(coarse.exp() * coarse).sum().item() - entropy) > 0.01
+
+    def test_features_are_float32(self, make_model):
+        model = make_model("llama", dtype=torch.bfloat16)
+        scores = score_answers(model, [tokens(4, 1)], [[[3, EOS]]], pad_id=PAD, features=True)
+        assert scores.features.dtype == torch.float32
+
+
+def peak_memory(run):
+    """The most bytes that PyTorch had allocated at once while `run` ran, beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+WIDTH = 2
+
+
+@pytest.fixture(scope="module", params=[49_152, 151_936])
+def wide(request, make_model):
+    small = {"hidden_size": WIDTH, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small |= {"num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": False}
+    return make_model("llama", vocab=request.param, dtype=torch.float32, **small)
+
+
+class TestMemory:
+    CHUNK = 2**19  # numbers; smaller than the library's own, so that the test is quick
+
+    def peak(self, model, *, entropy, backward):
+        prompts, answers = (
+            [tokens(5, 1), tokens(3, 2)],
+            [[tokens(15, 3), tokens(20, 4)], [tokens(10, 5), tokens(16, 6)]],
+        )
+
+        def run():
+            scores = score_answers(model, prompts, answers, pad_id=PAD, entropy=entropy, shared_prefix=True)
+            if backward:
+                (scores.logps.sum() + (scores.entropy_sums.sum() if entropy else 0)).backward()
+
+        model.zero_grad()
+        with torch.set_grad_enabled(backward):
+            return peak_memory(run), sum(len(answer) for own in answers for answer in own)
+
+    @pytest.mark.parametrize(
+        ("entropy", "backward", "chunks"), [(False, False, 2), (True, False, 4), (False, True, 3), (True, True, 5)]
+    )
+    def test_the_peak_does_not_grow_with_the_vocabulary(self, wide, monkeypatch, entropy, backward, chunks):
+        vocabulary = wide.config.vocab_size
+        # gradients of the embedding and of the head, each beside what is added to it
+        weights = 4 * (4 * vocabulary * WIDTH) if backward else 0
+        rest = 2**18  # hidden states and attention of 69 tokens, of width 2: some KiB
+        bound = chunks * 4 * self.CHUNK + weights + rest
+        monkeypatch.setattr(lp, "_LOGITS_AT_ONCE", self.CHUNK)
+        peak, n = self.peak(wide, entropy=entropy, backward=backward)
+        assert peak < bound
+        assert peak > 4 * self.CHUNK  # the measure sees the logits
+        # the control: at once, they are all there
+        monkeypatch.setattr(lp, "_LOGITS_AT_ONCE", n * vocabulary)
+        peak, _ = self.peak(wide, entropy=entropy, backward=backward)
+        assert peak > bound
+        assert peak > chunks * 4 * n * vocabulary * 0.9
+
+
+def wrapped(model, settings):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is to go
+        return peft.get_peft_model(model, settings).eval()
+
+
+@pytest.fixture
+def adapted(make_model):
+    """A model with a LoRA that does something, and its twin into whose weights that is merged."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+    def build():
+        torch.manual_seed(5)
+        model = wrapped(make_model("llama"), settings)
+        draw = torch.Generator().manual_seed(6)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=draw, dtype=weight.dtype)
+        return model.double()
+
+    return build(), build().merge_and_unload()
+
+
+class TestAdapters:
+    def test_scores_are_those_of_the_merged_model(self, adapted, llama):
+        model, merged = adapted
+        prompts, answers = ragged(2)
+        with torch.no_grad():
+            got, exact, plain = (
+                score_answers(m, prompts, answers, pad_id=PAD, entropy=True, shared_prefix=shared)
+                for m, shared in ((model, True), (merged, False), (llama, False))
+            )
+            for name in ("logps", "entropy_sums"):
+                torch.testing.assert_close(getattr(got, name), getattr(exact, name), **EXACT)
+            with model.disable_adapter():
+                off = score_answers(model, prompts, answers, pad_id=PAD)
+            torch.testing.assert_close(off.logps, plain.logps, **EXACT)
+        assert (exact.logps - plain.logps).abs().max() > 1  # the control: the adapter does something
+        again = score_answers(model, prompts, answers, pad_id=PAD)
+        torch.testing.assert_close(again.logps, exact.logps, **EXACT)
+
+    def test_the_gradient_reaches_the_adapter_alone(self, adapted):
+        model, _ = adapted
+        prompts, answers = ragged(2)
+        score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True).logps.sum().backward()
+        moved = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert moved == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+    def test_support_is_asked_once_for_a_model_and_its_adapter(self, adapted, monkeypatch):
+        model, _ = adapted
+        calls, trial = [], lp._both_ways_agree
+        monkeypatch.setattr(lp, "_both_ways_agree", lambda model: calls.append(1) or trial(model))
+        assert supports_shared_prefix(model)
+        assert supports_shared_prefix(model.get_base_model())
+        with model.disable_adapter():
+            assert supports_shared_prefix(model)
+        assert calls == [1]
+
+    def test_samples_are_those_of_the_merged_model(self, adapted, llama):
+        model, merged = adapted
+        settings = {"max_new_tokens": 6, "eos_id": EOS, "pad_id": PAD, "seed": 0}
+        drawn, exact, plain = (sample_answers(m, [[3, 4], [5]], 8, **settings) for m in (model, merged, llama))
+        assert drawn == exact != plain
+        with model.disable_adapter():
+            assert sample_answers(model, [[3, 4], [5]], 8, **settings) == plain
+
+    def test_prompt_tuning_is_refused(self, make_model):
+        peft = pytest.importorskip("peft")
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        model = wrapped(make_model("llama", dtype=torch.float32), settings)
+        with pytest.raises(ValueError, match=r"model: came a prompt-tuning adapter, .* expected one such as LoRA"):
+            score_answers(model, [[3]], [[[4]]], pad_id=PAD)
 
 
 def deaf(model, argument):
@@ -466,3 +646,36 @@ class TestSampleAnswers:
 
     def test_a_prompt_that_just_fits(self, small):
         assert len(self.draw(small, [[1] * 61], 1).answers[0][0]) <= 3
+
+    def test_batch_by_batch_is_one_stream(self, small):
+        prompts = [[1, 2], [3], [2]]
+        settings = {"max_new_tokens": self.LIMIT, "eos_id": 0, "pad_id": 0, "seed": 0}
+        with sampling(small, prompts, 20, **settings) as sampler:
+            first = sampler.draw([[3], [2]])
+            state = sampler.generator.get_state()
+            second = sampler.draw([[1, 2]])
+        whole = self.draw(small, prompts, 20, batch_size=2)
+        assert [*second, *first] == whole.answers
+        with sampling(small, prompts, 20, **{**settings, "seed": 1}) as sampler:
+            sampler.generator.set_state(state)
+            assert sampler.draw([[1, 2]]) == second
+            assert sampler.draw([[1, 2]]) != second  # the control: the stream goes on
+
+    def test_interrupted_everything_is_put_back(self, small):
+        torch.manual_seed(7)
+        state, own = torch.random.get_rng_state(), small.generation_config
+        settings = {"max_new_tokens": self.LIMIT, "eos_id": 0, "pad_id": 0, "seed": 0}
+        with pytest.raises(KeyboardInterrupt), sampling(small, [[3]], 2, **settings) as sampler:
+            sampler.draw([[3]])
+            raise KeyboardInterrupt
+        assert torch.equal(state, torch.random.get_rng_state())
+        assert small.generation_config is own
+        assert torch.is_grad_enabled()
+
+
+def test_by_length_puts_like_beside_like_and_keeps_the_order_of_equals():
+    assert by_length([3, 1, 2, 1, 3], 2) == [[1, 3], [2, 0], [4]]
+
+
+def test_context_length(make_model, kind):
+    assert context_length(make_model(kind)) == 64

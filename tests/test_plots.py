@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from dpoviz import plots
+from dpoviz.entropy import EntropyEstimates
 from dpoviz.table import EXPECTED_ORDER
 
 RANGE = {"beta0": 1.0, "beta_min": 0.25, "beta_max": 4.0}
@@ -601,3 +602,176 @@ class TestImports:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.split() == ["True", "False"]
+
+
+def estimates(estimators=("sequence", "first_token", "per_token"), n: int = 12) -> pd.DataFrame:
+    """A row per estimator and prompt, in no order of the figures."""
+    rng = np.random.default_rng(0)
+    level = {"sequence": 60, "monte_carlo": 60, "first_token": 3, "per_token": 1, "teacher_forced": 1.2}
+    keys = [(e, task, f"{task} {i}") for e in estimators for task in ("dialogue", "math", "code") for i in range(n)]
+    frame = pd.DataFrame(keys, columns=["estimator", "task", "prompt"])
+    entropy = frame["estimator"].map(level) * rng.uniform(0.5, 2, len(keys))
+    return frame.assign(entropy=entropy, se=0.1 * entropy)
+
+
+def with_examples(prompts=("1+1=", "Tell me a joke."), marks=(True, True), **kws) -> pd.DataFrame:
+    frame = estimates(**kws).assign(example=False).astype({"example": object})
+    more = [
+        {"estimator": e, "task": "example", "prompt": p, "entropy": 0.2 * (i + 1), "se": 0.1, "example": mark}
+        for e in frame["estimator"].unique()
+        for i, (p, mark) in enumerate(zip(prompts, marks, strict=True))
+    ]
+    return pd.concat([frame, pd.DataFrame(more)], ignore_index=True)
+
+
+class TestPlotEntropyEstimators:
+    @staticmethod
+    def means(ax: Axes) -> list[tuple[str, float, float, float]]:
+        """Task, place, mean and half the length of the bar of each error bar."""
+        found = []
+        for container in ax.containers:
+            line, _, (bar,) = container.lines
+            ((x, y),) = line.get_xydata()
+            ((_, low), (_, high)) = bar.get_segments()[0]
+            assert (low + high) / 2 == pytest.approx(y)
+            found.append((container.get_label().removeprefix("_"), x, y, (high - low) / 2))
+        return found
+
+    def test_every_prompt_is_a_point_of_its_task_at_its_estimator(self):
+        frame = estimates()
+        ax = plots.plot_entropy_estimators(frame)
+        groups = [artist for artist in points(ax) if artist.get_label() == "_prompts"]
+        assert len(groups) == 9
+        drawn = {}
+        for artist in groups:
+            x, y = artist.get_offsets().T
+            place = round(x.mean())
+            assert (abs(x - place) < 0.5).all()
+            drawn[place, color(artist)] = sorted(y)
+        for place, estimator in enumerate(["first_token", "per_token", "sequence"]):
+            for task, task_color in plots.TASK_COLORS.items():
+                rows = frame[(frame["estimator"] == estimator) & (frame["task"] == task)]
+                assert drawn[place, task_color] == pytest.approx(sorted(rows["entropy"]))
+
+    def test_means_and_their_standard_errors(self):
+        frame = estimates()
+        found = self.means(plots.plot_entropy_estimators(frame))
+        assert len(found) == 9
+        for task, x, mean, bar in found:
+            estimator = ["first_token", "per_token", "sequence"][round(x)]
+            values = list(frame.loc[(frame["estimator"] == estimator) & (frame["task"] == task), "entropy"])
+            assert mean == pytest.approx(statistics.mean(values))
+            assert bar == pytest.approx(statistics.stdev(values) / 12**0.5)
+
+    def test_tasks_stand_in_their_order_within_each_estimator(self):
+        found = sorted(self.means(plots.plot_entropy_estimators(estimates())), key=lambda row: row[1])
+        assert [task for task, *_ in found] == [*EXPECTED_ORDER] * 3
+
+    def test_units_stand_at_the_ticks_in_the_order_of_the_axis(self):
+        every = tuple(plots.ESTIMATORS)
+        ax = plots.plot_entropy_estimators(estimates(every[::-1]))
+        assert [label.get_text() for label in ax.get_xticklabels()] == list(plots.ESTIMATORS.values())
+        for name, label in plots.ESTIMATORS.items():
+            unit = "nats per token" if name in ("per_token", "teacher_forced") else "nats"
+            assert label.endswith(f"({unit})")
+
+    def test_estimators_of_the_library(self):
+        assert {"first_token", "per_token", "sequence", "monte_carlo"} <= set(EntropyEstimates._fields)
+        assert set(plots.ESTIMATORS) - set(EntropyEstimates._fields) == {"teacher_forced"}
+
+    def test_numbers_of_prompts_are_in_the_legend(self):
+        frame = estimates()
+        ax = plots.plot_entropy_estimators(frame[frame["prompt"] != "code 3"])
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert labels == ["math (n=12)", "code (n=11)", "dialogue (n=12)"]
+
+    def test_logarithmic_where_it_can_be(self):
+        ax = plots.plot_entropy_estimators(estimates())
+        assert ax.get_yscale() == "log"
+        assert not any("e" in text or "^" in text for text in shown_ticks(ax.yaxis).values())
+        zero = estimates()
+        zero.loc[5, "entropy"] = 0
+        assert plots.plot_entropy_estimators(zero).get_yscale() == "linear"
+
+    def test_one_prompt_of_a_task_has_no_bar(self):
+        frame = estimates(n=1)
+        assert {bar for *_, bar in self.means(plots.plot_entropy_estimators(frame))} == {0}
+
+    def test_examples_are_named_and_belong_to_no_mean(self):
+        plain, ax = (plots.plot_entropy_estimators(frame) for frame in (estimates(), with_examples()))
+        assert [row[2:] for row in self.means(ax)] == [row[2:] for row in self.means(plain)]
+        assert words(ax) == ["Tell me a joke.", "1+1="] * 3
+        marks = [artist.get_offsets()[:, 1].tolist() for artist in points(ax) if artist.get_label() == "_examples"]
+        assert marks == [[0.2, 0.4]] * 3
+        # within the limits, and to the right of all points of their estimator
+        assert ax.get_ylim()[0] < 0.2
+        for text in ax.texts:
+            assert text.xy[1] in (0.2, 0.4)
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert labels == ["math (n=12)", "code (n=12)", "dialogue (n=12)"]
+
+    def test_an_example_may_bring_its_text(self):
+        ax = plots.plot_entropy_estimators(with_examples(marks=("one and one", True)))
+        assert set(words(ax)) == {"one and one", "Tell me a joke."}
+
+    def test_dollar_signs_are_no_formulas(self):
+        ax = plots.plot_entropy_estimators(with_examples(prompts=(r"$\no$", "x")))
+        draw(ax.figure)  # as a formula it could not be read
+        assert r"$\no$" in words(ax)
+
+    @pytest.mark.parametrize("fonts", [[], None])
+    def test_chinese_is_drawn_without_a_warning_whatever_the_fonts(self, monkeypatch, fonts):
+        if fonts is not None:
+            monkeypatch.setattr(plots.fontManager, "ttflist", fonts)
+        ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
+        draw(ax.figure)
+        assert words(ax)[1] in ("讲个笑话", "□□□□")
+        if fonts is not None:
+            assert words(ax)[1] == "□□□□"
+
+    def test_a_chinese_font_that_is_there_is_used(self, monkeypatch):
+        class Font:
+            name = "Noto Sans CJK SC"
+
+        monkeypatch.setattr(plots.fontManager, "ttflist", [Font])
+        ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
+        joke, chinese = ax.texts[:2]
+        assert chinese.get_text() == "讲个笑话"
+        assert chinese.get_fontfamily() == ["sans-serif", "Noto Sans CJK SC"]
+        assert joke.get_fontfamily() == ["sans-serif"]
+
+    def test_no_text_covers_another_and_none_is_cut_off(self):
+        prompts = ("1+1=", "What is 1+1?", "Tell me a joke.", "abcd")
+        ax = plots.plot_entropy_estimators(with_examples(prompts, (True,) * 4, estimators=tuple(plots.ESTIMATORS)))
+        assert overlaps(ax.figure) == []
+        assert cut_off(ax.figure) == []
+
+    def test_examples_at_one_height_are_pushed_apart(self):
+        frame = with_examples(("a", "b", "c"), (True,) * 3)
+        frame.loc[frame["task"] == "example", "entropy"] = 2.0
+        ax = plots.plot_entropy_estimators(frame)
+        renderer = draw(ax.figure)
+        boxes = [Text.get_window_extent(text, renderer) for text in ax.texts]  # without the lines to their points
+        assert len(boxes) == 9
+        assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+
+    def test_draws_where_it_is_told_and_with_the_style_it_is_given(self):
+        ax = Figure().add_subplot()
+        assert plots.plot_entropy_estimators(estimates(), ax=ax, s=33) is ax
+        assert {artist.get_sizes()[0] for artist in points(ax) if artist.get_label() == "_prompts"} == {33}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.iloc[:0], "came no rows"),
+            (lambda t: t.drop(columns="task"), r"missing columns \['task'\]"),
+            (
+                lambda t: t.assign(estimator="guess"),
+                r"came the estimators \['guess'\], expected some of \['first_token'",
+            ),
+            (lambda t: t.assign(example=True), "nothing but examples"),
+        ],
+    )
+    def test_refused(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            plots.plot_entropy_estimators(change(estimates()))

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 import dpoviz.reference as module
+from dpoviz import entropy, journal
 from dpoviz.entropy import estimate_entropy
 from dpoviz.reference import default_cache_dir, reference_pass
 
@@ -78,23 +79,83 @@ class TestColumns:
             assert row["ref_entropy"] == pytest.approx(drawn.per_token.value[i].item(), rel=1e-7)
             assert row["ref_entropy_se"] == pytest.approx(drawn.per_token.se[i].item(), rel=1e-7)
 
+    def test_all_estimates_of_each_prompt_and_their_errors(self, model, tokenizer):
+        out = reference_pass(model, tokenizer, pairs(), seed=3, **SETTINGS)
+        prompts = list(dict.fromkeys(tuple(ids) for ids in out["prompt_ids"]))
+        drawn = estimate_entropy(
+            model, prompts, samples=4, max_new_tokens=4, eos_id=2, pad_id=0, seed=3, batch_size=2
+        )  # fmt: skip
+        exact = {
+            "ref_entropy_first_token": drawn.first_token.value,
+            "ref_entropy_sequence": drawn.sequence.value,
+            "ref_entropy_sequence_se": drawn.sequence.se,
+            "ref_entropy_monte_carlo": drawn.monte_carlo.value,
+            "ref_entropy_monte_carlo_se": drawn.monte_carlo.se,
+            "ref_entropy_truncated": drawn.truncated,
+        }
+        for row in out:
+            i = prompts.index(tuple(row["prompt_ids"]))
+            for name, values in exact.items():
+                assert row[name] == pytest.approx(values[i].item(), rel=1e-7), name
+        assert {round(row["ref_entropy_truncated"] * 4) for row in out} & {1, 2, 3}  # or it could not be told
+
+    def test_entropy_along_the_answers_row_by_row(self, model, tokenizer, oracle):
+        out = reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        for row in out:
+            for side in ("chosen", "rejected"):
+                exact = math.fsum(oracle(model, row["prompt_ids"], row[f"{side}_ids"])[1])
+                assert row[f"ref_{side}_entropy"] == pytest.approx(exact, rel=1e-7)  # kept in float32
+
+    def test_a_uniform_model_has_log_v_a_token_and_a_deterministic_one_nothing(self, make_model, tokenizer):
+        for factor, per_token in ((0, math.log(30)), (1e4, 0)):
+            model = make_model("llama")
+            with torch.no_grad():
+                model.get_output_embeddings().weight.mul_(factor)
+            for row in reference_pass(model, tokenizer, pairs(), **SETTINGS):
+                for side in ("chosen", "rejected"):
+                    teacher_forced = row[f"ref_{side}_entropy"] / len(row[f"{side}_ids"])
+                    assert teacher_forced == pytest.approx(per_token, rel=1e-6, abs=1e-6)
+                for name in ("ref_entropy", "ref_entropy_first_token"):
+                    assert row[name] == pytest.approx(per_token, rel=1e-6, abs=1e-6)
+
+    def test_entropies_along_the_answers_do_not_move_a_bit_of_the_rest(self, make_model, tokenizer, monkeypatch):
+        model = make_model("llama", dtype=torch.float32)
+        score, without = module.score_answers, []
+
+        def spy(model, prompts, answers, **settings):
+            assert settings["entropy"]
+            without.append(score(model, prompts, answers, **{**settings, "entropy": False}))
+            scores = score(model, prompts, answers, **settings)
+            assert torch.equal(scores.logps, without[-1].logps)
+            assert torch.equal(scores.features, without[-1].features)
+            return scores
+
+        monkeypatch.setattr(module, "score_answers", spy)
+        reference_pass(model, tokenizer, pairs(), **SETTINGS)
+        assert len(without) == 3
+
     def test_float32_and_flat(self, model, tokenizer):
         features = reference_pass(model, tokenizer, pairs(), **SETTINGS).features
-        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_entropy", "ref_entropy_se"):
+        flat = [name for name in features if name.startswith("ref_") and name != "ref_features"]
+        assert len(flat) == 12
+        for name in flat:
             assert features[name].dtype == "float32"
         assert features["ref_features"].feature.dtype == "float32"
 
     def test_a_prompt_that_stands_twice_has_one_entropy(self, model, tokenizer, calls):
         out = reference_pass(model, tokenizer, pairs(), **SETTINGS)
         assert [len(prompts) for prompts in calls["entropies"]] == [4]  # of five rows
-        for name in ("ref_entropy", "ref_entropy_se", "ref_features"):
+        for name in ("ref_entropy", "ref_entropy_se", "ref_entropy_sequence", "ref_features"):
             assert out[0][name] == out[2][name]
             assert out[0][name] != out[1][name]
+        assert out[0]["ref_chosen_entropy"] != out[2]["ref_chosen_entropy"]
 
     def test_entropy_and_features_depend_on_the_prompt_alone(self, model, tokenizer):
         other = [(prompt, rejected, "t s r q") for prompt, _, rejected in ROWS]
         a, b = (reference_pass(model, tokenizer, pairs(rows), **SETTINGS) for rows in (ROWS, other))
-        assert a["ref_entropy"][:] == b["ref_entropy"][:]
+        for name in [name for name in a.column_names if name.startswith("ref_entropy")]:
+            assert a[name][:] == b[name][:]
+        assert a["ref_chosen_entropy"][:] != b["ref_chosen_entropy"][:]  # which is why it may not feed beta
         # other answers, other batches: rounding of 6e-8 on numbers of order 1
         np.testing.assert_allclose(a["ref_features"][:], b["ref_features"][:], rtol=0, atol=1e-6)
         assert a["ref_chosen_logps"][:] != b["ref_chosen_logps"][:]  # the control: the answers were others
@@ -201,10 +262,10 @@ class TestCache:
         assert run()[0]
 
     def test_changed_code_is_a_miss(self, run, monkeypatch):
-        monkeypatch.setattr(module.inspect, "getsource", lambda source: f"another {source.__name__}")
+        monkeypatch.setattr(journal.inspect, "getsource", lambda source: f"another {source.__name__}")
         assert run()[0]
         monkeypatch.setattr(
-            module.inspect, "getsource", lambda source: f"{'new' if source is module else 'another'} {source.__name__}"
+            journal.inspect, "getsource", lambda source: f"{'new' if source is module else 'another'} {source.__name__}"
         )
         assert run()[0]
 
@@ -230,7 +291,9 @@ class TestCache:
         assert again == kept
         assert not run()[0]
 
-    def test_an_interrupted_write_leaves_nothing(self, model, tokenizer, tmp_path, monkeypatch, calls):
+    def test_an_interrupted_write_leaves_no_half_and_is_made_up_from_what_is_kept(
+        self, model, tokenizer, tmp_path, monkeypatch, calls
+    ):
         save = Dataset.save_to_disk
 
         def killed(self, path, **kwargs):
@@ -240,18 +303,103 @@ class TestCache:
         monkeypatch.setattr(Dataset, "save_to_disk", killed)
         with pytest.raises(KeyboardInterrupt):
             reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
-        assert list(tmp_path.iterdir()) == []
+        assert kinds(tmp_path) == ["entropy", "unfinished"]
         monkeypatch.setattr(Dataset, "save_to_disk", save)
         before = len(calls["scores"])
-        reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
-        assert len(calls["scores"]) > before
-        (folder,) = tmp_path.iterdir()
-        assert folder.name.startswith("reference-")
+        out = reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        assert len(calls["scores"]) == before
+        assert kinds(tmp_path) == ["entropy", "reference"]
+        assert out[:] == reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
 
     def test_without_a_folder_nothing_is_kept(self, model, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path))
         reference_pass(model, tokenizer, pairs(), **SETTINGS)
         assert list(tmp_path.iterdir()) == []
+
+
+def kinds(folder):
+    return sorted(path.name.split("-")[0] for path in folder.iterdir())
+
+
+class TestGoesOn:
+    """A run that is killed at any batch, of either part, ends with the columns of one that was not."""
+
+    @pytest.mark.parametrize("part", ["scores", "entropies"])
+    @pytest.mark.parametrize("done", [0, 1, 2])
+    def test_killed(self, model, tokenizer, tmp_path, monkeypatch, part, done):
+        whole = reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
+        where, name = {"scores": (module, "score_answers"), "entropies": (entropy, "_draw")}[part]
+        work, count = getattr(where, name), [0]
+
+        def counted(*args, **kwargs):
+            count[0] += 1
+            return work(*args, **kwargs)
+
+        def killed(*args, **kwargs):
+            if count[0] == done:
+                raise KeyboardInterrupt
+            return counted(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, killed)
+        if done < 2 or part == "scores":  # four prompts are two batches
+            with pytest.raises(KeyboardInterrupt):
+                reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        monkeypatch.setattr(where, name, counted)
+        assert reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)[:] == whole
+        assert count[0] == {"scores": 3, "entropies": 2}[part]  # each batch once
+        assert kinds(tmp_path) == ["entropy", "reference"]
+
+    def test_a_damaged_batch_is_computed_again(self, model, tokenizer, tmp_path, monkeypatch, caplog):
+        whole = reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
+
+        def killed(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "estimate_entropy", killed)
+        with pytest.raises(KeyboardInterrupt):
+            reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        monkeypatch.setattr(module, "estimate_entropy", estimate_entropy)
+        file = sorted(tmp_path.glob("unfinished-*/*.npz"))[1]
+        file.write_bytes(b"")
+        assert reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)[:] == whole
+        assert f"{file} cannot be read" in caplog.text
+
+    def test_other_data_with_the_same_prompts_samples_only_what_is_new(self, model, tokenizer, tmp_path, monkeypatch):
+        reference_pass(model, tokenizer, pairs(ROWS[:3]), cache_dir=tmp_path, **SETTINGS)
+        drawn, draw = [], entropy._draw
+
+        def spy(model, prompts, *args):
+            drawn.extend(prompts)
+            return draw(model, prompts, *args)
+
+        monkeypatch.setattr(entropy, "_draw", spy)
+        out = reference_pass(model, tokenizer, pairs(ROWS), cache_dir=tmp_path, **SETTINGS)
+        assert sorted(drawn) == sorted({tuple(out[i]["prompt_ids"]) for i in (3, 4)})
+
+
+class TestContext:
+    """The tiny model reads 64 tokens."""
+
+    @pytest.fixture(autouse=True)
+    def no_forward(self, model):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+            patch.setattr(type(model.base_model), "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+            yield
+
+    def test_max_length_beyond_it(self, model, tokenizer):
+        with pytest.raises(ValueError, match="max_length: came 65, but the model's context has 64 tokens; expected at"):
+            reference_pass(model, tokenizer, pairs(), **{**SETTINGS, "max_length": 65})
+
+    def test_a_prompt_that_leaves_no_room_for_an_answer(self, model, tokenizer):
+        message = "max_new_tokens: came 58, but a prompt has 7 tokens and the model's context 64; expected at most 57"
+        with pytest.raises(ValueError, match=message):
+            reference_pass(model, tokenizer, pairs(), **{**SETTINGS, "max_new_tokens": 58})
+
+    @pytest.mark.parametrize("change", [{"max_length": 64}, {"max_new_tokens": 57}])
+    def test_what_just_fits_goes_on_to_the_model(self, model, tokenizer, change):
+        with pytest.raises(pytest.fail.Exception, match="the model ran"):
+            reference_pass(model, tokenizer, pairs(), **{**SETTINGS, **change})
 
 
 class TestDefaultCacheDir:

@@ -1,0 +1,277 @@
+"""The main job on a model in a folder and pairs in files, from the command line: tiny, but nothing is replaced."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpoviz import models, tasks
+from dpoviz.beta import BetaNetwork
+from dpoviz.cli import main
+from dpoviz.data import load_pairs
+from dpoviz.logprobs import score_answers
+from dpoviz.models import load_lm
+from dpoviz.real import EXAMPLES, FIXED, RealConfig, load, prepare
+from dpoviz.stages import features
+
+peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
+
+COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]
+SMALL = [
+    "--batch-size",
+    "4",
+    "--stage1-steps",
+    "3",
+    "--stage2-steps",
+    "6",
+    "--lora-rank",
+    "2",
+    "--entropy-samples",
+    "3",
+]
+SMALL += ["--max-length", "96", "--max-new-tokens", "12", "--score-batch", "4", "--learning-rate", "1e-2"]
+FORMS = ("inverse", "standard")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder and a file of pairs that it was not trained on."""
+    folder = tmp_path_factory.mktemp("real")
+    demonstrations = tasks.corpus(400, 0)
+    tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations], 400)
+    model = models.tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2, max_length=160)
+    models.fit_lm(model, tokenizer, demonstrations, progress=False)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with (folder / "pairs.jsonl").open("w") as file:
+        for task in tasks.TASKS:
+            for problem in tasks.sample_problems(task, 8, 1):
+                record = {"prompt": problem.prompt, "chosen": "yes, 12 please", "rejected": "x", "task": task}
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def command(folder, cache, *arguments, name="train"):
+    environment = {**os.environ, "DPOVIZ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl")]
+    return subprocess.Popen(
+        [*COMMAND, name, *source, *SMALL[: None if name == "train" else 0], *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(folder, cache, tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    process = command(folder, cache, "--out", str(out))
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out, printed
+
+
+class TestTrain:
+    def test_what_is_left(self, run):
+        out, _ = run
+        names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        tables = {f"{name}.csv" for name in ("beta", "history", "entropy", "held_out", "answers")}
+        adapters = {f"{arm}/policy/adapter_model.safetensors" for arm in (*FORMS, FIXED)}
+        betas = {f"{arm}/beta/model.safetensors" for arm in FORMS}
+        assert tables | adapters | betas | {"config.json", "facts.json", "report.html", "entropy.png"} <= names
+        assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
+
+    def test_forecast_comes_before_the_work(self, run):
+        assert re.search(r"about \d+ s if nothing is kept .*: reference \d+ s, entropy \d+ s, training \d+ s", run[1])
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
+    def test_saved_adapter_gives_the_scores_again(self, run, folder):
+        """Each arm's h, from the files alone: the base model, the adapter on top, and two separate passes."""
+        scores = pd.read_csv(run[0] / "held_out.csv")
+        tokenizer = load_lm(folder / "model").tokenizer
+        held_out = load(config_of(run[0])).held_out
+        for arm in (*FORMS, FIXED):
+            reference = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+            policy = peft.PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained(folder / "model"), run[0] / arm / "policy"
+            ).eval()
+            answers = [list(pair) for pair in zip(held_out["chosen_ids"], held_out["rejected_ids"], strict=True)]
+            with torch.no_grad():
+                of_policy, of_reference = (
+                    score_answers(
+                        model, held_out["prompt_ids"][:], answers, pad_id=tokenizer.pad_token_id, shared_prefix=False
+                    ).logps.double()
+                    for model in (policy.merge_and_unload(), reference)
+                )
+            h = ((of_policy - of_reference) @ torch.tensor([1.0, -1.0], dtype=torch.float64)).numpy()
+            own = scores[scores["arm"] == arm]["h"].to_numpy()
+            # float32 sums over a dozen tokens, by other routes
+            assert own == pytest.approx(h, abs=2e-3)
+            assert np.abs(h).max() > 0.05
+
+    def test_saved_beta_gives_the_table_again(self, run, folder, cache):
+        table = pd.read_csv(run[0] / "beta.csv")
+        held_out = prepare(config_of(run[0]), cache_dir=cache, progress=False).held_out
+        for form in FORMS:
+            beta = BetaNetwork.from_pretrained(run[0] / form / "beta")
+            with torch.no_grad():
+                values = beta(features(held_out)).tolist()
+            assert table[table["form"] == form]["beta"].tolist() == pytest.approx(values, rel=1e-6)
+            assert table[table["form"] == form]["beta"].std() > 0
+
+    def test_arms_start_alike_and_train_as_long(self, run):
+        history = pd.read_csv(run[0] / "history.csv")
+        steps = history.groupby("arm")["step"].max()
+        assert set(steps.index) == {*FORMS, FIXED} and steps.nunique() == 1
+        start = history[history["step"] == 0].set_index("arm")
+        assert start["loss/dpo"].nunique() == 1
+        last = history.groupby("arm")["loss/dpo"].last()
+        assert last.nunique() == 3
+
+    def test_answers_before_and_after(self, run):
+        answers = pd.read_csv(run[0] / "answers.csv", keep_default_na=False)
+        assert set(answers["arm"]) == {"reference", *FORMS, FIXED}
+        assert answers.groupby("arm").size().nunique() == 1
+        wide = answers.pivot(index="prompt", columns="arm", values="answer")
+        assert (wide["reference"] != wide["inverse"]).any()
+
+    def test_report_shows_the_tables(self, run):
+        text = (run[0] / "report.html").read_text(encoding="utf-8")
+        for heading in ("Held-out pairs", "The entropy of the reference, by estimator", "Answers before and after"):
+            assert heading in text
+        accuracy = pd.read_csv(run[0] / "held_out.csv").query("arm == 'inverse'")["h"].gt(0).mean()
+        assert f"is {accuracy:.3f}, " in text
+
+    def test_examples_are_among_the_entropies(self, run):
+        entropy = pd.read_csv(run[0] / "entropy.csv")
+        assert set(entropy[entropy["example"]]["prompt"]) == set(EXAMPLES)
+        counts = entropy[~entropy["example"]].groupby("estimator").size()
+        assert set(counts.index) == {"first_token", "per_token", "sequence", "monte_carlo", "teacher_forced"}
+        assert counts.nunique() == 1
+
+    def test_printed_medians_are_those_of_the_file(self, run):
+        table = pd.read_csv(run[0] / "beta.csv")
+        for form in FORMS:
+            median = table[(table["form"] == form) & (table["task"] == "math")]["beta"].median()
+            assert re.search(rf"{form} +math +\d+ +{re.escape(f'{median:.3g}')} ", run[1])
+
+
+def config_of(out: Path) -> RealConfig:
+    saved = json.loads((out / "config.json").read_text())
+    settings = {name: saved[name] for name in RealConfig.__dataclass_fields__}
+    return RealConfig(**{**settings, "data": tuple(settings["data"]), "chat": tuple(settings["chat"])})
+
+
+class TestResume:
+    @pytest.mark.parametrize("moment", ["reference", "stage 2, standard"])
+    def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, moment):
+        process = command(folder, tmp_path / "cache", "--out", str(tmp_path / "out"))
+        seen = ""
+        while moment not in seen and process.poll() is None:
+            seen += process.stderr.read(1)
+        assert process.poll() is None, "ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "out" / "report.html").exists()
+        again = command(folder, tmp_path / "cache", "--out", str(tmp_path / "out"))
+        _, errors = again.communicate(timeout=300)
+        assert again.returncode == 0, errors
+        for name in ("beta", "held_out", "entropy", "answers"):
+            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
+
+
+class TestOtherCommands:
+    def test_report_makes_the_same_page_again(self, run, capsys):
+        out = run[0]
+        before = (out / "report.html").read_bytes()
+        (out / "report.html").unlink()
+        assert main(["report", str(out)]) == 0
+        assert (out / "report.html").read_bytes() == before
+
+    def test_report_of_no_run(self, tmp_path, capsys):
+        assert main(["report", str(tmp_path)]) == 2
+        assert "holds no finished run" in capsys.readouterr().err
+
+    def test_reference_alone(self, folder, cache, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
+        options = ["--entropy-samples", "3", "--max-length", "96", "--max-new-tokens", "12", "--score-batch", "4"]
+        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(tmp_path)]
+        assert main(["reference", *source, *options]) == 0
+        assert "first_token" in capsys.readouterr().out
+        assert (tmp_path / "entropy.png").stat().st_size > 10_000
+
+    def test_full_weights_and_a_rule(self, folder, cache, tmp_path, monkeypatch):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
+        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(tmp_path / "o")]
+        options = ["--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "4", "--max-length", "96"]
+        options += ["--max-new-tokens", "12", "--entropy-samples", "3", "--score-batch", "4", "--lora-rank", "0"]
+        assert main(["train", *source, *options, "--rule", "entropy"]) == 0
+        moved = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "inverse" / "policy")
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        assert any(not torch.equal(a, b) for a, b in zip(moved.parameters(), base.parameters(), strict=True))
+
+
+class TestBadInput:
+    """Each is refused by name, before any time is spent, and leaves no folder that would be in the way."""
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+            (["--model", "no/such-model"], "no/such-model"),
+            (["--held-out", "1.5"], "held_out"),
+            (["--batch-size", "0"], "batch_size"),
+            (["--entropy-samples", "1"], "entropy_samples"),
+            (["--max-length", "100000"], "100000"),
+            (["--max-new-tokens", "100000"], "100000"),
+            (["--columns", "prompt"], "columns"),
+            (["--s0", "-1"], "s0|beta"),
+            (["--batch-size", "500"], "500"),
+            (["--pairs-per-task", "0"], "pairs_per_task"),
+            (["--seed", "-1"], "seed"),
+            (["--chat", "poetry"], "poetry"),
+            (["--chat", "math"], "chat template"),
+            (["--preset", "none"], "none"),
+        ],
+    )
+    def test_refused(self, folder, tmp_path, capsys, monkeypatch, changed, message):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        out = tmp_path / "out"
+        source = {"--model": str(folder / "model"), "--data": str(folder / "pairs.jsonl"), "--out": str(out)}
+        source["--max-length"] = "96"
+        source |= dict(zip(changed[::2], changed[1::2], strict=True))
+        begin = time.perf_counter()
+        assert main(["train", *(word for option in source.items() for word in option)]) == 2
+        assert time.perf_counter() - begin < 20
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+        assert error.startswith("dpoviz: ")
+        assert not out.exists()
+
+    def test_another_run_in_the_folder(self, run, folder, capsys):
+        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(run[0])]
+        assert main(["train", *source]) == 2
+        assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("DPOVIZ_DATA" not in os.environ, reason="DPOVIZ_DATA: no folder of real pairs is named")
+def test_real_pairs_load_together():
+    pairs = load_pairs(os.environ["DPOVIZ_DATA"])
+    assert pd.Series(pairs["task"]).value_counts().to_dict() == {"math": 366, "dialogue": 150, "code": 135}
