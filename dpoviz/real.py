@@ -31,7 +31,7 @@ FORMS: tuple[Form, ...] = ("inverse", "standard")
 FIXED = "fixed"
 """The arm that goes on with the beta of stage 1."""
 
-EXAMPLES = ("1+1=", "讲个笑话", "Tell me a joke.", "What is 1+1?")
+EXAMPLES = ("1+1=", "讲个笑话", "What is 1+1?", "Tell me a joke.")
 """Prompts whose entropy is estimated beside the data's: the derivation's own examples (§5.1.3), and English ones."""
 
 ESTIMATORS = ("first_token", "per_token", "sequence", "monte_carlo", "teacher_forced")
