@@ -529,4 +529,6 @@ def _require_template(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
 
 
 def _name(pairs: Dataset, i: int) -> str:
-    return f"line {pairs[i]['line']}" if "line" in pairs.column_names else f"row {i}"
+    row = pairs[i]
+    place = f"line {row['line']}" if "line" in row else f"row {i}"
+    return f"{row['file']}, {place}" if "file" in row else place

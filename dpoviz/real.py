@@ -374,7 +374,9 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         progress=progress,
     ):
         settings = runs[arm.name].config
-        policy.save_pretrained(out / arm.name / "policy")
+        # peft would look for the base model's configuration, to see whether its vocabulary grew: ours did not
+        whole = {"save_embedding_layers": False} if config.lora_rank else {}
+        policy.save_pretrained(out / arm.name / "policy", **whole)
         tokenizer.save_pretrained(out / arm.name / "policy")
         histories.append(arm.history.assign(arm=arm.name))
         if isinstance(arm.beta, Beta):

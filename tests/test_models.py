@@ -1,6 +1,5 @@
 """The tiny model and its tokenizer: offline, repeatable, and able to learn."""
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -244,6 +243,7 @@ def _tiny_llama(gguf, tokenizer, path, hidden=32, layers=1):
     writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_unk_token_id(tokenizer.eos_token_id)  # a missing one would be added to the vocabulary
     rng = np.random.default_rng(0)
     square = {f"blk.{i}.{part}.weight" for i in range(layers) for part in _SQUARE}
     norms = {"output_norm.weight"} | {f"blk.{i}.{part}_norm.weight" for i in range(layers) for part in ("attn", "ffn")}
@@ -308,29 +308,34 @@ class TestSmolLM2:
         assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
         assert model.config.max_position_embeddings == 8192
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of llama_cpp's own imports
-    def test_logits_are_those_of_llama_cpp(self, smollm2):
+    def test_logits_are_those_of_llama_cpp(self, smollm2, tmp_path):
         """Another engine on the same file. It rounds activations to 8 bits, 0.4 % a product, which we do not.
 
-        The control has rotary frequencies that are off by a tenth, the mildest of the mistakes that a reader makes.
+        The control has rotary frequencies that are off by a tenth, a mild one of the mistakes that a reader can make.
         """
-        llama_cpp = pytest.importorskip("llama_cpp", reason="pip install dpoviz[real]")
+        if importlib.util.find_spec("llama_cpp") is None:
+            pytest.skip("llama_cpp is not installed: pip install dpoviz[real]")
         model, tokenizer = smollm2
-        text = tokenizer.apply_chat_template(
-            [
-                {"role": "user", "content": "What is the capital of France?"},
-                {"role": "assistant", "content": "The capital of France is Paris, a city of two million people."},
-            ],
-            tokenize=False,
-        )
+        chat = [
+            {"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": "The capital of France is Paris, a city of two million people."},
+        ]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
         ids = tokenizer(text)["input_ids"]
-        engine = llama_cpp.Llama(
-            str(models._packaged_smollm2()), n_ctx=256, n_threads=1, logits_all=True, verbose=False
+        program = (
+            "import sys, numpy, llama_cpp\n"
+            "path, text, out = sys.argv[1:]\n"
+            "engine = llama_cpp.Llama(path, n_ctx=256, n_threads=1, logits_all=True, verbose=False)\n"
+            "ids = engine.tokenize(text.encode(), add_bos=False, special=True)\n"
+            "engine.eval(ids)\n"
+            "numpy.savez(out, ids=ids, logits=engine.scores[: len(ids)])\n"
         )
-        with contextlib.closing(engine):
-            assert engine.tokenize(text.encode(), add_bos=False, special=True) == ids
-            engine.eval(ids)
-            theirs = torch.from_numpy(engine.scores[: len(ids)].copy())
+        # in a process of its own: it leaves files open
+        arguments = [str(models._packaged_smollm2()), text, str(tmp_path / "theirs.npz")]
+        subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
+        with np.load(tmp_path / "theirs.npz") as saved:
+            assert saved["ids"].tolist() == ids
+            theirs = torch.from_numpy(saved["logits"])
 
         def compared():
             with torch.no_grad():
