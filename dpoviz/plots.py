@@ -356,11 +356,14 @@ def figure_training(history: pd.DataFrame) -> Figure:
     measured = [column.split("/")[0] for column in history.columns[history.notna().any()]]
     rows = [y for y in QUANTITIES if y in measured]
     figure = Figure(figsize=(9, 2.1 * len(rows) + 0.5), layout="constrained")
+    tops: dict[str, Axes] = {}  # the steps of a column are one axis, however few of them were measured
     for i, y in enumerate(rows):
         first = None
         for j, form in enumerate(forms):
             # the forms are to be compared; only their betas live on different scales
-            ax = figure.add_subplot(len(rows), len(forms), i * len(forms) + j + 1, sharey=first)
+            place = i * len(forms) + j + 1
+            ax = figure.add_subplot(len(rows), len(forms), place, sharey=first, sharex=tops.get(form))
+            tops.setdefault(form, ax)
             plot_training(history[history["form"] == form], y=y, ax=ax)
             first = None if y == "beta" else ax
             if i == 0:

@@ -540,6 +540,14 @@ class TestFigureTraining:
         labels = [ax.get_ylabel() for ax in plots.figure_training(rows).axes]
         assert labels == [plots.QUANTITIES[y] for y in ("loss", "accuracy", "beta")]
 
+    def test_a_step_is_at_one_place_in_all_rows(self):
+        rows = history()
+        rows.loc[rows.index[:-2], "kl"] = np.nan  # measured at the end alone
+        figure = plots.figure_training(rows)
+        assert len({ax.get_xlim() for ax in figure.axes}) == 1
+        low, high = figure.axes[0].get_xlim()
+        assert low <= rows["step"].min() and high >= rows["step"].max()
+
     def test_shared_axes_hold_the_points_of_both_forms(self):
         rows = both(history)
         rows.loc[rows["form"] == "standard", "loss"] += 5
