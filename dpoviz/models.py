@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
@@ -54,9 +55,7 @@ def tiny_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTo
     if vocab_size < len(alphabet) + 2:
         raise ValueError(f"vocab_size: came {vocab_size}, expected at least {len(alphabet) + 2}")
     core = Tokenizer(BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    core.pre_tokenizer = _single_digits()
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
         texts,
@@ -66,6 +65,12 @@ def tiny_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTo
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
 
 
@@ -264,7 +269,24 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
+    _mend_tokenizer(tokenizer, path, model.get_input_embeddings().num_embeddings)
     return model, tokenizer
+
+
+def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, rows: int) -> None:
+    """Two things that `transformers` 5 gets wrong when it makes a byte-level tokenizer from a GGUF file."""
+    from gguf import GGUFReader
+
+    core = tokenizer.backend_tokenizer
+    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if split is not None and split.contents() == "smollm":
+        # unknown to its table, it becomes GPT-2's, which ties the space before a number to the number
+        core.pre_tokenizer = _single_digits()
+    if len(tokenizer) > rows:
+        # GPT-2's <|endoftext|>, put after the file's own tokens where they have none; the model has no row for it
+        state = json.loads(core.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -36,9 +36,15 @@ def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
 
 def _is_progress(output: NotebookNode) -> bool:
     """A progress bar's last state, which says nothing once it is over; warnings are kept, to be seen."""
-    if output.output_type != "stream" or output.name != "stderr":
+    if output.output_type == "display_data":
+        text = output.data.get("text/plain", "")  # a bar as a widget, whose picture is frozen at its beginning
+    elif output.output_type == "stream" and output.name == "stderr":
+        text = output.text
+    else:
         return False
-    lines = [part for line in output.text.splitlines() for part in line.split("\r")]
+    lines = [part for line in text.splitlines() for part in line.split("\r")]
+    if not any(line.strip() for line in lines):
+        return False
     return all("it/s]" in line or "/s" in line or "s/" in line for line in lines if line.strip())
 
 

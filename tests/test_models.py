@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dpoviz import models, tasks
 from dpoviz.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
@@ -200,6 +200,18 @@ class TestLoadLM:
         with pytest.raises(ValueError, match=r"transformers cannot read .*odd\.gguf .*perceptron9000"):
             load_lm(tmp_path / "odd.gguf")
 
+    def test_a_gguf_has_the_tokens_of_its_file(self, tokenizer, tmp_path):
+        """Those of a file without <|endoftext|>, which the reader adds, behind the model's last row."""
+        gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+        _write_gguf(_tiny_llama(gguf, tokenizer, tmp_path / "tiny.gguf"))
+        own = load_lm(tmp_path / "tiny.gguf", dtype=torch.float32).tokenizer
+        assert own.get_vocab() == tokenizer.get_vocab()
+        assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+        text = "for i in   12:\n    <|endoftext|>  7<eos>"
+        assert own(text)["input_ids"] == tokenizer(text)["input_ids"]
+        own.save_pretrained(tmp_path)
+        assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+
     def test_a_gguf_in_bfloat16_is_what_a_folder_is(self, tokenizer, tmp_path):
         """The control is a cast of the whole model, which rounds the rotary frequencies as well."""
         gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
@@ -239,6 +251,7 @@ def _tiny_llama(gguf, tokenizer, path, hidden=32, layers=1):
     writer.add_vocab_size(len(tokenizer))
     core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")  # digits one by one
     writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
     writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
@@ -317,8 +330,8 @@ class TestSmolLM2:
             pytest.skip("llama_cpp is not installed: pip install dpoviz[real]")
         model, tokenizer = smollm2
         chat = [
-            {"role": "user", "content": "What is the capital of France?"},
-            {"role": "assistant", "content": "The capital of France is Paris, a city of two million people."},
+            {"role": "user", "content": "What is the capital of France, and what is   12 + 345?"},
+            {"role": "assistant", "content": "Paris. And:\n\n    12 + 345 = 357\n\t讲个笑话 🙂"},
         ]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         ids = tokenizer(text)["input_ids"]
