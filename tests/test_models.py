@@ -209,6 +209,8 @@ class TestLoadLM:
         assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
         text = "for i in   12:\n    <|endoftext|>  7<eos>"
         assert own(text)["input_ids"] == tokenizer(text)["input_ids"]
+        parts, expected = (t.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for t in (own, tokenizer))
+        assert parts == expected  # spaces before a number are a part of their own
         own.save_pretrained(tmp_path)
         assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
 
