@@ -56,6 +56,9 @@ class Beta(nn.Module, PyTorchModelHubMixin):
         """
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
+
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> Beta:
         # the mixin's own default would leave weights that the file lacks at their start, without a word

@@ -22,12 +22,10 @@ from dpoviz import models, tasks
 from dpoviz.beta import Beta
 from dpoviz.data import load_pairs, split_by_group
 from dpoviz.logprobs import sample_answers
-from dpoviz.losses import Form
+from dpoviz.losses import FORMS, Form
 from dpoviz.reference import reference_pass
-from dpoviz.stages import held_out_table, network, run_arms
+from dpoviz.stages import arm, held_out_table, run_arms
 from dpoviz.train import TrainConfig, calibrate_alpha
-
-FORMS: tuple[Form, ...] = ("inverse", "standard")
 
 
 def own_progress_only() -> None:
@@ -129,6 +127,8 @@ _TRAINING_CODE = (
     "entropy",
     "journal",
     "losses",
+    "methods",
+    "perturbed",
     "reference",
     "regularizers",
     "rules",
@@ -261,7 +261,7 @@ def run_demo(
     trained = run_arms(
         policy,
         world.train,
-        {form: network(getattr(config, form)) for form in FORMS},
+        {form: arm("network", getattr(config, form)) for form in FORMS},
         held_out=world.held_out,
         reference=world.reference,
         pad_id=world.tokenizer.pad_token_id,
@@ -270,11 +270,11 @@ def run_demo(
         progress=progress,
     )
     betas, policies, tables, history, alpha = {}, {}, [], [], {}
-    for arm in trained:
-        form, settings = arm.name, getattr(config, arm.name)
-        betas[form], policies[form] = arm.beta, copy.deepcopy(policy)
-        history.append(arm.history)
+    for run in trained:
+        form, settings = run.name, getattr(config, run.name)
+        betas[form], policies[form] = run.beta, copy.deepcopy(policy)
+        history.append(run.history)
         alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
-        tables.append(held_out_table(arm.beta, world.held_out, form=form, seed=settings.seed))
+        tables.append(held_out_table(run.beta, world.held_out, form=form, seed=settings.seed))
     table, history = pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
     return Demo(world, betas, policies, table, history, alpha)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -284,6 +284,80 @@ def _collect(
         first_entropies=first,
         features=features,
     )
+
+
+@torch.no_grad()
+def score_both(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: Tokens,
+    answers: Sequence[Tokens],
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    pad_id: int,
+) -> tuple[Tensor, Tensor]:
+    """Look at the next-token logits of two models side by side, wherever an answer is predicted; no gradient.
+
+    Args:
+        policy: a causal language model, or one with PEFT's adapters; left in the mode it was in.
+        reference: the model it started from, on the same device. A PEFT policy may stand for it itself: its
+            adapter is then turned off.
+        prompts: B prompts as token ids.
+        answers: for each prompt K answers as token ids.
+        score: (policy's logits (n, V), reference's logits (n, V), targets (n,)) → (n, C), in at least float32;
+            called chunk by chunk.
+        pad_id: token that fills the rows.
+
+    Returns:
+        (N, C) scores of all answer tokens, and (N,) the answer each belongs to, row * K + k.
+
+    Raises:
+        ValueError: the models differ in their vocabulary, `reference` is a policy without an adapter, or as
+            `prefix_batch`.
+    """
+    _require_tokens(prompts, answers)
+    if reference is policy and not hasattr(policy, "disable_adapter"):
+        raise ValueError("reference: came the policy itself, without an adapter to turn off; expected another model")
+    sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"reference: came a vocabulary of {sizes[1]}, expected the policy's {sizes[0]}")
+    adapter_off = policy.disable_adapter if reference is policy else nullcontext
+    shared = supports_shared_prefix(policy) and supports_shared_prefix(reference)
+    if not shared:  # a row for each answer; the tokens come in the same order
+        prompts = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
+        answers = [[answer] for own in answers for answer in own]
+    batch = prefix_batch(prompts, answers, pad_id).to(policy.device)
+    with evaluating(policy), evaluating(reference):
+        of_policy, policy_head = _predictors(policy, batch, shared)
+        with adapter_off():
+            of_reference, reference_head = _predictors(reference, batch, shared)
+        parts = []
+        size = max(1, _LOGITS_AT_ONCE // (2 * sizes[0]))  # the logits of two models at once
+        for own, other, targets in zip(
+            of_policy.split(size), of_reference.split(size), batch.targets.split(size), strict=True
+        ):
+            with adapter_off():  # it may sit on the head too
+                ref_logits = reference_head(other)
+            logits = policy_head(own)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            parts.append(score(logits.to(dtype), ref_logits.to(dtype), targets))
+    return torch.cat(parts), batch.owners
+
+
+def _predictors(model: PreTrainedModel, batch: PrefixBatch, shared: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(N, ·) what predicts each answer token, and what makes logits of it."""
+    model = _language_model(model)
+    if shared:
+        hidden = model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask(model.dtype),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden.flatten(0, 1)[batch.predictors], model.get_output_embeddings()
+    mask = (batch.segments >= 0).long()
+    logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
+    return logits.flatten(0, 1)[batch.predictors], lambda logits: logits
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from dpoviz.regularizers import (
 )
 
 Form = Literal["inverse", "standard"]
+FORMS: tuple[Form, ...] = ("inverse", "standard")
 
 
 def scale(beta: float | Tensor, form: Form) -> float | Tensor:

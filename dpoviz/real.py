@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,18 +16,17 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpoviz.beta import Beta, EntropyBeta, TaskBeta
+from dpoviz.beta import Beta
 from dpoviz.data import as_chat, load_pairs, split_by_group, tokenize_pairs
 from dpoviz.entropy import estimate_entropy
 from dpoviz.journal import fingerprint
 from dpoviz.logprobs import sample_answers
 from dpoviz.losses import Form, scale
+from dpoviz.methods import METHODS
 from dpoviz.models import add_lora, load_lm
 from dpoviz.reference import reference_pass, require_room
-from dpoviz.stages import Arm, fixed, held_out_table, log_ratio_differences, network, run_arms
+from dpoviz.stages import Arm, arm, held_out_table, log_ratio_differences, run_arms
 from dpoviz.train import TrainConfig, calibrate_alpha
-
-FORMS: tuple[Form, ...] = ("inverse", "standard")
 
 FIXED = "fixed"
 """The arm that goes on with the beta of stage 1."""
@@ -36,31 +35,6 @@ EXAMPLES = ("1+1=", "讲个笑话", "What is 1+1?", "Tell me a joke.")
 """Prompts whose entropy is estimated beside the data's: the derivation's own examples (§5.1.3), and English ones."""
 
 ESTIMATORS = ("first_token", "per_token", "sequence", "monte_carlo", "teacher_forced")
-
-
-def _per_task(config: TrainConfig) -> Arm:
-    return Arm(config, lambda pairs: TaskBeta(sorted(set(pairs["task"])), config.beta0))
-
-
-def _by_entropy(config: TrainConfig) -> Arm:
-    def make(pairs: Dataset) -> EntropyBeta:
-        return EntropyBeta(calibrate_alpha(pairs["ref_entropy"], config.beta0), config.beta_min, config.beta_max)
-
-    return Arm(config, make)
-
-
-class Choice(NamedTuple):
-    """A rule for beta that a run can ask for: the forms it has, and how its arm is made."""
-
-    forms: tuple[Form, ...]
-    make: Callable[[TrainConfig], Arm]
-
-
-RULES = {
-    "network": Choice(FORMS, network),
-    "task": Choice(FORMS, _per_task),
-    "entropy": Choice(FORMS, _by_entropy),
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,8 @@ class RealConfig:
         max_new_tokens: limit of a sampled answer.
         entropy_samples: answers a prompt for the entropy of the reference.
         lora_rank: rank of the adapters; 0 trains all weights.
-        rule: beta of the arms: "network" in both forms, or the name of another rule.
+        rule: beta of the arms, a name of `METHODS`, in the forms that it has.
+        strength: the rule's one setting; None is its default.
         s0: the scale that multiplies h at the start, in both forms.
         stage1_steps: steps with the fixed beta; None: one pass over the pairs.
         stage2_steps: steps with beta(x), and of the fixed beta that it is compared with; None: one pass.
@@ -104,6 +79,7 @@ class RealConfig:
     entropy_samples: int = 8
     lora_rank: int = 16
     rule: str = "network"
+    strength: float | None = None
     s0: float = 0.1
     stage1_steps: int | None = None
     stage2_steps: int | None = None
@@ -128,8 +104,10 @@ class RealConfig:
             raise ValueError(f"held_out: came {self.held_out!r}, expected a share between 0 and 1")
         if not self.data:
             raise ValueError("data: came none, expected a file, a folder, a hub name or a preset")
-        if self.rule not in RULES:
-            raise ValueError(f"rule: came {self.rule!r}, expected one of {', '.join(RULES)}")
+        if self.rule not in METHODS:
+            raise ValueError(f"rule: came {self.rule!r}, expected one of {', '.join(METHODS)}")
+        if self.strength is not None and not METHODS[self.rule].strength:
+            raise ValueError(f"strength: came {self.strength!r}, but the rule {self.rule!r} has none")
         scale(self.s0, "standard")
 
     def training(self, form: Form, pairs: int) -> TrainConfig:
@@ -333,14 +311,25 @@ def run_folder(config: RealConfig, prepared: Prepared, cache_dir: Path | str) ->
     return Path(cache_dir) / f"run-{fingerprint(prepared.model, [asdict(config), pairs, torch.__version__], code)}"
 
 
-_TRAINING_CODE = ("beta", "logprobs", "losses", "real", "regularizers", "rules", "stages", "train")
+_TRAINING_CODE = (
+    "beta",
+    "logprobs",
+    "losses",
+    "methods",
+    "perturbed",
+    "real",
+    "regularizers",
+    "rules",
+    "stages",
+    "train",
+)
 
 
 def arms(config: RealConfig, prepared: Prepared) -> dict[str, Arm]:
     """The runs of stage 2: the rule in each form that it has, and the fixed beta that they are compared with."""
-    forms, make = RULES[config.rule]
-    found = {form: make(config.training(form, len(prepared.train))) for form in forms}
-    return {**found, FIXED: fixed(config.training("standard", len(prepared.train)))}
+    settings = {form: config.training(form, len(prepared.train)) for form in METHODS[config.rule].forms}
+    found = {form: arm(config.rule, own, config.strength) for form, own in settings.items()}
+    return {**found, FIXED: arm("constant", config.training("standard", len(prepared.train)))}
 
 
 def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: bool = True) -> RealRun:
@@ -362,7 +351,7 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
     shown = held_out.to_pandas().drop_duplicates("prompt").groupby("task").head(config.answers)
     answers = [_answers(config, policy, tokenizer, shown, "reference", progress)]
     tables, histories, scores, alpha = [], [], [], {}
-    for arm in run_arms(
+    for done in run_arms(
         policy,
         prepared.train,
         runs,
@@ -373,23 +362,23 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         out=out,
         progress=progress,
     ):
-        settings = runs[arm.name].config
+        settings = runs[done.name].config
         # peft would look for the base model's configuration, to see whether its vocabulary grew: ours did not
         whole = {"save_embedding_layers": False} if config.lora_rank else {}
-        policy.save_pretrained(out / arm.name / "policy", **whole)
-        tokenizer.save_pretrained(out / arm.name / "policy")
-        histories.append(arm.history.assign(arm=arm.name))
-        if isinstance(arm.beta, Beta):
-            arm.beta.save_pretrained(out / arm.name / "beta")
-        if isinstance(arm.beta, Beta) and arm.name != FIXED:
-            tables.append(held_out_table(arm.beta, held_out, form=settings.form, seed=config.seed))
+        policy.save_pretrained(out / done.name / "policy", **whole)
+        tokenizer.save_pretrained(out / done.name / "policy")
+        histories.append(done.history.assign(arm=done.name))
+        if isinstance(done.beta, Beta):
+            done.beta.save_pretrained(out / done.name / "beta")
+        if isinstance(done.beta, Beta) and done.name != FIXED:
+            tables.append(held_out_table(done.beta, held_out, form=settings.form, seed=config.seed))
             alpha[settings.form] = settings.alpha or calibrate_alpha(prepared.train["ref_entropy"], settings.beta0)
         h = log_ratio_differences(
             policy, held_out, pad_id=tokenizer.pad_token_id, batch_size=config.score_batch, progress=progress
         )
         rows = held_out.to_pandas()[["task", "group", "prompt"]]
-        scores.append(rows.assign(arm=arm.name, form=settings.form, h=h))
-        answers.append(_answers(config, policy, tokenizer, shown, arm.name, progress))
+        scores.append(rows.assign(arm=done.name, form=settings.form, h=h))
+        answers.append(_answers(config, policy, tokenizer, shown, done.name, progress))
     table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     joined = [pd.concat(parts, ignore_index=True) for parts in (histories, scores, answers)]
     return RealRun(table, *joined, alpha)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.beta import Beta, ConstantBeta
 from dpoviz.logprobs import evaluating, score_answers
 from dpoviz.losses import Form, scale
+from dpoviz.methods import METHODS
 from dpoviz.rules import Rule
 from dpoviz.table import beta_table
 from dpoviz.train import TrainConfig, train
@@ -28,11 +29,11 @@ class Arm:
 
     Attributes:
         config: its settings.
-        make: the beta that it starts with, given the training pairs.
+        make: the beta that it starts with; called as ``make(pairs, vocabulary=V)`` with the training pairs.
     """
 
     config: TrainConfig
-    make: Callable[[Dataset], Beta | Rule]
+    make: Callable[..., Beta | Rule]
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,9 @@ class Trained:
     history: pd.DataFrame
 
 
-def network(config: TrainConfig) -> Arm:
-    """The source's beta(x): a network on the reference's view of the prompt, with all four terms."""
-
-    def make(pairs: Dataset) -> BetaNetwork:
-        x = features(pairs)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            beta = BetaNetwork(x.shape[1], beta0=config.beta0)
-        beta.calibrate(x)
-        return beta
-
-    return Arm(config, make)
-
-
-def fixed(config: TrainConfig) -> Arm:
-    """Goes on with the beta of stage 1: what beta(x) is to be compared with, at as many steps."""
-    return Arm(config, lambda _: ConstantBeta(config.beta0))
-
-
-def features(pairs: Dataset) -> Tensor:
-    """(N, D) the reference's features of the prompts."""
-    return torch.tensor(pairs["ref_features"][:])
+def arm(method: str, config: TrainConfig, strength: float | None = None) -> Arm:
+    """The run of a rule of `METHODS`, with its settings and its strength."""
+    return Arm(config, partial(METHODS[method].start, config, strength=strength))
 
 
 def run_arms(
@@ -106,24 +88,25 @@ def run_arms(
     Raises:
         ValueError: the arms do not start at the same scale, or with as many steps of stage 1.
     """
-    starts = {(round(scale(arm.config.beta0, arm.config.form), 12), arm.config.stage1_steps) for arm in arms.values()}
+    starts = {(round(scale(own.config.beta0, own.config.form), 12), own.config.stage1_steps) for own in arms.values()}
     if len(starts) != 1:
         raise ValueError(f"arms: start at scales and steps {sorted(starts)}, expected one start for all")
     common = {"pad_id": pad_id, "eos_id": eos_id, "held_out": held_out, "reference": reference, "progress": progress}
     place = (lambda name: None) if out is None else (lambda name: Path(out) / name)
+    vocabulary = policy.config.get_text_config().vocab_size
+    betas = {name: own.make(pairs, vocabulary=vocabulary) for name, own in arms.items()}  # what is wrong fails here
     first = next(iter(arms.values())).config
     stage1 = train(policy, ConstantBeta(first.beta0), pairs, first, stage=1, out=place("stage1"), **common)
     learned = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in learned.items()}
-    for name, arm in arms.items():
+    for name, own in arms.items():
         with torch.no_grad():
             for key, parameter in learned.items():
                 parameter.copy_(start[key])
-        beta = arm.make(pairs)
-        stage2 = train(policy, beta, pairs, arm.config, stage=2, out=place(name), **common)
-        then = {column: arm.config.beta0 for column in stage1 if column.startswith("beta/")}
-        history = pd.concat([stage1.assign(form=arm.config.form, **then), stage2], ignore_index=True)
-        yield Trained(name, beta, history)
+        stage2 = train(policy, betas[name], pairs, own.config, stage=2, out=place(name), **common)
+        then = {column: own.config.beta0 for column in stage1 if column.startswith("beta/")}
+        history = pd.concat([stage1.assign(form=own.config.form, **then), stage2], ignore_index=True)
+        yield Trained(name, betas[name], history)
 
 
 @torch.no_grad()

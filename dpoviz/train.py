@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,11 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from dpoviz.beta import Beta, BetaNetwork
 from dpoviz.logprobs import evaluating, sample_answers, score_answers, supports_shared_prefix
 from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
+from dpoviz.perturbed import perturbed_directions
 from dpoviz.rules import FromPrompt, Rule, Seen, Weighed
+
+ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
+"""Columns that only a rule reads which looks at the reference's entropy along the answers."""
 
 COLUMNS = (
     "prompt_ids",
@@ -231,7 +235,8 @@ def train(
 
     Raises:
         ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, a rule of the standard
-            form in the inverse one, or a checkpoint of another configuration in `out`.
+            form in the inverse one, a rule that lacks what it looks at, or a checkpoint of another configuration
+            in `out`.
         FloatingPointError: the policy's log-probabilities are not finite, by step and row of `pairs`; nothing is
             updated by that batch.
     """
@@ -260,11 +265,14 @@ def train(
         reference.to(accelerator.device).eval()
 
     probe = _Probe(held_out, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
+    look = _Look(rule, pairs, policy, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
     batches = _batches(len(pairs), config.batch_size, steps, seed=config.seed + stage)
-    apart = calibration is not None and stage == 2
+    apart = calibration is not None and stage == 2 and rule.learns
     others = _batches(len(calibration), config.batch_size, steps, seed=config.seed + stage) if apart else []
-    identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs), "rule": repr(rule)}
-    identity |= {"calibration": _digest(calibration)} if apart else {}
+    identity = {}
+    if out is not None:  # what a checkpoint must agree with
+        identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs), "rule": repr(rule)}
+        identity |= {"calibration": _digest(calibration)} if apart else {}
     checkpoint = _Checkpoint(accelerator, Path(out) if out is not None else None, identity)
     first, history = checkpoint.load()
     shown = progress and accelerator.is_main_process
@@ -279,14 +287,14 @@ def train(
                 f"step {offset + step}: the policy's log-probabilities are not finite for rows "
                 f"{[batches[step][i] for i in bad]} of the pairs; a lower policy_learning_rate may keep them finite"
             )
-        weighed = rule(_look(batch, logps))
+        weighed = rule(look(batch, logps, step))
         if apart:  # the policy learns from its pairs, beta from others
             other = _columns(calibration[others[step]], accelerator.device)
             with torch.no_grad():
                 other_logps = _scores(scorer, other, accelerator)
             fixed = weighed._replace(beta=weighed.beta.detach())
             policy_objective = _objective(logps, fixed, rule, batch, config, alpha, stage=1)
-            of_beta = rule(_look(other, other_logps))
+            of_beta = rule(look(other, other_logps, step))
             objective = _objective(other_logps, of_beta, rule, other, config, alpha, stage)
             total = policy_objective.total + objective.total
         else:
@@ -344,8 +352,13 @@ def _check(
             raise ValueError(f"{name}: came {len(data)}, expected at least batch_size = {config.batch_size}")
     if rule.form not in (None, config.form):
         raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, came {config.form!r}")
+    lacking = [column for column in ANSWER_ENTROPY if column not in pairs.column_names]
+    if "answer_entropy" in rule.needs and lacking:
+        raise ValueError(f"pairs: lacks {', '.join(lacking)}, which {type(rule).__name__} looks at")
     if reference is policy:
         adapter_off(policy)  # refuses a model without an adapter
+    if rule.needs & {"direction", "kl"} and reference is None:
+        raise ValueError(f"reference: came None, expected the model: {type(rule).__name__} looks at it in training")
 
 
 def _digest(pairs: Dataset) -> str:
@@ -376,6 +389,7 @@ def _columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
         return torch.tensor(rows[name], dtype=torch.float32, device=device)
 
     return {
+        "rows": rows,
         "prompt_ids": rows["prompt_ids"],
         "answer_ids": [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)],
         "task": rows["task"],
@@ -383,6 +397,20 @@ def _columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
         "ref_entropy": tensor("ref_entropy"),
         "x": tensor("ref_features"),
     }
+
+
+def answer_entropy(rows: Mapping[str, Sequence], vocabulary: int) -> Tensor:
+    """(B,) the reference's next-token entropy over log V, averaged along each answer, then over the two.
+
+    Args:
+        rows: of what `reference_pass` returned.
+        vocabulary: V.
+    """
+    means = [
+        [total / len(ids) for total, ids in zip(rows[sums], rows[answers], strict=True)]
+        for sums, answers in zip(ANSWER_ENTROPY, ("chosen_ids", "rejected_ids"), strict=True)
+    ]
+    return torch.tensor(means, dtype=torch.float32).mean(dim=0) / math.log(vocabulary)
 
 
 def _scores(scorer: nn.Module, batch: dict, accelerator: Accelerator) -> Tensor:
@@ -404,11 +432,53 @@ def _scores(scorer: nn.Module, batch: dict, accelerator: Accelerator) -> Tensor:
     return torch.cat([whole[: own.start], mine, whole[own.stop :]])
 
 
-def _look(batch: dict, logps: Tensor) -> Seen:
-    """What a rule may look at in a step."""
-    ratios = logps.detach() - batch["ref_logps"]
-    h = ratios[:, 0] - ratios[:, 1]
-    return Seen(h=h, x=batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])
+class _Look:
+    """What a rule may look at in a step; what it does not need is not computed."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        pairs: Dataset,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        pad_id: int,
+        eos_id: int,
+    ) -> None:
+        self.rule, self.policy, self.reference, self.pad_id = rule, policy, reference, pad_id
+        self.vocabulary = policy.config.get_text_config().vocab_size
+        self.probe = None
+        if "kl" in rule.needs:
+            self.probe = _Probe(pairs, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, logps: Tensor, step: int) -> Seen:
+        needs = self.rule.needs
+        extras = {}
+        if "answer_entropy" in needs:
+            extras["answer_entropy"] = answer_entropy(batch["rows"], self.vocabulary).to(logps.device)
+        if "direction" in needs:
+            extras["direction"] = perturbed_directions(
+                self.policy,
+                self.reference,
+                batch["prompt_ids"],
+                batch["answer_ids"],
+                epsilon=self.rule.epsilon,
+                pad_id=self.pad_id,
+            )
+        if "kl" in needs and step % self.rule.every == 0:
+            measured = self.probe.kl(self.policy, seed_shift=step)
+            extras["kl"] = {name.removeprefix("kl/"): v for name, v in measured.items() if name.startswith("kl/")}
+        ratios = logps.detach() - batch["ref_logps"]
+        return Seen(
+            h=ratios[:, 0] - ratios[:, 1],
+            x=batch["x"],
+            task=batch["task"],
+            ref_entropy=batch["ref_entropy"],
+            **extras,
+        )
 
 
 def _objective(
@@ -512,12 +582,12 @@ class _Probe:
         return row if self.reference is None or not self.prompts else row | self.kl(policy)
 
     @torch.no_grad()
-    def kl(self, policy: PreTrainedModel) -> dict[str, float]:
+    def kl(self, policy: PreTrainedModel, *, seed_shift: int = 0) -> dict[str, float]:
         """KL(policy ‖ reference) over the prompts, its standard error, and by task; one sampled answer a prompt."""
-        row = [self._kl(policy) if self.accelerator.is_main_process else None]
+        row = [self._kl(policy, seed_shift) if self.accelerator.is_main_process else None]
         return broadcast_object_list(row)[0]
 
-    def _kl(self, policy: PreTrainedModel) -> dict[str, float]:
+    def _kl(self, policy: PreTrainedModel, seed_shift: int) -> dict[str, float]:
         config = self.config
         answers = sample_answers(
             policy,
@@ -526,7 +596,7 @@ class _Probe:
             max_new_tokens=config.max_new_tokens,
             eos_id=self.eos_id,
             pad_id=self.pad_id,
-            seed=config.seed,
+            seed=config.seed + seed_shift,
         ).answers
         shared = supports_shared_prefix(policy)
 

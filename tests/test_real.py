@@ -20,9 +20,9 @@ from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
 from dpoviz.data import load_pairs
 from dpoviz.logprobs import score_answers
+from dpoviz.methods import features
 from dpoviz.models import load_lm
 from dpoviz.real import EXAMPLES, FIXED, RealConfig, load, prepare
-from dpoviz.stages import features
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
 
@@ -249,6 +249,7 @@ class TestBadInput:
             (["--chat", "poetry"], "poetry"),
             (["--chat", "math"], "chat template"),
             (["--preset", "none"], "none"),
+            (["--strength", "0.5"], "rule 'network' has none"),
         ],
     )
     def test_refused(self, folder, tmp_path, capsys, monkeypatch, changed, message):

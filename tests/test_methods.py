@@ -1,0 +1,118 @@
+"""Each rule by its name: how it starts, and that the loop takes it and a killed run ends as if it had not been."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from test_train import SMALL, VOCABULARY, run, small_model, small_pairs, weights
+
+import dpoviz.train as train_module
+from dpoviz.beta import ConstantBeta, EntropyBeta
+from dpoviz.losses import FORMS, scale
+from dpoviz.methods import METHODS
+from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
+from dpoviz.train import TrainConfig, answer_entropy
+
+PAIRS = [(name, form) for name, method in METHODS.items() for form in method.forms]
+
+
+@pytest.fixture(scope="module")
+def world():
+    model = small_model()
+    draw = torch.Generator().manual_seed(0)
+
+    def with_entropies(pairs):
+        for column in ("ref_chosen_entropy", "ref_rejected_entropy"):
+            ids = pairs[column.replace("ref_", "").replace("entropy", "ids")]
+            totals = [len(own) * (0.2 + 3 * torch.rand((), generator=draw).item()) for own in ids]
+            pairs = pairs.add_column(column, totals)
+        return pairs
+
+    return model, with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
+
+
+def start(name, form, pairs, s0=0.2, **more):
+    return METHODS[name].start(TrainConfig.around(s0, form, **SMALL), pairs, vocabulary=VOCABULARY, **more)
+
+
+@pytest.mark.parametrize(("name", "form"), PAIRS)
+def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path, monkeypatch):
+    config = TrainConfig.around(0.2, form, **SMALL)
+    policy, history = run(world, config, start(name, form, world[1]))
+    assert not torch.equal(weights(policy), weights(world[0]))
+    save = train_module._Checkpoint.save
+
+    def killed(self, step, rows):
+        save(self, step, rows)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._Checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, config, start(name, form, world[1]), out=tmp_path)
+    monkeypatch.setattr(train_module._Checkpoint, "save", save)
+    again, same = run(world, config, start(name, form, world[1]), out=tmp_path)
+    assert torch.equal(weights(again), weights(policy)) and same["loss"].tolist() == history["loss"].tolist()
+    shutil.rmtree(tmp_path)
+
+
+def test_a_method_is_refused_where_it_is_not_defined(world):
+    for name, method in METHODS.items():
+        for form in set(FORMS) - set(method.forms):
+            with pytest.raises(ValueError, match="form: came 'inverse', expected one of standard"):
+                start(name, form, world[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "attribute", "default"),
+    [("beta-dpo", BetaDPO, "a", 0.6), ("epsilon-dpo", EpsilonDPO, "epsilon", 0.01), ("lsc", LSC, "target", 0.4),
+     ("lsc-at-once", LSC, "target", 0.4), ("dual-kl", DualKL, "target", 1.0), ("mallows", MallowsPO, "sign", 1)],
+)  # fmt: skip
+def test_strength(world, name, kind, attribute, default):
+    """The published default, or what is given."""
+    rule = start(name, "standard", world[1])
+    assert type(rule) is kind and getattr(rule, attribute) == default and rule.beta0 == 0.2
+    other = -1.0 if name == "mallows" else 0.25
+    assert getattr(start(name, "standard", world[1], strength=other), attribute) == other
+
+
+def test_no_strength_to_set(world):
+    with pytest.raises(ValueError, match=r"strength: came 0\.5, but this rule has no setting besides beta0"):
+        start("entropy", "standard", world[1], strength=0.5)
+
+
+def test_tasks_have_betas_of_their_own(world):
+    assert start("dual-kl-task", "standard", world[1]).tasks == ("code", "dialogue", "math")
+    assert start("dual-kl", "standard", world[1]).tasks is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_entropy_and_constant(world, form):
+    beta = start("entropy", form, world[1])
+    assert isinstance(beta, EntropyBeta)
+    mean = sum(world[1]["ref_entropy"]) / len(world[1])
+    assert beta.alpha * mean == pytest.approx(scale(0.2, form))
+    assert isinstance(start("constant", form, world[1]), ConstantBeta)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_network_is_the_same_for_the_same_seed_and_leaves_the_random_state_alone(world, form):
+    before = torch.get_rng_state()
+    one, two = (start("network", form, world[1]).state_dict() for _ in range(2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestAnswerEntropy:
+    def test_by_hand(self):
+        rows = {"chosen_ids": [[1, 2, 3], [4]], "rejected_ids": [[1], [2, 3]], "ref_chosen_entropy": [3.0, 0.5],
+                "ref_rejected_entropy": [2.0, 1.0]}  # fmt: skip
+        # (3/3 + 2/1) / 2 and (0.5/1 + 1/2) / 2, over log 40
+        expected = torch.tensor([1.5, 0.5]) / math.log(40)
+        torch.testing.assert_close(answer_entropy(rows, 40), expected)
+
+    def test_mallows_has_the_mean_beta0(self, world):
+        rule = start("mallows", "standard", world[1])
+        phi = -answer_entropy(world[1][:], VOCABULARY).double().clamp(0.001, 0.999).log()
+        assert rule.c * phi.mean().item() == pytest.approx(1.0)

@@ -1,0 +1,478 @@
+"""The published rules against their equations worked out in plain Python, and the controls against what they claim."""
+
+import copy
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from dpoviz.beta import BetaNetwork, ConstantBeta
+from dpoviz.logprobs import score_answers
+from dpoviz.losses import dpo_loss
+from dpoviz.perturbed import perturbed_directions
+from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, FromPrompt, Lookup, MallowsPO, Random, Seen
+
+# a few dozen operations in float64 on numbers of order 1 to 100
+EXACT = {"rel": 1e-12, "abs": 0}
+TASKS = ["math", "code", "math", "dialogue"]
+H = [[0.5, -1.0, 3.0, 2.0], [4.0, 1.5, -0.5, 6.0], [-2.0, 1.0, 0.0, 0.25]]  # three batches
+PUBLISHED = {
+    "BetaDPO": lambda: BetaDPO(0.1),
+    "EpsilonDPO": lambda: EpsilonDPO(0.1),
+    "MallowsPO": lambda: MallowsPO(0.1, c=0.29),
+    "LSC": lambda: LSC(1.0),
+    "DualKL": lambda: DualKL(0.1, target=1.0),
+}
+
+
+def features(n=4, seed=0):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def see(h=None, **what):
+    """What a rule sees of four pairs, in float64."""
+    h = torch.tensor(H[0] if h is None else h, dtype=torch.float64)
+    given = {"x": features(len(h)), "task": TASKS[: len(h)], "ref_entropy": torch.ones(len(h)), **what}
+    return Seen(h=h, **given)
+
+
+def looking(rule, h=None):
+    """The same, and what the rule needs besides."""
+    what = {
+        "answer_entropy": torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=torch.float64),
+        "direction": torch.tensor([1, 0, -1, 1]),
+        "kl": {"math": 1.5, "code": 0.5, "dialogue": 0.9},
+    }
+    return see(h, **{name: what[name] for name in rule.needs})
+
+
+def betas(rule, batches):
+    """One beta a batch, of a rule that gives all pairs the same."""
+    found = []
+    for h in batches:
+        beta = rule(looking(rule, h)).beta
+        assert beta.unique().numel() == 1
+        found.append(beta[0].item())
+    return found
+
+
+@pytest.fixture(params=PUBLISHED, ids=str)
+def published(request):
+    return PUBLISHED[request.param]
+
+
+class TestRule:
+    """What they have in common."""
+
+    def test_form_and_learning(self, published):
+        rule = published()
+        assert rule.form == "standard" and not rule.learns
+        assert FromPrompt(BetaNetwork(3, beta0=0.1)).learns
+        assert FromPrompt(ConstantBeta(0.1)).form is Random(0.1, spread=1).form is Lookup.form is None
+
+    def test_beta_fits_the_loss(self, published):
+        """(B,), positive, float32 of float32 and half, without a gradient."""
+        for dtype in (torch.float32, torch.bfloat16):
+            rule = published()
+            seen = looking(rule)
+            h = seen.h.to(dtype).requires_grad_()
+            beta = rule(Seen(**{**vars(seen), "h": h, "answer_entropy": torch.rand(4).to(dtype)})).beta
+            assert beta.shape == (4,) and beta.dtype == torch.float32 and not beta.requires_grad
+            dpo_loss(torch.randn(4), torch.randn(4), torch.zeros(4), torch.zeros(4), beta, form="standard")
+
+    def test_state_goes_through_a_state_dict(self, published):
+        """Saved after two batches and loaded into a new rule, it goes on as the first would have."""
+        one, other = published(), published()
+        for h in H[:2]:
+            one(looking(one, h))
+        other.load_state_dict(one.state_dict())
+        assert not [name for name, value in vars(one).items() if isinstance(value, torch.Tensor)]  # outside the state
+        there, here = one(looking(one, H[2])), other(looking(other, H[2]))
+        assert torch.equal(there.beta, here.beta)
+        assert there.weight is here.weight is None or torch.equal(there.weight, here.weight)
+        if one.state_dict():  # the control: one that has seen nothing has another beta
+            assert not torch.equal(published()(looking(one, H[2])).beta, there.beta)
+
+    def test_remembers_in_training_mode_alone(self, published):
+        rule = published().eval()
+        before = copy.deepcopy(rule.state_dict())
+        first, second = (rule(looking(rule)) for _ in range(2))
+        assert torch.equal(first.beta, second.beta)
+        assert all(torch.equal(before[name], value) for name, value in rule.state_dict().items())
+
+    def test_repr_tells_settings_apart(self):
+        assert repr(BetaDPO(0.1, seed=3)) == "BetaDPO(beta0=0.1, a=0.6, momentum=0.9, keep=0.8, seed=3)"
+        assert repr(EpsilonDPO(0.1)) == "EpsilonDPO(beta0=0.1, epsilon=0.01)"
+        assert repr(MallowsPO(0.1, c=0.3, sign=-1)) == "MallowsPO(beta0=0.1, c=0.3, sign=-1)"
+        assert repr(LSC(0.1)) == "LSC(beta0=0.1, eta=0.1, target=0.4, start=0.4)"
+        assert (
+            repr(DualKL(0.1, target=2.0, tasks=["a"]))
+            == "DualKL(beta0=0.1, target=2.0, tasks=('a',), every=10, horizon=10)"
+        )
+        assert repr(Random(0.1, spread=0.5)) == "Random(mean=0.1, spread=0.5, seed=0)"
+        one, other = (repr(Lookup(features(), torch.tensor([0.1, 0.2, 0.3, b]))) for b in (0.4, 0.5))
+        assert one != other and one.startswith("Lookup(digest=")
+
+    def test_a_rule_says_what_it_lacks(self):
+        for name in ("BetaDPO", "LSC"):
+            with pytest.raises(ValueError, match=r"h: not finite in rows \[0\]"):
+                PUBLISHED[name]()(see([math.nan, 1, 1, 1]))
+        with pytest.raises(ValueError, match=r"direction: came None, expected shape \(4,\)"):
+            EpsilonDPO(0.1)(see())
+        with pytest.raises(ValueError, match=r"answer_entropy: came None, expected shape \(4,\)"):
+            MallowsPO(0.1, c=1.0)(see())
+
+    def test_refuses_rows_of_another_shape(self, published):
+        rule = published()
+        seen = looking(rule)
+        wrong = {name: getattr(seen, name)[:, None] for name in (*(rule.needs - {"kl"}), "h")}
+        with pytest.raises(ValueError, match=r": came shape \(4, 1\), expected \(4,\)"):
+            rule(Seen(**{**vars(seen), **wrong}))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        *[
+            (lambda make=make, bad=bad: make(bad), "beta0: came")
+            for make in (BetaDPO, EpsilonDPO, LSC)
+            for bad in (0, -1, math.inf, math.nan, True, "1")
+        ],
+        (lambda: BetaDPO(1, a=-0.1), "a: came -0.1"),
+        (lambda: BetaDPO(1, momentum=1), "momentum: came 1"),
+        (lambda: BetaDPO(1, keep=0), "keep: came 0"),
+        (lambda: BetaDPO(1, keep=1.1), "keep: came 1.1"),
+        (lambda: EpsilonDPO(1, epsilon=0), "epsilon: came 0"),
+        (lambda: EpsilonDPO(1, epsilon=1), "epsilon: came 1"),
+        (lambda: MallowsPO(1, c=0), "c: came 0"),
+        (lambda: MallowsPO(1, c=1, sign=0), "sign: came 0"),
+        (lambda: LSC(1, eta=0), "eta: came 0"),
+        (lambda: LSC(1, target=-1), "target: came -1"),
+        (lambda: LSC(1, start=0), "start: came 0"),
+        (lambda: DualKL(1, target=0), "target: came 0"),
+        (lambda: DualKL(1, target=1, horizon=0), "horizon: came 0"),
+        (lambda: DualKL(1, target=1, every=0), "every: came 0"),
+        (lambda: DualKL(1, target=1, every=50, horizon=10), "every: came 50"),
+        (lambda: DualKL(1, target=1, tasks=[]), r"tasks: came \[\]"),
+        (lambda: DualKL(1, target=1, tasks="math"), "tasks: came 'math'"),
+        (lambda: DualKL(1, target=1, tasks=["a", "a"]), "tasks: came"),
+        (lambda: Random(0, spread=1), "mean: came 0"),
+        (lambda: Random(1, spread=-1), "spread: came -1"),
+        (lambda: Random(1, spread=1, seed=-1), "seed: came -1"),
+    ],
+)
+def test_refuses_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+class TestBetaDPO:
+    def test_by_hand(self):
+        rule = BetaDPO(0.1, a=0.6, momentum=0.9, keep=1).double()
+        moving, expected = 0.0, []
+        for h in H:
+            mean = sum(h) / 4
+            moving = 0.9 * moving + 0.1 * mean
+            expected.append(0.1 * (1 + 0.6 * (mean - moving)))
+        assert betas(rule, H) == pytest.approx(expected, **EXACT)
+        assert rule(see()).weight is None
+
+    def test_never_below_a_thousandth(self):
+        # mean h - M is -0.9 * 5 in the first batch: 1 + 0.6 * (-4.5) is negative
+        assert betas(BetaDPO(0.1, keep=1).double(), [[-5.0] * 4]) == [1e-3]
+
+    def test_the_filter_by_hand(self):
+        """An outlier among ten pairs: which are kept is chance, what follows from it is arithmetic."""
+        rule = BetaDPO(0.1, keep=0.8).double()
+        h = [0.1, 0.2, 0.0, -0.1, 0.3, 0.1, -0.2, 0.15, 0.05, 60.0]
+        moving = spread = 0.0
+        for _ in range(3):
+            moving, spread = 0.9 * moving + 0.1 * sum(h) / 10, 0.9 * spread + 0.1 * statistics.stdev(h)
+            out = rule(see(h, task=["math"] * 10))
+            kept = [value for value, weight in zip(h, out.weight.tolist(), strict=True) if weight]
+            assert len(kept) == 8 and set(out.weight.tolist()) == {0.0, 1.0}
+            expected = max(1e-3, 0.1 * (1 + 0.6 * (sum(kept) / 8 - moving)))
+            assert out.beta.tolist() == pytest.approx([expected] * 10, **EXACT)
+        assert rule.spread.item() == pytest.approx(spread, **EXACT)
+        assert out.weight[-1] == 0  # its weight is exp(-0.5 * (55 / 5)²), about 1e-25
+
+    def test_the_filter_draws_as_the_weights_say(self):
+        """The frequency of each pair of kept rows against draws without replacement, enumerated."""
+        h, moving, spread = [0.0, 1.0, 2.0, 4.0], 0.5, 1.5
+        weights = [math.exp(-0.5 * ((value - moving) / spread) ** 2) for value in h]
+        chance = dict.fromkeys(itertools.combinations(range(4), 2), 0.0)
+        for i, j in itertools.permutations(range(4), 2):
+            chance[tuple(sorted((i, j)))] += weights[i] / sum(weights) * weights[j] / (sum(weights) - weights[i])
+        found = dict.fromkeys(chance, 0)
+        draws = 3000
+        for seed in range(draws):
+            rule = BetaDPO(0.1, keep=0.5, seed=seed).double().eval()
+            rule.mean.fill_(moving), rule.spread.fill_(spread)
+            found[tuple(rule(see(h)).weight.nonzero().flatten().tolist())] += 1
+        # the seeds are fixed: this is one number, and it is not small
+        assert chisquare(list(found.values()), [draws * p for p in chance.values()]).pvalue > 0.01
+        # the control: without the weights
+        assert chisquare(list(found.values()), [draws / 6] * 6).pvalue < 1e-6
+
+    def test_each_step_draws_anew_and_each_run_the_same(self):
+        one, other = (BetaDPO(0.1, keep=0.5) for _ in range(2))
+        alike = [0.0] * 4  # so that the draw is all that differs between steps
+        drawn = [tuple(one(see(alike)).weight.tolist()) for _ in range(20)]
+        assert drawn == [tuple(other(see(alike)).weight.tolist()) for _ in range(20)]
+        assert len(set(drawn)) > 1
+
+    def test_where_the_policy_is_the_reference(self):
+        out = BetaDPO(0.1)(see([0.0] * 4))
+        assert out.weight.sum() == 3 and torch.equal(out.beta, torch.full((4,), 0.1, dtype=out.beta.dtype))
+
+    def test_one_pair_has_no_spread(self):
+        with pytest.raises(ValueError, match="h: came 1 pair, expected at least 2"):
+            BetaDPO(0.1)(see([1.0]))
+        assert BetaDPO(0.1, keep=1)(see([1.0])).beta.shape == (1,)
+
+
+class TestEpsilonDPO:
+    def test_by_hand(self):
+        rule = EpsilonDPO(0.1, epsilon=0.05).double()
+        base = 0.1
+        for direction in ([1, 0, -1, 1], [1, 1, 1, 0], [-1, -1, 0, 0]):
+            expected = [base / (1 + 0.05 * d) for d in direction]
+            assert rule(see(direction=torch.tensor(direction))).beta.tolist() == pytest.approx(expected, rel=1e-7)
+            base = sum(expected) / 4
+        assert rule.current.item() == pytest.approx(base, rel=1e-7)
+
+    def test_a_rising_log_ratio_lowers_beta(self):
+        beta = EpsilonDPO(0.1)(see(direction=torch.tensor([1, 0, -1, 0]))).beta
+        assert beta[0] < beta[1] < beta[2]
+
+    def test_refuses_other_directions(self):
+        with pytest.raises(ValueError, match=r"direction: came .*, expected -1, 0 or 1"):
+            EpsilonDPO(0.1)(see(direction=torch.tensor([1.0, 0.5, 0.0, 0.0])))
+
+
+class TestMallowsPO:
+    ENTROPY = (0.1, 0.2, 0.4, 0.8)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_by_hand(self, sign):
+        rule = MallowsPO(10.0, c=0.29, sign=sign)
+        expected = [10.0 * 0.29 * (-math.log(h)) ** sign for h in self.ENTROPY]
+        assert rule(looking(rule)).beta.tolist() == pytest.approx(expected, **EXACT)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_calibrated(self, sign):
+        """The mean of beta is beta0; certain pairs have the larger one, or with the sign turned the smaller."""
+        rule = MallowsPO.calibrated(0.3, torch.tensor(self.ENTROPY), sign=sign)
+        beta = rule(looking(rule)).beta.tolist()
+        # the entropies that it was calibrated on are float32
+        assert sum(beta) / 4 == pytest.approx(0.3, rel=1e-6)
+        assert beta == sorted(beta, reverse=sign == 1)
+
+    def test_the_ends_stay_finite(self):
+        beta = MallowsPO(1.0, c=1.0)(see(answer_entropy=torch.tensor([0.0, 1.0, 1.00005, 0.5]))).beta
+        assert beta.tolist() == pytest.approx([-math.log(0.001), *[-math.log(0.999)] * 2, math.log(2)], rel=1e-4)
+
+    @pytest.mark.parametrize("entropy", [-0.1, 1.1, 3.2])
+    def test_refuses_nats(self, entropy):
+        with pytest.raises(ValueError, match=r"answer_entropy: came .* expected 0 to 1; divide nats"):
+            MallowsPO(1.0, c=1.0)(see(answer_entropy=torch.tensor([0.5, entropy, 0.5, 0.5])))
+
+
+class TestLSC:
+    def test_by_hand(self):
+        """It waits while the pairs are told apart too little, and does not stop once it has begun."""
+        batches = [[0.1, 0.2, -0.1, 0.2], [1.0, 2.0, 0.5, 1.5], [-3.0, 0.5, 0.1, -0.2], [1.0, 1.0, 2.0, 0.0]]
+        beta, started, expected, state = 0.5, False, [], []
+        for h in batches:
+            expected.append(beta)
+            wrong = sum(1 / (1 + math.exp(beta * value)) for value in h) / 4
+            started = started or wrong <= 0.4
+            state.append((started, wrong <= 0.4))
+            if started:
+                beta *= math.exp(-0.1 * (beta * sum(h) / 4 - 0.4))
+        assert state == [(False, False), (True, True), (True, False), (True, True)]
+        assert betas(LSC(0.5).double(), batches) == pytest.approx(expected, **EXACT)
+        assert len(set(expected)) == 3  # the first two batches have beta0
+
+    def test_the_mean_margin_comes_to_the_target(self):
+        rule = LSC(1.0).double()
+        for _ in range(600):  # a distance shrinks by 1 - 0.1 * 0.4 a step
+            margin = (rule(see([5.0, 3.0, -1.0, 1.0])).beta * 2.0)[0].item()
+        assert margin == pytest.approx(0.4, rel=1e-6)
+
+    def test_stays_in_reach_whatever_h(self):
+        rule = LSC(1.0, start=1.0)
+        for _ in range(20):
+            rule(see([-1e4] * 4))
+        assert rule.current == 1000
+        rule(see([1e4] * 4))
+        assert rule.current == pytest.approx(1e-3)
+
+
+class TestDualKL:
+    KL = ({"math": 1.1, "code": 0.5, "dialogue": 9.0}, {"math": 0.95, "code": 1.5, "dialogue": 1.0})
+
+    @staticmethod
+    def step(beta, kl, target=1.0, gain=1.0):
+        return beta * (1 + max(-0.2, min(0.2, kl / target - 1)) * gain)
+
+    def test_by_task_by_hand(self):
+        rule = DualKL(0.1, target=1.0, tasks=["math", "code", "dialogue"], every=5, horizon=20).double()
+        base = dict.fromkeys(rule.tasks, 0.1)
+        for kl in (*self.KL, None, self.KL[0]):
+            expected = [base[name] for name in TASKS]
+            assert rule(see(kl=kl)).beta.tolist() == pytest.approx(expected, rel=1e-7)  # 0.1 was a float32
+            if kl is not None:
+                base = {name: self.step(value, kl[name], gain=5 / 20) for name, value in base.items()}
+        assert rule.current.tolist() == pytest.approx(list(base.values()), rel=1e-7)
+
+    def test_one_for_all_by_hand(self):
+        rule = DualKL(0.1, target=3.0).double()
+        base = 0.1
+        for kl in self.KL:
+            assert rule(see(kl=kl)).beta.tolist() == pytest.approx([base] * 4, rel=1e-7)
+            base = self.step(base, sum(kl.values()) / 3, target=3.0)
+        assert rule.current.item() == pytest.approx(base, rel=1e-7)
+
+    def test_holds_the_budget_where_beta_prices_kl(self):
+        """KL falls as 1/beta², as for a small budget: beta comes to where the KL is the target."""
+        rule = DualKL(0.1, target=0.5, horizon=20)
+        for _ in range(100):
+            beta = rule(see(kl={"math": 0.02 / rule.current.item() ** 2})).beta
+        assert 0.02 / beta[0].item() ** 2 == pytest.approx(0.5, rel=1e-3)
+
+    def test_a_budget_that_is_never_used_up(self):
+        rule = DualKL(0.1, target=1e6)
+        for _ in range(200):
+            beta = rule(see(kl={"math": 1.0})).beta
+        assert beta.tolist() == pytest.approx([1e-4] * 4)
+
+    def test_refuses(self):
+        rule = DualKL(0.1, target=1.0, tasks=["math", "code"])
+        with pytest.raises(ValueError, match=r"task: came 4 rows, \['dialogue'\] unknown"):
+            rule(see())
+        with pytest.raises(ValueError, match=r"kl: came .*, expected a finite KL for \['code'\]"):
+            rule(see(task=["math"] * 4, kl={"math": 1.0}))
+        with pytest.raises(ValueError, match=r"kl: came \{\}, expected a finite KL"):
+            DualKL(0.1, target=1.0)(see(kl={}))
+
+
+class TestRandom:
+    def test_log_normal_with_the_mean_and_spread_that_were_asked_for(self):
+        n = 4000
+        logs = Random(0.1, spread=0.5)(see([0.0] * n, x=features(n), task=["math"] * n)).beta.double().log()
+        # four standard errors of a mean and of a standard deviation
+        assert logs.mean().item() == pytest.approx(math.log(0.1) - 0.125, abs=4 * 0.5 / n**0.5)
+        assert logs.std().item() == pytest.approx(0.5, abs=4 * 0.5 / (2 * n) ** 0.5)
+        assert logs.exp().mean().item() == pytest.approx(0.1, rel=4 * 0.53 / n**0.5)  # sd of beta / mean: 0.53
+
+    def test_a_prompt_keeps_its_beta(self):
+        x = features(6)
+        rule = Random(0.1, spread=0.5)
+        beta = rule(see([0.0] * 6, x=x, task=["math"] * 6)).beta
+        order = torch.tensor([3, 0, 5, 3])
+        assert torch.equal(Random(0.1, spread=0.5)(see(x=x[order])).beta, beta[order])
+        assert beta.unique().numel() == 6
+        other = Random(0.1, spread=0.5, seed=1)(see([0.0] * 6, x=x, task=["math"] * 6)).beta
+        assert (other != beta).all()
+
+    def test_zero_has_one_sign(self):
+        rule = Random(0.1, spread=0.5)
+        beta = [rule(see([0.0], x=torch.tensor([[zero, 1.0, 2.0]]))).beta.item() for zero in (0.0, -0.0)]
+        assert beta[0] == beta[1]
+
+    def test_no_spread_is_a_constant(self):
+        assert torch.equal(Random(0.5, spread=0)(see()).beta, torch.full((4,), 0.5))
+
+    def test_refuses_features(self):
+        with pytest.raises(ValueError, match="x: came"):
+            Random(0.5, spread=1)(see(x=torch.full((4, 3), math.nan)))
+
+
+class TestLookup:
+    def test_finds_each_prompt(self):
+        x, beta = features(6), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+        order = torch.tensor([5, 2, 2, 0])
+        rule = Lookup(x, beta)
+        assert torch.equal(rule(see(x=x[order])).beta, beta[order])
+        again = Lookup(x, torch.ones(6))
+        again.load_state_dict(rule.state_dict())
+        assert torch.equal(again(see(x=x[order])).beta, beta[order]) and repr(again) == repr(rule)
+
+    def test_refuses(self):
+        x = features(4)
+        with pytest.raises(ValueError, match=r"x: rows \[1, 3\] are not in the table of 4 prompts"):
+            Lookup(x, torch.ones(4))(see(x=torch.stack([x[0], x[0] + 1, x[2], x[3] * 2])))
+        with pytest.raises(ValueError, match="beta: rows 0 and 2 are one prompt with two betas"):
+            Lookup(x[[0, 1, 0]], torch.tensor([1.0, 1.0, 1.1]))
+        with pytest.raises(ValueError, match=r"beta: not positive in rows \[1\]"):
+            Lookup(x[:2], torch.tensor([1.0, 0.0]))
+        with pytest.raises(ValueError, match=r"beta: came shape \(3,\)"):
+            Lookup(x, torch.ones(3))
+        with pytest.raises(ValueError, match="task: came '3 entries', expected 4"):
+            Lookup.shuffled(x, torch.ones(4), ["math"] * 3, within_task=True, seed=0)
+
+    @pytest.mark.parametrize("within_task", [True, False])
+    def test_shuffled_keeps_the_distribution_and_drops_the_meaning(self, within_task):
+        n = 60
+        x = features(n).repeat(2, 1)  # every prompt has two pairs
+        task = ["math" if i % 3 else "code" for i in range(n)] * 2
+        beta = torch.arange(1.0, n + 1).repeat(2)
+        rule = Lookup.shuffled(x, beta, task, within_task=within_task, seed=0)
+        dealt = rule(see([0.0] * 2 * n, x=x, task=task)).beta
+        assert torch.equal(dealt[:n], dealt[n:])  # one beta a prompt
+        assert torch.equal(dealt[:n].sort().values, beta[:n])
+        assert (dealt == beta).float().mean() < 0.2
+        code = [i for i in range(n) if i % 3 == 0]
+        assert (sorted(dealt[code].tolist()) == sorted(beta[code].tolist())) == within_task
+        again = Lookup.shuffled(x, beta, task, within_task=within_task, seed=0)
+        other = Lookup.shuffled(x, beta, task, within_task=within_task, seed=1)
+        assert repr(again) == repr(rule) != repr(other)
+
+
+@pytest.fixture(scope="module")
+def two_sets(make_model):
+    """The same prompts with other answers, as rules see them."""
+    policy, reference = make_model(), make_model(seed=1)
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 10], [11]]
+
+    @torch.no_grad()
+    def seen(shift):
+        answers = [[[12 + i + shift, 2], [20 + i, 5 + shift, 2]] for i in range(4)]
+        own, other = (
+            score_answers(m, prompts, answers, pad_id=0, entropy=True, features=True) for m in (policy, reference)
+        )
+        ratios = own.logps - other.logps
+        return Seen(
+            h=ratios[:, 0] - ratios[:, 1],
+            x=other.features,
+            task=TASKS,
+            ref_entropy=other.first_entropies,
+            answer_entropy=(other.entropy_sums / other.lengths).mean(1) / math.log(30),
+            direction=perturbed_directions(policy, reference, prompts, answers, epsilon=0.01, pad_id=0),
+        )
+
+    return seen(0), seen(3)
+
+
+class TestWhoSeesTheAnswers:
+    """Z(x) cancels only where beta is a function of the prompt: other answers to the same prompts, the same beta."""
+
+    def test_functions_of_the_prompt_do_not(self, two_sets):
+        network = BetaNetwork(32, beta0=0.1, hidden=(4,))
+        torch.nn.init.normal_(network.layers[-1].weight, generator=torch.Generator().manual_seed(0))
+        for make in (
+            lambda: FromPrompt(network),
+            lambda: Random(0.1, spread=1),
+            lambda: Lookup(two_sets[0].x, torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        ):
+            one, other = (make()(seen).beta for seen in two_sets)
+            assert torch.equal(one, other) and one.unique().numel() == 4
+
+    @pytest.mark.parametrize("name", ["BetaDPO", "EpsilonDPO", "MallowsPO"])
+    def test_published_rules_do(self, two_sets, name):
+        one, other = (PUBLISHED[name]()(seen).beta for seen in two_sets)
+        assert not torch.equal(one, other)
