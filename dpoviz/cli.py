@@ -1,4 +1,4 @@
-"""The command line: `dpoviz demo`, `train`, `reference`, `report`, `sample`."""
+"""The command line: `dpoviz demo`, `train`, `reference`, `report`, `compare`, `sample`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dpoviz.demo import FORMS, Demo, DemoConfig, own_progress_only, run_demo
+from dpoviz.compare import BASELINE, CompareConfig, compare, job_table
+from dpoviz.demo import Demo, DemoConfig, own_progress_only, run_demo
 from dpoviz.entropy import summarize_estimators
 from dpoviz.forecast import forecast
+from dpoviz.losses import FORMS
+from dpoviz.methods import METHODS
 from dpoviz.models import load_lm
 from dpoviz.onpolicy import sample_pairs, write_pairs
 from dpoviz.plots import plot_entropy_estimators
-from dpoviz.real import FIXED, RULES, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
+from dpoviz.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
 from dpoviz.reference import default_cache_dir
 from dpoviz.report import reading, reading_of_accuracy
 from dpoviz.results import accuracy_as_text, as_text, claim, entropy_as_text, report, require_unclaimed, write
+from dpoviz.results_compare import effects_as_text, reading_of_effects, write_comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("folder", type=Path, help="what --out was")
     again.set_defaults(run=_report)
 
+    versus = commands.add_parser(
+        "compare",
+        help="every rule for beta against one constant, in the small world, where the true reward is known",
+        description="Train the small world's policies with every rule, over seeds and levels of label noise, and "
+        "compare reward at equal KL. Each run leaves a file; a comparison that was killed goes on when the same "
+        "command is given again, and a cluster can run the rows of jobs.csv one by one.",
+    )
+    versus.add_argument("--out", type=Path, default=Path("dpoviz-compare"), help="where to (default: %(default)s)")
+    versus.add_argument("--fast", action="store_true", help="a tiny version, for a first look: its numbers say nothing")
+    versus.add_argument("--contenders", nargs="+", metavar="NAME", help="some of them; the constant always takes part")
+    versus.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    versus.add_argument("--only", type=int, metavar="ROW", help="run this row of jobs.csv and no other")
+    versus.set_defaults(run=_compare)
+
     sample = command(
         "sample",
         _sample,
@@ -138,8 +156,10 @@ def _model_and_data(parser: argparse.ArgumentParser) -> None:
 def _training(parser: argparse.ArgumentParser) -> None:
     default = RealConfig(data=("-",))
     parser.add_argument(
-        "--rule", choices=list(RULES), default=default.rule, help="what gives beta (default: %(default)s)"
+        "--rule", choices=list(METHODS), default=default.rule, help="what gives beta (default: %(default)s)"
     )
+    settings = ", ".join(f"{name}: {m.strength}, {m.default:g}" for name, m in METHODS.items() if m.strength)
+    parser.add_argument("--strength", type=float, help=f"of the rule ({settings})")
     _numbers(
         parser,
         default,
@@ -260,7 +280,7 @@ def _say_entropy(prepared: Prepared) -> None:
 def _train(given: argparse.Namespace) -> None:
     config, out = _config(given), given.out
     loaded = _loaded(config, out, "train")
-    _forecast(config, loaded, runs=len(RULES[config.rule].forms) + 1)
+    _forecast(config, loaded, runs=len(METHODS[config.rule].forms) + 1)
     prepared = score(config, loaded, cache_dir=default_cache_dir())
     write_run(run_real(config, prepared, out=out), prepared, config, out)
     found = report(out)
@@ -292,6 +312,29 @@ def write_run(run: RealRun, prepared: Prepared, config: RealConfig, out: Path) -
 def _report(given: argparse.Namespace) -> None:
     report(given.folder)
     _say_where(given.folder)
+
+
+def _compare(given: argparse.Namespace) -> None:
+    settings = {}
+    if given.contenders:
+        settings["contenders"] = tuple(dict.fromkeys([BASELINE, *given.contenders]))
+    config = CompareConfig.fast(**settings) if given.fast else CompareConfig(**settings)
+    if given.workers is not None and given.workers < 1:
+        raise ValueError(f"--workers: came {given.workers}, expected at least 1")
+    out = given.out
+    claim(out, {"command": "compare", **asdict(config)})
+    job_table(config).to_csv(out / "jobs.csv")
+    compare(config, out, cache_dir=default_cache_dir(), only=given.only, workers=given.workers)
+    if given.only is not None:
+        print(f"row {given.only} is done; without --only, all rows are gathered")
+        return
+    found = write_comparison(config, out)
+    print(f"\nreward above the constants' at the same KL, mean over noise and tasks, {config.seeds} seeds\n")
+    print(f"{effects_as_text(found)}\n")
+    for line in reading_of_effects(found):
+        print(f"  {line}")
+    beside = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
+    print(f"\nin {out}: {', '.join(beside)}")
 
 
 def _sample(given: argparse.Namespace) -> None:
