@@ -1,4 +1,4 @@
-"""The command line: `dpoviz demo`, `train`, `reference`, `report`, `compare`, `sample`."""
+"""The command line: `dpoviz demo`, `train`, `reference`, `report`, `compare`, `sample`, `bench`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from dpoviz.bench import bench
 from dpoviz.compare import BASELINE, CompareConfig, compare, job_table
 from dpoviz.demo import Demo, DemoConfig, own_progress_only, run_demo
 from dpoviz.entropy import summarize_estimators
@@ -117,6 +118,18 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--samples", type=int, default=8, help="answers a prompt (default: %(default)s)")
     sample.add_argument("--max-new-tokens", type=int, default=128, help="limit of an answer (default: %(default)s)")
     sample.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
+    timing = command(
+        "bench",
+        _bench,
+        "time a training step, the reference's pass and sampling, a peer and us side by side",
+        "Time TRL's DPOTrainer (where it is installed), the plain concatenated step and ours on the same pairs of each "
+        "task, in turn; the reference's pass against the bare forward; sampling with entropies against generate; and "
+        "how the rest grows with pairs and vocabulary.",
+        "dpoviz-bench",
+    )
+    _model_and_data(timing)
+    timing.add_argument("--batch-size", type=int, default=4, metavar="N", help="pairs in a step (default: %(default)s)")
+    timing.add_argument("--repeats", type=int, default=5, metavar="N", help="timed turns (default: %(default)s)")
     return parser
 
 
@@ -351,6 +364,30 @@ def _sample(given: argparse.Namespace) -> None:
     )
     write_pairs(records, given.out)
     print(f"\n{made.to_string(index=False)}\n\n{len(records)} pairs: {given.out}")
+
+
+def _bench(given: argparse.Namespace) -> None:
+    if given.repeats < 1 or given.batch_size < 1:
+        raise ValueError(f"--repeats, --batch-size: came {given.repeats}, {given.batch_size}, expected at least 1")
+    config = replace(_config(given), lora_rank=0)
+    loaded = load(config)
+    few = [task for task, n in Counter(loaded.train["task"]).items() if n < given.batch_size]
+    if few:
+        raise ValueError(f"--data: fewer than {given.batch_size} pairs to train on of {few}")
+    prepared = score(config, loaded, cache_dir=default_cache_dir())
+    found = bench(
+        prepared.model,
+        prepared.tokenizer,
+        prepared.train,
+        batch_size=given.batch_size,
+        repeats=given.repeats,
+        max_length=given.max_length,
+    )
+    given.out.mkdir(parents=True, exist_ok=True)
+    for name, table in found.items():
+        table.to_csv(given.out / f"{name}.csv", index=False)
+        print(f"\n{name}\n{table.round(3).to_string(index=False)}")
+    print(f"\nas tables: {given.out}")
 
 
 def _say_where(out: Path) -> None:

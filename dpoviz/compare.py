@@ -104,7 +104,7 @@ class CompareConfig:
         scales: scales s0 of the methods that are swept over it; the others start at the first of them.
         seeds: worlds and runs, numbered from 0.
         noise: shares of the training pairs whose label is turned round; a larger share turns the same and more.
-        learning_rates: of the policy; each method uses its best.
+        learning_rates: of the policy; each method uses its best, the constants run at all of them.
         tuning_seeds: worlds of their own, numbered from 1000, on which the best is found.
         tuning_noise: the share at which it is found, and at which the controls run; one of `noise`.
         stage1_steps: steps with a fixed beta, where beta learns; the rule's own steps otherwise.
@@ -176,7 +176,7 @@ class Job(NamedTuple):
         phase: "reference", "tuning" or "main".
         contender: a name of `CONTENDERS`, or "reference".
         value: of what is swept.
-        learning_rate: of a tuning run; 0 in the others.
+        learning_rate: of a tuning run and of the constants, which run at all of them; 0 is the method's best.
         noise: share of labels turned round.
         seed: of the world and of the run.
     """
@@ -212,12 +212,11 @@ def jobs(config: CompareConfig) -> list[Job]:
     for seed in range(config.seeds):
         rows.append(Job("reference", "reference", 0.0, 0.0, 0.0, seed))
         for noise in config.noise:
-            rows += [
-                Job("main", name, v, 0.0, noise, seed)
-                for name in sorted(config.contenders, key=lambda name: bool(CONTENDERS[name].control))
-                if noise == config.tuning_noise or not CONTENDERS[name].control
-                for v in config.values(name)
-            ]
+            for name in sorted(config.contenders, key=lambda name: bool(CONTENDERS[name].control)):
+                if CONTENDERS[name].control and noise != config.tuning_noise:
+                    continue
+                rates = config.learning_rates if name == BASELINE else (0.0,)
+                rows += [Job("main", name, v, rate, noise, seed) for rate in rates for v in config.values(name)]
     return rows
 
 
@@ -304,8 +303,10 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
 
 
 def best_rates(config: CompareConfig, out: Path) -> dict[str, float]:
-    """The learning rate of each contender: the constants' curve that is highest on average over KL budgets of 0.5 to 4
-    nats; then, of each method, the rate at which the run of its last value lies highest above that curve.
+    """The learning rate of each contender, found on the worlds for tuning.
+
+    Of the constants it is the rate whose curve is highest on average over KL budgets of 0.5 to 4 nats; of each
+    method the rate at which the run of its last value lies highest above that curve.
 
     Raises:
         ValueError: a tuning job that has not been run.
@@ -575,15 +576,16 @@ def gather_betas(config: CompareConfig, out: Path, *, noise: float, seed: int) -
 
 
 def gather_reliability(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """Of all main runs, pooled over seeds: contender, value, noise, bin, n, predicted, truth."""
+    """Of all main runs, pooled over seeds: contender, value, learning_rate, noise, bin, n, predicted, truth."""
     parts = []
     for job in jobs(config):
         file = out / "runs" / f"{job.name}.json"
         if job.phase == "main" and file.is_file():
-            bins = pd.DataFrame(json.loads(file.read_text())["reliability"])
-            parts.append(bins.assign(contender=job.contender, value=job.value, noise=job.noise))
+            found = json.loads(file.read_text())
+            place = {name: found[name] for name in ("contender", "value", "learning_rate", "noise")}
+            parts.append(pd.DataFrame(found["reliability"]).assign(**place))
     table = pd.concat(parts, ignore_index=True)
-    keys = ["contender", "value", "noise", "bin"]
+    keys = ["contender", "value", "learning_rate", "noise", "bin"]
     for name in ("predicted", "truth"):
         table[name] *= table["n"]
     sums = table.groupby(keys, sort=False)[["n", "predicted", "truth"]].sum()
@@ -594,7 +596,7 @@ def gather_reliability(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Each contender against the constants of the same world, seed by seed.
+    """Each contender against the constants of the same world at the same learning rate, seed by seed.
 
     Args:
         table: what `gather` returned.
@@ -603,10 +605,10 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
         A row per contender, noise, seed and task ("all" among them):
         above: mean over its runs of their reward minus the constants' at the same KL;
         area: the mean difference of the two curves over the KL that both reach;
-        best/<budget>, best_difference/<budget>: the highest reward at a KL of at most so many nats, and that minus the
-        constants';
         mean_scale/reward, mean_scale/kl: mean over its runs of reward and KL minus those of a constant with the run's
-        own mean scale (over all held-out pairs; between the constants that were run, on the log of the scale).
+        own mean scale (over all held-out pairs; between the constants that were run, on the log of the scale);
+        best/<budget>, best_difference/<budget>: the highest reward at a KL of at most so many nats, and that minus
+        the constants', which here have the runs at all learning rates.
     """
     main = table[table["phase"] == "main"]
     starts = table[(table["phase"] == "reference") & (table["seed"] < 1000)].set_index("seed")
@@ -614,20 +616,24 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (contender, noise, seed), rows in groups.items():
         rivals = groups[BASELINE, noise, seed].sort_values("s/all")
+        alike = rivals[rivals["learning_rate"].isin(rows["learning_rate"])]
         for task in (*tasks.TASKS, "all"):
-            own, constant = (
-                Curve(some[f"kl/{task}"], some[f"reward/{task}"], start=starts.loc[seed, f"reward/{task}"])
-                for some in (rows, rivals)
-            )
+
+            def curve(some: pd.DataFrame, task: str = task, seed: int = seed) -> Curve:
+                return Curve(some[f"kl/{task}"], some[f"reward/{task}"], start=starts.loc[seed, f"reward/{task}"])
+
+            own, whole = curve(rows), curve(rivals)
             row = {"contender": contender, "noise": noise, "seed": seed, "task": task}
-            row["above"] = float(np.mean(own.reward[1:] - constant.at(own.kl[1:])))
-            row["area"] = own.mean_difference(constant)
+            if contender != BASELINE:
+                constant = curve(alike)
+                row["above"] = float(np.mean(own.reward[1:] - constant.at(own.kl[1:])))
+                row["area"] = own.mean_difference(constant)
+                for name in ("reward", "kl"):
+                    same = np.interp(np.log(rows["s/all"]), np.log(alike["s/all"]), alike[f"{name}/{task}"])
+                    row[f"mean_scale/{name}"] = float((rows[f"{name}/{task}"] - same).mean())
             for budget in BUDGETS:
                 row[f"best/{budget:g}"] = own.best(budget)
-                row[f"best_difference/{budget:g}"] = own.best(budget) - constant.best(budget)
-            for name in ("reward", "kl"):
-                alike = np.interp(np.log(rows["s/all"]), np.log(rivals["s/all"]), rivals[f"{name}/{task}"])
-                row[f"mean_scale/{name}"] = float((rows[f"{name}/{task}"] - alike).mean())
+                row[f"best_difference/{budget:g}"] = own.best(budget) - whole.best(budget)
             found.append(row)
     return pd.DataFrame(found)
 

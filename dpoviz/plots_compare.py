@@ -26,6 +26,7 @@ CONTROLS: Sequence[str] = tuple(
 
 _COLORS = ("#0A52C8", "#C4105C", "#B5880F", "#2E8B57", "#9A53C5", "#17808F", "#7A1A0C")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _INK, _GREY = "#222222", "#5A5A5A"
 _TASKS = (*TASK_COLORS, "all")
 
@@ -43,8 +44,8 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 def figure_frontier(table: pd.DataFrame, *, noise: float) -> Figure:
     """Reward gained over the reference against KL, a column per task, a row per group of contenders.
 
-    The constants are the line, with the band of one standard error over seeds; a contender's points are the values of
-    what is swept of it, with one standard error both ways.
+    The constants are the lines, one for each learning rate, with the band of one standard error over seeds; a
+    contender's points are the values of what is swept of it, with one standard error both ways.
 
     Args:
         table: what `compare.gather` returned.
@@ -88,18 +89,23 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
     ax = _axes(ax)
     ax.axhline(0, color=_GREY, linewidth=0.7, linestyle=(0, (1, 2)), label="_reference")
 
-    def points(name: str) -> pd.DataFrame:
-        own = rows[rows["contender"] == name].groupby("value")[[f"kl/{task}", f"gain/{task}"]]
+    def points(some: pd.DataFrame) -> pd.DataFrame:
+        own = some.groupby("value")[[f"kl/{task}", f"gain/{task}"]]
         found = own.mean().join(own.sem().fillna(0.0).add_suffix("_se"))
         found.columns = ["kl", "gain", "kl_se", "gain_se"]
         return found.sort_values("kl")
 
-    constant = points("constant")
-    line = np.vstack([[0, 0, 0, 0], constant.to_numpy()])
-    ax.plot(line[:, 0], line[:, 1], color=_INK, linewidth=1.5, marker=".", label="constant")
-    ax.fill_between(line[:, 0], line[:, 1] - line[:, 3], line[:, 1] + line[:, 3], color=_INK, alpha=0.12, linewidth=0)
+    constants = rows[rows["contender"] == "constant"]
+    rates = sorted(constants["learning_rate"].unique())
+    for rate, dashes in zip(rates, _DASHES, strict=False):
+        line = np.vstack([[0, 0, 0, 0], points(constants[constants["learning_rate"] == rate]).to_numpy()])
+        label = "constant" if len(rates) == 1 else f"constant, rate {rate:g}"
+        ax.plot(line[:, 0], line[:, 1], color=_INK, linewidth=1.3, linestyle=dashes, marker=".", label=label)
+        ax.fill_between(
+            line[:, 0], line[:, 1] - line[:, 3], line[:, 1] + line[:, 3], color=_INK, alpha=0.1, linewidth=0
+        )
     for i, name in enumerate(names):
-        own = points(name)
+        own = points(rows[rows["contender"] == name])
         ax.errorbar(
             own["kl"], own["gain"], xerr=own["kl_se"], yerr=own["gain_se"], color=_COLORS[i], marker=_MARKERS[i],
             markersize=5, markeredgecolor="white", markeredgewidth=0.6, linestyle="", elinewidth=0.9, label=name,
@@ -152,7 +158,7 @@ def _group(name: str) -> str:
 
 
 def figure_parts(table: pd.DataFrame, *, noise: float) -> Figure:
-    """What the margin is made of, by task: h, the scale s, s·h and the KL, each contender's middle run.
+    """What the margin is made of, by task: h, the scale s, s·h and the KL, each contender at its first value.
 
     Args:
         table: what `compare.gather` returned.
@@ -169,9 +175,7 @@ def figure_parts(table: pd.DataFrame, *, noise: float) -> Figure:
     for (name, title), ax in zip(titles.items(), axes, strict=True):
         _axes(ax)
         for i, contender in enumerate(names):
-            own = rows[rows["contender"] == contender]
-            values = sorted(own["value"].unique())
-            own = own[own["value"] == values[len(values) // 2]]
+            own = first_value(rows, contender)
             for task, color in TASK_COLORS.items():
                 of_seeds = own[f"{name}/{task}"]
                 ax.errorbar(of_seeds.mean(), -i, xerr=of_seeds.sem() if len(of_seeds) > 1 else 0, color=color,
@@ -185,6 +189,20 @@ def figure_parts(table: pd.DataFrame, *, noise: float) -> Figure:
             _plain_ticks(ax.xaxis)
     _legend_above(axes[0], ncols=3)
     return figure
+
+
+def first_value(rows: pd.DataFrame, contender: str) -> pd.DataFrame:
+    """The rows of a contender at the first of its values; of the constant, at the value and the learning rate that most
+    of the others have there, so that they can be compared."""
+    own = rows[rows["contender"] == contender]
+    if contender != "constant":
+        return own[own["value"] == own["value"].min()]
+    others = rows[rows["contender"] != "constant"]
+    others = others[others["value"] == others.groupby("contender")["value"].transform("min")]
+    for name in ("value", "learning_rate"):
+        known = [v for v in others[name].value_counts().index if v in set(own[name])] or [own[name].min()]
+        own = own[own[name] == known[0]]
+    return own
 
 
 def figure_betas(betas: pd.DataFrame) -> Figure:
@@ -227,16 +245,14 @@ def figure_reliability(bins: pd.DataFrame, names: Sequence[str], *, noise: float
 
     Args:
         bins: what `compare.gather_reliability` returned.
-        names: contenders, the middle value of each.
+        names: contenders, each at its first value.
         noise: the level of label noise that is shown.
     """
     _require(bins, ["contender", "value", "noise", "bin", "n", "predicted", "truth"], "bins")
     figure = Figure(figsize=(2.5 * len(names) + 0.6, 3.1), layout="constrained")
     for name, ax in zip(names, figure.subplots(1, len(names), sharey=True, squeeze=False)[0], strict=True):
         _axes(ax)
-        own = bins[(bins["contender"] == name) & (bins["noise"] == noise)]
-        values = sorted(own["value"].unique())
-        own = own[own["value"] == values[len(values) // 2]].sort_values("predicted")
+        own = first_value(bins[bins["noise"] == noise], name).sort_values("predicted")
         ax.plot([0, 1], [0, 1], color=_GREY, linewidth=0.8, linestyle=(0, (3, 3)))
         ax.plot(own["predicted"], own["truth"], color=_INK, linewidth=1)
         ax.scatter(own["predicted"], own["truth"], s=120 * own["n"] / own["n"].max() + 6, color=_INK, linewidths=0)

@@ -69,7 +69,7 @@ class TestJobs:
         for name, rows in main.groupby("contender"):
             assert set(rows["seed"]) == set(range(8))
             assert set(rows["noise"]) == ({0.15} if CONTENDERS[name].control else {0.0, 0.15, 0.3})
-        assert len(main[main["contender"] == "constant"]) == 6 * 3 * 8
+        assert len(main[main["contender"] == "constant"]) == 6 * 3 * 3 * 8  # values, rates, noise, seeds
         assert {CONTENDERS[name].method for name in CONTENDERS} <= set(METHODS)
         # each method at its published default or at scales of the constants
         assert set(main[main["contender"] == "network inverse"]["value"]) <= set(config.constants)
@@ -265,7 +265,12 @@ def table_by_hand(gaps, *, noises=(0.0, 0.3), seeds=5):
                     numbers = {f"kl/{t}": kl for t in (*TASKS, "all")}
                     numbers |= {f"reward/{t}": 0.2 + seed / 100 + 0.1 * kl + gap for t in (*TASKS, "all")}
                     numbers["s/all"] = 1 / kl  # the constants': 1, 1/2, 1/4
-                    rows.append({"phase": "main", "contender": name, "noise": noise, "seed": seed, **numbers})
+                    place = {"phase": "main", "contender": name, "noise": noise, "seed": seed, "learning_rate": 1.0}
+                    rows.append({**place, **numbers})
+                    if name == "constant":  # at another rate they earn more at a KL of 4, and count for budgets alone
+                        more = {f"reward/{t}": numbers[f"reward/{t}"] + (0.05 if kl == 4.0 else -0.3) for t in
+                                (*TASKS, "all")}  # fmt: skip
+                        rows.append({**place, **numbers, **more, "learning_rate": 2.0})
     return pd.DataFrame(rows)
 
 
@@ -283,7 +288,7 @@ class TestWhatItSays:
         assert row["best/0.5"] == pytest.approx(0.24 + (0.15 + 0.08) / 3)
         assert row["best/2"] == pytest.approx(0.24 + 0.2 + 0.08)
         assert row["best_difference/2"] == pytest.approx(0.08)
-        assert row["best_difference/4"] == pytest.approx(0.3 + 0.08 - 0.4)
+        assert row["best_difference/4"] == pytest.approx(0.3 + 0.08 - 0.45)
         assert found.xs("other", level="contender")["above"].abs().max() < 1e-12
         # at s = 2/3, between the constants of 1 and 1/2, by the log; at 1/3 between 1/2 and 1/4
         kl = np.mean([1 + math.log(1.5, 2) - 1.5, 2 + 2 * math.log(1.5, 2) - 3])

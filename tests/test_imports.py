@@ -41,6 +41,7 @@ ALLOWED = {
     "forecast": {"logprobs"},
     "results": {"entropy", "plots", "report", "table"},
     "real": None,
+    "bench": None,
     "compare": None,
     "results_compare": {"compare", "plots_compare"},
     "demo": None,

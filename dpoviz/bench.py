@@ -1,0 +1,487 @@
+"""A peer and us side by side: the same model, pairs and order, in turn; medians with their range."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.beta import BetaNetwork
+from dpoviz.data import load_pairs, tokenize_pairs
+from dpoviz.logprobs import by_length, prefix_batch, sampling, score_answers
+from dpoviz.losses import dpo_loss, total_loss
+from dpoviz.train import TrainConfig, calibrate_alpha
+
+PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
+"""Who takes a training step."""
+
+
+def bench_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    max_length: int,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """A DPO training step on the pairs of each task: forward, backward, clipping and AdamW on all weights.
+
+    All take the same pairs in the same order and start from the same weights; the learning rate is 0, so that they
+    stay there, and the losses of the first three must agree.
+
+    Args:
+        model: a causal language model in float32 or bfloat16, on its device.
+        tokenizer: its tokenizer.
+        scored: what `reference_pass` returned.
+        batch_size: pairs in a step, the first ones of each task.
+        repeats: timed steps of each, in turn, after one that is not timed.
+        max_length: what TRL is told to cut at; no pair is longer.
+        progress: show a bar.
+
+    Returns:
+        A row per task and contestant: task, who, pairs, tokens (that ours computes), seconds (median), low, high,
+        pairs_per_second, ratio (median over the turns of TRL's seconds over its own; NaN without TRL), memory (peak
+        over what was held before, MiB), loss.
+
+    Raises:
+        FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
+            same work.
+    """
+    rows = []
+    tasks = sorted(set(scored["task"]))
+    with tqdm(total=len(tasks) * (repeats + 1), desc="training steps", unit="turn", disable=not progress) as bar:
+        for task in tasks:
+            pairs = scored.filter(lambda row, task=task: row["task"] == task).select(range(batch_size))
+            steps = _contestants(model, tokenizer, pairs, max_length)
+            taken: dict[str, list[tuple[float, float]]] = {who: [] for who in steps}
+            losses = {}
+            for turn in range(repeats + 1):
+                for who, step in steps.items():
+                    with _memory(model.device) as peak:
+                        began = time.perf_counter()
+                        losses[who] = step()
+                        _wait(model.device)
+                        seconds = time.perf_counter() - began
+                    if turn:
+                        taken[who].append((seconds, peak()))
+                bar.update()
+            tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
+            same = {who: loss for who, loss in losses.items() if who != LEARNED}
+            if max(same.values()) - min(same.values()) > tolerance:
+                raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
+            tokens = sum(
+                len(p) + len(c) + len(r) - 2
+                for p, c, r in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+            )
+            for who, measured in taken.items():
+                seconds = [s for s, _ in measured]
+                ratios = [a / b for (a, _), (b, _) in zip(taken.get(PEER, []), measured, strict=False)]
+                rows.append(
+                    {
+                        "task": task,
+                        "who": who,
+                        "pairs": batch_size,
+                        "tokens": tokens,
+                        "seconds": statistics.median(seconds),
+                        "low": min(seconds),
+                        "high": max(seconds),
+                        "pairs_per_second": batch_size / statistics.median(seconds),
+                        "ratio": statistics.median(ratios) if ratios else float("nan"),
+                        "memory": max(m for _, m in measured),
+                        "loss": losses[who],
+                    }
+                )
+            del steps
+            gc.collect()
+    return pd.DataFrame(rows)
+
+
+def _contestants(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+) -> dict[str, Callable[[], float]]:
+    rows = pairs[:]
+    prompts, device = rows["prompt_ids"], model.device
+    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+
+    def column(name: str) -> Tensor:
+        return torch.tensor(rows[name], dtype=torch.float32, device=device)
+
+    ref, x, entropy = [column("ref_chosen_logps"), column("ref_rejected_logps")], column("ref_features"), column(
+        "ref_entropy"
+    )  # fmt: skip
+    config = TrainConfig.around(0.1, "standard")
+    alpha = calibrate_alpha(rows["ref_entropy"], config.beta0)
+    network = BetaNetwork(x.shape[1], beta0=config.beta0).to(device)
+    network.calibrate(x) if len(x) > 1 else None
+
+    def scored(shared: bool) -> Sequence[Tensor]:
+        return score_answers(model, prompts, answers, pad_id=tokenizer.pad_token_id, shared_prefix=shared).logps.unbind(
+            dim=1
+        )
+
+    def fixed(shared: bool) -> Callable[[], Tensor]:
+        return lambda: dpo_loss(*scored(shared), *ref, torch.full_like(ref[0], 0.1), form="standard").losses.mean()
+
+    def learned() -> Tensor:
+        network.train()
+        return total_loss(
+            *scored(True), *ref, network(x), form="standard", beta_min=config.beta_min, beta_max=config.beta_max,
+            ref_entropy=entropy, alpha=alpha, lambda_range=config.lambda_range,
+            lambda_smoothness=config.lambda_smoothness, lambda_consistency=0.0, lambda_entropy=config.lambda_entropy,
+            beta_fn=network, x=x, task=rows["task"],
+        ).total  # fmt: skip
+
+    def stepping(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], float]:
+        optimizers = [torch.optim.AdamW(module.parameters(), lr=0.0) for module in modules]
+
+        def step() -> float:
+            model.train()
+            value = loss()
+            value.backward()
+            for module, optimizer in zip(modules, optimizers, strict=True):
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            return float(value)
+
+        return step
+
+    peer = _trl(model, tokenizer, pairs, max_length)
+    return ({PEER: peer} if peer else {}) | {
+        PLAIN: stepping(fixed(False), model),
+        OURS: stepping(fixed(True), model),
+        LEARNED: stepping(learned, model, network),
+    }
+
+
+def _trl(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+) -> Callable[[], float] | None:
+    """A step of TRL's trainer, the reference's log-probabilities precomputed; None where TRL is not installed."""
+    try:
+        import trl
+    except ImportError:
+        return None
+    from dpoviz.trl import trl_dataset
+
+    settings = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), learning_rate=0.0, weight_decay=0.0,
+        beta=0.1, max_length=max_length, precompute_ref_log_probs=True, gradient_checkpointing=False,
+        bf16=model.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, dataloader_num_workers=0,
+        use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
+    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"])
+    trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what trainer.train() would set
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def step() -> float:
+        loss = trainer.training_step(model, batch)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+@torch.no_grad()
+def bench_reference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, batch_size: int, repeats: int
+) -> pd.DataFrame:
+    """Log-probabilities, entropies and prompt features, against the bare forward of the same tokens.
+
+    The bare forward is the model's layers over the same shared-prefix rows, and its head where an answer is predicted.
+
+    Returns:
+        Two rows: who, seconds (median over all pairs), low, high, tokens_per_second, ratio (seconds over the bare
+        forward's, median over the turns), memory (MiB).
+    """
+    rows = pairs[:]
+    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+    length = [len(p) + len(a) + len(b) for p, (a, b) in zip(rows["prompt_ids"], answers, strict=True)]
+    batches = by_length(length, batch_size)
+    pad = tokenizer.pad_token_id
+
+    def bare() -> None:
+        for some in batches:
+            batch = prefix_batch([rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad)
+            batch = batch.to(model.device)
+            hidden = model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask(model.dtype),
+                position_ids=batch.position_ids, use_cache=False,
+            ).last_hidden_state  # fmt: skip
+            states = hidden.flatten(0, 1)[batch.predictors]
+            for part in states.split(512):
+                model.get_output_embeddings()(part)
+
+    def ours() -> None:
+        for some in batches:
+            score_answers(model, [rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad_id=pad,
+                          entropy=True, features=True, shared_prefix=True)  # fmt: skip
+
+    model.eval()
+    found = _in_turn({"bare forward": bare, "reference pass": ours}, repeats, model.device)
+    return _rows(found, "bare forward", sum(length) - 2 * len(length), "tokens_per_second")
+
+
+def bench_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
+    new_tokens: int, repeats: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Entropies from sampled answers, against `generate` alone, which gives no entropies.
+
+    No answer ends before `new_tokens`, so that both make as many.
+
+    Returns:
+        Two rows: who, seconds, low, high, tokens_per_second (of the answers), ratio (seconds over `generate`'s),
+        memory (MiB).
+    """
+    pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                              num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
+
+    @torch.no_grad()
+    def peer() -> None:
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+    @torch.no_grad()
+    def ours() -> None:
+        with sampling(model, prompts, samples, max_new_tokens=new_tokens, eos_id=never, pad_id=pad, seed=0) as sampler:
+            answers = sampler.draw(prompts)
+            score_answers(model, prompts, answers, pad_id=pad, entropy=True)
+
+    model.eval()
+    found = _in_turn({"generate alone": peer, "answers and entropies": ours}, repeats, model.device)
+    return _rows(found, "generate alone", len(prompts) * samples * new_tokens, "tokens_per_second")
+
+
+def bench_growth(counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0) -> pd.DataFrame:
+    """Time and memory a pair of everything but the model: reading, checking, and cutting into tokens.
+
+    Returns:
+        A row per number of pairs: pairs, microseconds_per_pair, memory (MiB over what was held before).
+    """
+    import json
+    import random
+
+    from dpoviz.models import tiny_tokenizer
+
+    draw = random.Random(seed)
+    words = [f"word{i}" for i in range(300)]
+
+    def text(n: int) -> str:
+        return " ".join(draw.choices(words, k=n))
+
+    tokenizer = tiny_tokenizer([text(200) for _ in range(20)])
+    rows = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pairs.jsonl"
+            with path.open("w") as file:
+                for i in range(count):
+                    row = {"prompt": f"{i} {text(20)}", "chosen": text(30), "rejected": text(25), "task": "math"}
+                    file.write(json.dumps(row) + "\n")
+            with _memory(torch.device("cpu")) as peak:
+                began = time.perf_counter()
+                tokenize_pairs(load_pairs(path), tokenizer, 4096)
+                seconds = time.perf_counter() - began
+            rows.append({"pairs": count, "microseconds_per_pair": 1e6 * seconds / count, "memory": peak()})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def bench_vocabulary(sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed: int = 0) -> pd.DataFrame:
+    """Peak memory of a reference pass beyond the weights, as the vocabulary grows: 16 prompts of two answers.
+
+    Returns:
+        A row per size: vocabulary, tokens, all_logits (MiB that they would take at once), memory (MiB).
+    """
+    rows = []
+    for size in sizes:
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                             num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+        prompts = torch.randint(size, (16, 60)).tolist()
+        answers = torch.randint(size, (16, 2, 100)).tolist()
+        score_answers(model, prompts[:1], answers[:1], pad_id=0)  # the trial of shared prefixes is no part of it
+        with _memory(torch.device("cpu")) as peak:
+            score_answers(model, prompts, answers, pad_id=0, entropy=True, features=True)
+        tokens = 16 * 2 * 100
+        rows.append({"vocabulary": size, "tokens": tokens, "all_logits": tokens * size * 4 / 2**20, "memory": peak()})
+        del model
+        gc.collect()
+    return pd.DataFrame(rows)
+
+
+def bench(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    max_length: int,
+    samples: int = 4,
+    new_tokens: int = 32,
+    progress: bool = True,
+) -> dict[str, pd.DataFrame]:
+    """All of them on one model and one set of scored pairs, by name.
+
+    "steps" has beside `bench_steps` the share of the machine's matrix rate that a step reaches: the operations it needs
+    (`step_operations`) over its seconds and over `matrix_rate`.
+    """
+    steps = bench_steps(model, tokenizer, scored, batch_size=batch_size, repeats=repeats, max_length=max_length,
+                        progress=progress)  # fmt: skip
+    rate = matrix_rate(model.device, model.dtype)
+    needed = {}
+    for task in set(steps["task"]):
+        own = scored.filter(lambda row, task=task: row["task"] == task).select(range(batch_size))
+        needed[task] = step_operations(model, own)
+    steps["share_of_matrix_rate"] = steps["task"].map(needed) / steps["seconds"] / rate
+    some = scored.select(range(min(len(scored), 4 * batch_size)))
+    prompts = list({tuple(ids): list(ids) for ids in some["prompt_ids"]}.values())[:4]
+    return {
+        "steps": steps,
+        "reference": bench_reference(model, tokenizer, some, batch_size=batch_size, repeats=repeats),
+        "sampling": bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, repeats=repeats),
+        "growth": bench_growth(),
+        "vocabulary": bench_vocabulary(),
+    }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations a second that the machine reaches in one large matrix product, the best of several."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def step_operations(model: PreTrainedModel, pairs: Dataset) -> float:
+    """Floating-point operations that a training step on these pairs needs: each prompt once, its answers once.
+
+    The linear layers over all unique tokens, the head where an answer is predicted, attention over what is seen; and
+    the backward pass as twice the forward one.
+    """
+    rows = pairs[:]
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    total = 0.0
+    for prompt, *answers in zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True):
+        p = len(prompt)
+        fed = [len(answer) - 1 for answer in answers]
+        seen = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in fed)
+        total += 2 * linear * (p + sum(fed)) + 2 * head.weight.numel() * sum(map(len, answers))
+        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return 3 * total
+
+
+def _in_turn(
+    calls: Mapping[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, list[tuple[float, float]]]:
+    """(seconds, MiB) of each call, one after the other in turn, after a turn that does not count."""
+    taken: dict[str, list[tuple[float, float]]] = {who: [] for who in calls}
+    for turn in range(repeats + 1):
+        for who, call in calls.items():
+            with _memory(device) as peak:
+                began = time.perf_counter()
+                call()
+                _wait(device)
+                seconds = time.perf_counter() - began
+            if turn:
+                taken[who].append((seconds, peak()))
+    return taken
+
+
+def _rows(taken: Mapping[str, list[tuple[float, float]]], base: str, units: int, rate: str) -> pd.DataFrame:
+    rows = []
+    for who, measured in taken.items():
+        seconds = [s for s, _ in measured]
+        ratios = [b / a for (a, _), (b, _) in zip(taken[base], measured, strict=True)]
+        rows.append(
+            {
+                "who": who,
+                "seconds": statistics.median(seconds),
+                "low": min(seconds),
+                "high": max(seconds),
+                rate: units / statistics.median(seconds),
+                "ratio": statistics.median(ratios),
+                "memory": max(m for _, m in measured),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _memory(device: torch.device):
+    """Gives a call that says the peak over what was held at the start, MiB: allocated on a GPU, resident elsewhere."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = Path("/proc/self/statm")
+
+    def now() -> int:
+        return int(resident.read_text().split()[1]) * page
+
+    _trim()
+    before = peak = now()
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.004):
+            peak = max(peak, now())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: (peak - before) / 2**20
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _trim() -> None:
+    """Give free memory back, where the C library can: what an earlier call left would hide what this one takes."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,106 @@
+"""The benchmark compares the same work: the contestants' losses agree, and what it counts is what there is.
+
+No time is tested.
+"""
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+
+from dpoviz.bench import (
+    LEARNED,
+    OURS,
+    PEER,
+    PLAIN,
+    bench,
+    bench_growth,
+    bench_steps,
+    bench_vocabulary,
+    matrix_rate,
+    step_operations,
+)
+from dpoviz.losses import dpo_loss
+from dpoviz.reference import reference_pass
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+TASKS = ("math", "code")
+
+
+@pytest.fixture
+def world(make_model, tokenizer):
+    model = make_model(dtype=torch.float32, bos_token_id=1)
+    words = [word for word in tokenizer.get_vocab() if not word.startswith("<")]
+    rows = []
+    for i in range(12):
+        parts = [words[(i * 7 + j * 3) % len(words)] for j in range(12)]
+        answers = {"chosen": " " + " ".join(parts[6:9]), "rejected": " " + " ".join(parts[8 : 10 + i % 2])}
+        rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 2], "group": None})
+    scored = reference_pass(model, tokenizer, Dataset.from_list(rows), max_length=32, max_new_tokens=4,
+                            entropy_samples=2, progress=False)  # fmt: skip
+    return model, tokenizer, scored
+
+
+def test_everybody_does_the_same_work(world):
+    pytest.importorskip("trl")
+    model, tokenizer, scored = world
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = bench_steps(model, tokenizer, scored, batch_size=3, repeats=2, max_length=32, progress=False)
+    assert list(found["who"]) == [PEER, PLAIN, OURS, LEARNED] * 2
+    for _, rows in found.groupby("task"):
+        loss = rows.set_index("who")["loss"]
+        # the policy is the reference: h = 0, whatever beta is
+        assert loss[[PEER, PLAIN, OURS]].tolist() == pytest.approx([0.6931472] * 3, abs=1e-5)
+        assert loss[LEARNED] > loss[OURS]
+    assert (found["low"] <= found["seconds"]).all() and (found["seconds"] <= found["high"]).all()
+    assert (found["ratio"][found["who"] == PEER] == 1).all()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    # the tokens that one pass over each pair computes
+    own = scored.filter(lambda row: row["task"] == "math").select(range(3))[:]
+    count = sum(len(p) for p in own["prompt_ids"]) + sum(
+        len(a) - 1 for name in ("chosen_ids", "rejected_ids") for a in own[name]
+    )
+    assert found[found["task"] == "math"]["tokens"].eq(count).all()
+
+
+def test_other_work_is_refused(world, monkeypatch):
+    import dpoviz.bench as module
+
+    def slipped(*args, **more):
+        found = dpo_loss(*args, **more)
+        return found._replace(losses=found.losses + (0.01 if len(calls) % 2 else 0.0))
+
+    calls = []
+    monkeypatch.setattr(module, "dpo_loss", lambda *args, **more: calls.append(0) or slipped(*args, **more))
+    model, tokenizer, scored = world
+    with pytest.raises(FloatingPointError, match="the losses differ"):
+        bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=32, progress=False)
+
+
+def test_all_of_it(world, monkeypatch):
+    import dpoviz.bench as module
+
+    monkeypatch.setattr(module, "bench_growth", lambda: bench_growth((20, 40)))
+    monkeypatch.setattr(module, "bench_vocabulary", lambda: bench_vocabulary((500, 900)))
+    found = bench(*world, batch_size=3, repeats=1, max_length=32, samples=2, new_tokens=4, progress=False)
+    assert set(found) == {"steps", "reference", "sampling", "growth", "vocabulary"}
+    assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())
+    shares = found["steps"]["share_of_matrix_rate"]
+    assert ((shares > 0) & (shares < 1)).all()
+    assert found["growth"]["pairs"].tolist() == [20, 40]
+
+
+def test_operations_by_hand(make_model):
+    """One layer, counted from the sizes of its matrices."""
+    model = make_model(vocab=30, num_hidden_layers=1, dtype=torch.float32)
+    pairs = Dataset.from_dict({"prompt_ids": [[1, 2, 3]], "chosen_ids": [[4, 5]], "rejected_ids": [[6]]})
+    # hidden 32, keys and values 16 wide, the gated layer 48: q, o, k, v, gate, up, down
+    linear = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    fed, predicted = 3 + 1 + 0, 2 + 1
+    seen = (1 + 2 + 3) + 4  # a prompt token sees itself and what is before; the one answer token fed in sees four
+    forward = 2 * linear * fed + 2 * 30 * 32 * predicted + 4 * 32 * seen
+    assert step_operations(model, pairs) == 3 * forward
+
+
+def test_matrix_rate_is_a_rate():
+    assert 1e8 < matrix_rate(torch.device("cpu"), torch.float32, size=256, repeats=1) < 1e15
