@@ -434,7 +434,7 @@ def _margins(
     config: CompareConfig, ground: _Ground, policy: PreTrainedModel, rule: Rule, form: Form,
     seen: Sequence[tuple[Seen, Weighed]],
 ) -> dict:  # fmt: skip
-    """On held-out pairs with their true labels: accuracy, h, s, s·h, calibration; and where beta went."""
+    """On held-out pairs, whose labels nobody turned: accuracy, h, s, s·h, calibration; and where beta went."""
     held_out, truth = ground.world.held_out, ground.preference
     h = log_ratio_differences(
         policy, held_out, pad_id=ground.world.tokenizer.pad_token_id, batch_size=64, progress=False
@@ -459,7 +459,9 @@ def _margins(
     s = np.asarray(scale(torch.tensor(at_pairs), form))
     said = 1 / (1 + np.exp(-s * h))
     right = np.where(np.abs(h) <= 1e-4, 0.5, h > 0)
-    found = {"function_of_prompt": own, **calibration(said, truth)}
+    # both ways round: labels are drawn by the truth, so that the chosen answer alone would have it above a half
+    both_said, both_truth = np.concatenate([said, 1 - said]), np.concatenate([truth, 1 - truth])
+    found = {"function_of_prompt": own, **calibration(both_said, both_truth)}
     for task in (*tasks.TASKS, "all"):
         rows = slice(None) if task == "all" else names == task
         found |= {f"accuracy/{task}": right[rows].mean(), f"h/{task}": h[rows].mean(), f"s/{task}": s[rows].mean(),
@@ -469,7 +471,7 @@ def _margins(
         found |= {f"beta/{task}": math.exp(logs.mean()), f"beta_spread/{task}": logs.std(ddof=0)}
         varies = logs.std() > 1e-6 and np.std(entropy[rows]) > 0
         found[f"rho/{task}"] = spearmanr(logs, entropy[rows])[0] if varies else math.nan
-    bins = reliability(said, truth)
+    bins = reliability(both_said, both_truth)
     found["reliability"] = bins.to_dict("list")
     found["betas"] = {"task": of_task.tolist(), "ref_entropy": entropy.tolist(), "beta": betas.tolist()}
     return {key: float(value) if isinstance(value, np.floating) else value for key, value in found.items()}

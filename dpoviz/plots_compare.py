@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter
 
 from dpoviz.plots import TASK_COLORS, _axes, _legend_above, _plain_ticks, _require
 
@@ -26,6 +27,7 @@ CONTROLS: Sequence[str] = tuple(
 
 _COLORS = ("#0A52C8", "#C4105C", "#B5880F", "#2E8B57", "#9A53C5", "#17808F", "#7A1A0C")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_KL_TICKS = (0, 0.1, 0.5, 1, 2, 4, 8, 16)
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _INK, _GREY = "#222222", "#5A5A5A"
 _TASKS = (*TASK_COLORS, "all")
@@ -44,8 +46,9 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 def figure_frontier(table: pd.DataFrame, *, noise: float) -> Figure:
     """Reward gained over the reference against KL, a column per task, a row per group of contenders.
 
-    The constants are the lines, one for each learning rate, with the band of one standard error over seeds; a
-    contender's points are the values of what is swept of it, with one standard error both ways.
+    The KL is on the scale of its root. The constants are the lines, one for each learning rate, with the band of one
+    standard error over seeds; a contender's points are the values of what is swept of it, with one standard error both
+    ways.
 
     Args:
         table: what `compare.gather` returned.
@@ -61,19 +64,19 @@ def figure_frontier(table: pd.DataFrame, *, noise: float) -> Figure:
     groups = {title: [n for n in names if n in set(rows["contender"])] for title, names in GROUPS.items()}
     groups = {title: names for title, names in groups.items() if names}
     figure = Figure(figsize=(12.5, 0.9 + 3.1 * len(groups)), layout="constrained")
-    axes = figure.subplots(len(groups), len(_TASKS), squeeze=False, sharex="col")
-    for (title, names), line in zip(groups.items(), axes, strict=True):
-        for task, ax in zip(_TASKS, line, strict=True):
-            plot_frontier(rows, names, task, ax=ax)
-            if ax is not line[0]:
+    axes = figure.subplots(len(groups), len(_TASKS), squeeze=False, sharex="col", sharey="col")
+    last = len(groups) - 1
+    for i, (title, names) in enumerate(groups.items()):
+        for j, task in enumerate(_TASKS):
+            ax = plot_frontier(rows, names, task, ax=axes[i, j])
+            if j > 0:
                 ax.set_ylabel("")
-            if line is axes[0]:
-                ax.set_title("mean of the tasks" if task == "all" else task, pad=26 if task == _TASKS[0] else 6)
-            if line is not axes[-1]:
+            if i == 0:
+                ax.set_title("mean of the tasks" if task == "all" else task)
+            if i < last:
                 ax.set_xlabel("")
-        line[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small", title=title)
-    for ax in axes[0]:
-        ax.title.set_position((0.5, 1.0))
+        legend = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": "small"}
+        axes[i, -1].legend(title=title, **legend)
     return figure
 
 
@@ -110,6 +113,11 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
             own["kl"], own["gain"], xerr=own["kl_se"], yerr=own["gain_se"], color=_COLORS[i], marker=_MARKERS[i],
             markersize=5, markeredgecolor="white", markeredgewidth=0.6, linestyle="", elinewidth=0.9, label=name,
         )  # fmt: skip
+    # near the reference, what can be gained grows with the root of the KL
+    ax.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(FixedLocator(_KL_TICKS))
+    ax.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     ax.set_xlabel("KL to the reference (nats)")
     ax.set_ylabel("reward over the reference's")
     return ax
@@ -217,7 +225,7 @@ def figure_betas(betas: pd.DataFrame) -> Figure:
     columns = 4
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(12, 0.5 + 2.4 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=True).flat)
     for ax in axes:
         ax.set_visible(False)
     for name, ax in zip(names, axes, strict=False):
@@ -242,6 +250,8 @@ def figure_betas(betas: pd.DataFrame) -> Figure:
 
 def figure_reliability(bins: pd.DataFrame, names: Sequence[str], *, noise: float) -> Figure:
     """Probabilities said, σ(s·h), against the true preference probabilities, on held-out pairs: a panel per contender.
+
+    A pair is there both ways round, so that which answer the label calls chosen does not matter.
 
     Args:
         bins: what `compare.gather_reliability` returned.
