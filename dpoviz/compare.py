@@ -566,13 +566,13 @@ def gather(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def gather_betas(config: CompareConfig, out: Path, *, noise: float, seed: int) -> pd.DataFrame:
-    """Beta of each contender in the run of its first value: contender, form, task, ref_entropy, beta."""
+    """Beta of each rule in the run of its first value, controls left out: contender, form, task, ref_entropy, beta."""
     parts = []
     for name in config.contenders:
         value = config.values(name)[0]
         file = out / "runs" / f"{Job('main', name, value, 0.0, noise, seed).name}.json"
-        if name != BASELINE and file.is_file():
-            betas = pd.DataFrame(json.loads(file.read_text())["betas"])
+        if name != BASELINE and not CONTENDERS[name].control and file.is_file():
+            betas = pd.DataFrame(json.loads(file.read_text())["betas"]).drop_duplicates()
             parts.append(betas.assign(contender=name, form=CONTENDERS[name].form))
     return pd.concat(parts, ignore_index=True)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -65,6 +66,7 @@ def test_runs_in_a_fresh_kernel(notebook, request, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "DPOVIZ_CACHE" not in os.environ:
         monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(FOLDER / "compare", tmp_path / "compare")  # the tables that notebook 06 reads
     committed = pictures(notebook)
     again = run.execute(notebook, tmp_path)
     assert pictures(again) == committed
