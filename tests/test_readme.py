@@ -23,7 +23,7 @@ def test_python_runs():
 
 
 def test_two_commands():
-    assert blocks("bash")[:2] == ["pip install -e . && dpoviz demo\n", 'pip install -e ".[test,real]" && pytest\n']
+    assert blocks("bash")[:2] == ["pip install -e . && dpoviz demo\n", 'pip install -e ".[test,real,trl]" && pytest\n']
 
 
 def test_what_it_names_is_there():
