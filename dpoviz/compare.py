@@ -13,8 +13,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -276,8 +277,20 @@ def turn_labels(pairs: Dataset, share: float, seed: int) -> Dataset:
     return Dataset.from_dict(found, features=pairs.features)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last digits of a sum depend on the number of threads: every job has one, wherever it runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -> dict:
-    """Run a job and leave its file, or read what is there.
+    """Run a job on one thread and leave its file, or read what is there.
 
     Raises:
         ValueError: a main job whose tuning jobs have not all been run.
@@ -521,7 +534,7 @@ def _run_all(
     if not some:
         return
     # spawned, not forked: PyTorch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=own_progress_only) as pool:
         seeds = sorted({job.seed for job in some})
         try:
             # a world is built once, by one process, before any of its jobs begins
@@ -537,11 +550,7 @@ def _run_all(
             raise
 
 
-def _quiet_worker() -> None:
-    torch.set_num_threads(1)
-    own_progress_only()
-
-
+@_one_thread()
 def _build(config: CompareConfig, cache_dir: str, seed: int) -> None:
     small_world(replace(config.world, seed=seed), cache_dir=cache_dir, progress=False)
 
