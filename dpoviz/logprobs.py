@@ -7,6 +7,7 @@ separate sequences, while the prompt is computed once. Logits are computed only 
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -458,12 +459,11 @@ def sampling(
             "expected fewer, or shorter prompts"
         )
     config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, num_return_sequences=k, eos_token_id=eos_id,
-        pad_token_id=pad_id,
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id
     )  # fmt: skip
 
     def draw(some: Tokens) -> list[list[list[int]]]:
-        drawn = [_until_end(row, eos_id) for row in _generate(model, some, config)]
+        drawn = [_until_end(row, eos_id) for row in _generate(model, some, k, config)]
         return [drawn[i : i + k] for i in range(0, len(drawn), k)]
 
     # generate() fills what a configuration leaves open with the model's own settings: both are the same here
@@ -539,11 +539,23 @@ def sample_answers(
     return Samples(answers, [sum(answer[-1] != eos_id for answer in own) for own in answers])
 
 
-def _generate(model: PreTrainedModel, prompts: Tokens, config: GenerationConfig) -> list[list[int]]:
+def _generate(model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig) -> list[list[int]]:
+    """`generate` of k answers to each prompt; the keys and values of a prompt are made once and repeated."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    cache = None
+    # the last token of a prompt is left to generate(), which goes on from what the cache holds
+    if k > 1 and width > 1 and supports_shared_prefix(model):
+        positions = (mask[:, :-1].cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=model.config)
+        model.base_model(
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        cache.batch_repeat_interleave(k)
+    ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
+    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
     return out[:, width:].tolist()
 
 

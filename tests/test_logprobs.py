@@ -567,6 +567,29 @@ class TestSampleAnswers:
             expected.append(rest)
         return chisquare(observed, expected, sum_check=False).pvalue
 
+    def test_a_prompt_is_computed_once_and_the_draws_are_those_of_generate(self, make_model, kind):
+        """generate() by itself repeats each prompt before it computes it; with one seed both draw the same."""
+        model, prompts, k = make_model(kind, vocab=50), [[3], [4, 2], [5, 6, 7, 8, 9]], 6
+        width, fed = max(map(len, prompts)), []
+        assert supports_shared_prefix(model)  # its trial is not counted
+        hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(args[0].numel()))
+        torch.manual_seed(11)
+        expected = model.generate(
+            torch.tensor([[PAD] * (width - len(p)) + p for p in prompts]),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+            do_sample=True, top_k=0, max_new_tokens=7, num_return_sequences=k, pad_token_id=PAD, eos_token_id=49,
+        )[:, width:].tolist()  # fmt: skip
+        alone, steps = sum(fed), len(fed)
+        fed.clear()
+        drawn = sample_answers(model, prompts, k, max_new_tokens=7, eos_id=49, pad_id=PAD, seed=11)
+        hook.remove()
+        flat = [answer for own in drawn.answers for answer in own]
+        assert flat == [(row[: row.index(49) + 1] if 49 in row else row) for row in expected]
+        assert len({tuple(answer) for answer in flat}) > k  # or equal draws would say little
+        assert alone == len(prompts) * k * (width + steps - 1)
+        assert fed[0] == len(prompts) * (width - 1)
+        assert sum(fed[1:]) == len(prompts) * k * steps
+
     def test_the_models_own_generation_settings_are_not_used_and_stay(self, make_model, kind):
         model = make_model(kind, vocab=4, eos=0, seed=3, initializer_range=0.25)
         before = self.draw(model, [[1, 2], [3]], 50)
