@@ -153,6 +153,7 @@ def figure_effects(effects: pd.DataFrame, *, noise: float | None = None) -> Figu
             ax.plot(row.mean, y, "o", color=color, markersize=5, markerfacecolor=color if row.holm < 0.05 else "white")
         ax.set_title("mean of the tasks" if task == "all" else task)
         ax.set_xlabel("reward above the constants'\nat the same KL")
+        ax.locator_params(axis="x", nbins=4)
         ax.set_yticks(list(place.values()), list(place))
         ax.tick_params(axis="y", length=0)
         for previous, name in pairwise(names):
