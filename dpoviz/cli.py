@@ -7,6 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dpoviz.methods import METHODS
 from dpoviz.models import load_lm
 from dpoviz.onpolicy import sample_pairs, write_pairs
 from dpoviz.plots import plot_entropy_estimators
+from dpoviz.processes import processes
 from dpoviz.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
 from dpoviz.reference import default_cache_dir
 from dpoviz.report import reading, reading_of_accuracy
@@ -31,8 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `dpoviz`; returns the exit status."""
     arguments = _parser().parse_args(argv)
     own_progress_only()
+    state = processes()
     try:
-        arguments.run(arguments)
+        if state.num_processes > 1 and arguments.run not in (_train, _reference):
+            raise ValueError(f"came {state.num_processes} processes; expected one: only train and reference share work")
+        with redirect_stdout(None) if not state.is_main_process else nullcontext():
+            arguments.run(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2
@@ -240,7 +246,9 @@ def _loaded(config: RealConfig, out: Path, command: str) -> Loaded:
     settings = {"command": command, **asdict(config)}
     require_unclaimed(out, settings)
     loaded = load(config)
-    claim(out, settings)
+    processes().wait_for_everyone()  # all have seen that the folder is free
+    if processes().is_main_process:
+        claim(out, settings)
     tasks = Counter([*loaded.train["task"], *loaded.held_out["task"]])
     print(
         f"{config.model}: {loaded.model.num_parameters():,} parameters; {len(loaded.train)} pairs to train on, "
@@ -278,6 +286,8 @@ def _reference(given: argparse.Namespace) -> None:
     loaded = _loaded(config, given.out, "reference")
     _forecast(config, loaded, runs=0)
     prepared = score(config, loaded, cache_dir=default_cache_dir())
+    if not processes().is_main_process:
+        return
     prepared.entropy.to_csv(given.out / "entropy.csv", index=False)
     plot_entropy_estimators(prepared.entropy).figure.savefig(given.out / "entropy.png", dpi=150)
     _say_entropy(prepared)
@@ -295,7 +305,10 @@ def _train(given: argparse.Namespace) -> None:
     loaded = _loaded(config, out, "train")
     _forecast(config, loaded, runs=len(METHODS[config.rule].forms) + 1)
     prepared = score(config, loaded, cache_dir=default_cache_dir())
-    write_run(run_real(config, prepared, out=out), prepared, config, out)
+    run = run_real(config, prepared, out=out)
+    if not processes().is_main_process:
+        return
+    write_run(run, prepared, config, out)
     found = report(out)
     _say_entropy(prepared)
     if "summary" in found:

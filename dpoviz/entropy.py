@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from dpoviz import logprobs
 from dpoviz.journal import Journal, fingerprint
 from dpoviz.logprobs import Sampler, by_length, sampling, score_answers
+from dpoviz.processes import in_shares, processes
 
 
 class Estimate(NamedTuple):
@@ -92,6 +93,9 @@ def estimate_entropy(
 ) -> EntropyEstimates:
     """Entropy of the model's answer to each prompt.
 
+    The processes of `accelerate launch` share the batches, and all of them return all estimates. Each draws by a seed
+    of its own, so that the numbers are those of one process as with another seed.
+
     Args:
         model: the reference.
         prompts: N prompts as token ids.
@@ -118,9 +122,12 @@ def estimate_entropy(
         code = (logprobs, sys.modules[__name__])
         name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, code)
         journal = Journal(Path(keep) / f"entropy-{name}")
+    state = processes()
+    settings["seed"] = seed + (state.process_index << 32)
+    shown = progress and state.is_main_process
     with (
         sampling(model, prompts, samples, **settings) as sampler,
-        tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not shown) as bar,
     ):
         numbers = _numbers(model, prompts, sampler, pad_id, eos_id, batch_size, journal, bar)
     entropy_sums, logps, lengths, first, cut = (torch.from_numpy(numbers[name]) for name in _NUMBERS)
@@ -157,17 +164,23 @@ def _numbers(
     left = [row for row, name in enumerate(names) if name not in others]
     bar.update(len(names) - len(left))
     # the same batches whether the run was killed or not: only what other runs had done is left out
-    for number, places in enumerate(by_length([len(prompts[row]) for row in left], batch_size)):
-        rows, name = [left[place] for place in places], f"{run}-{number:06d}"
+    parts = by_length([len(prompts[row]) for row in left], batch_size)
+
+    def draw(number: int) -> dict[str, np.ndarray] | None:
+        rows, name, batch = [left[place] for place in parts[number]], f"{run}-{number:06d}", None
         if not all(names[row] in known for row in rows):
             batch = _draw(model, [prompts[row] for row in rows], sampler, pad_id, eos_id)
             batch["prompts"] = np.array([names[row] for row in rows])
             batch["state"] = sampler.generator.get_state().numpy()
             journal.add(name, batch)
-            known |= {prompt: (batch, i) for i, prompt in enumerate(batch["prompts"])}
         elif name in batches:
             sampler.generator.set_state(torch.from_numpy(batches[name]["state"]))
         bar.update(len(rows))
+        return batch
+
+    for batch in in_shares(range(len(parts)), draw):
+        if batch is not None:
+            known |= {prompt: (batch, i) for i, prompt in enumerate(batch["prompts"])}
     found = [known[name] for name in names]
     return {key: np.stack([batch[key][i] for batch, i in found]) for key in _NUMBERS}
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.logprobs import by_length, sample_answers, score_both
+from dpoviz.processes import in_shares, processes
 from dpoviz.tasks import Problem
 from dpoviz.tasks import reward as task_reward
 
@@ -34,6 +35,8 @@ def evaluate_policy(
     progress: bool = False,
 ) -> pd.DataFrame:
     r"""Sample answers from the policy, and measure them at each prompt.
+
+    The processes of `accelerate launch` share the prompts; each draws by a seed of its own, and all return the whole.
 
     Three estimates of :math:`KL(\pi\|\pi_{ref})` come from the same answers, y drawn from :math:`\pi`, in nats for a
     whole answer of at most `max_new_tokens`, and all unbiased (up to the weight of k3 where :math:`\pi` never goes):
@@ -70,23 +73,28 @@ def evaluate_policy(
     if len(problems) == 0:
         raise ValueError("problems: came none, expected at least one")
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
-    drawn = sample_answers(
-        policy,
-        prompts,
-        samples,
-        max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-        seed=seed,
-        batch_size=batch_size,
-    ).answers
-    found: list[dict[str, object]] = [{} for _ in problems]
-    with tqdm(total=len(problems), desc="evaluation", unit="prompt", disable=not progress) as bar:
-        for rows in by_length([len(p) + sum(map(len, own)) for p, own in zip(prompts, drawn, strict=True)], batch_size):
+    state, pad_id = processes(), tokenizer.pad_token_id
+
+    def measure(share: Sequence[int]) -> dict[int, dict[str, object]]:
+        found: dict[int, dict[str, object]] = {}
+        if not share:
+            return found
+        answers = sample_answers(
+            policy,
+            [prompts[row] for row in share],
+            samples,
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=pad_id,
+            seed=seed + (state.process_index << 32),
+            batch_size=batch_size,
+        ).answers
+        drawn = dict(zip(share, answers, strict=True))
+        lengths = [len(prompts[row]) + sum(map(len, drawn[row])) for row in share]
+        for places in by_length(lengths, batch_size):
+            rows = [share[place] for place in places]
             own = [drawn[row] for row in rows]
-            of_tokens, owners = score_both(
-                policy, reference, [prompts[row] for row in rows], own, _look, pad_id=tokenizer.pad_token_id
-            )
+            of_tokens, owners = score_both(policy, reference, [prompts[row] for row in rows], own, _look, pad_id=pad_id)
             sums = of_tokens.new_zeros(len(rows) * samples, 4).double().index_add(0, owners, of_tokens.double())
             k1, step_kl, entropy, length = sums.view(len(rows), samples, 4).unbind(dim=-1)  # (rows, samples) each
             k3 = torch.expm1(-k1) + k1
@@ -103,7 +111,13 @@ def evaluate_policy(
                     "length": length[i].mean().item(),
                 }
             bar.update(len(rows))
-    return pd.DataFrame(found)
+        return found
+
+    shown = progress and state.is_main_process
+    with tqdm(total=len(problems), desc="evaluation", unit="prompt", disable=not shown) as bar:
+        shares = [range(first, len(problems), state.num_processes) for first in range(state.num_processes)]
+        found = {row: numbers for part in in_shares(shares, measure) for row, numbers in part.items()}
+    return pd.DataFrame([found[row] for row in range(len(problems))])
 
 
 def _look(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:

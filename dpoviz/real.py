@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +23,7 @@ from dpoviz.logprobs import sample_answers
 from dpoviz.losses import Form, scale
 from dpoviz.methods import METHODS
 from dpoviz.models import add_lora, load_lm
+from dpoviz.processes import processes
 from dpoviz.reference import reference_pass, require_room
 from dpoviz.stages import Arm, arm, held_out_table, log_ratio_differences, run_arms
 from dpoviz.train import TrainConfig, calibrate_alpha
@@ -190,7 +190,7 @@ def load(config: RealConfig) -> Loaded:
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
     # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
     model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
-    model.to(PartialState().device)
+    model.to(processes().device)
     pairs = tokenize_pairs(pairs, tokenizer, config.max_length, too_long="drop")
     require_room(model, pairs, config.max_length, config.max_new_tokens)
     if config.pairs_per_task is not None:
@@ -365,11 +365,12 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         settings = runs[done.name].config
         # peft would look for the base model's configuration, to see whether its vocabulary grew: ours did not
         whole = {"save_embedding_layers": False} if config.lora_rank else {}
-        policy.save_pretrained(out / done.name / "policy", **whole)
-        tokenizer.save_pretrained(out / done.name / "policy")
+        if processes().is_main_process:
+            policy.save_pretrained(out / done.name / "policy", **whole)
+            tokenizer.save_pretrained(out / done.name / "policy")
+            if isinstance(done.beta, Beta):
+                done.beta.save_pretrained(out / done.name / "beta")
         histories.append(done.history.assign(arm=done.name))
-        if isinstance(done.beta, Beta):
-            done.beta.save_pretrained(out / done.name / "beta")
         if isinstance(done.beta, Beta) and done.name != FIXED:
             tables.append(held_out_table(done.beta, held_out, form=settings.form, seed=config.seed))
             alpha[settings.form] = settings.alpha or calibrate_alpha(prepared.train["ref_entropy"], settings.beta0)

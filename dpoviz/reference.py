@@ -20,6 +20,7 @@ from dpoviz.data import tokenize_pairs
 from dpoviz.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.journal import Journal, fingerprint
 from dpoviz.logprobs import by_length, context_length, evaluating, score_answers
+from dpoviz.processes import in_shares, processes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ def reference_pass(
 ) -> Dataset:
     """Tokenise the pairs and put beside them what the reference makes of them.
 
+    The processes of `accelerate launch` share the work, and all of them return all of it. Log-probabilities are those
+    of one process; the answers that are drawn for the entropy are others, as with another seed.
+
     Args:
         model: the reference.
         tokenizer: its tokenizer.
@@ -56,7 +60,7 @@ def reference_pass(
             their cache of keys and values.
         seed: the draws.
         too_long: "refuse" or "drop" pairs over `max_length`.
-        cache_dir: a folder; the result is kept there by a fingerprint of model, tokenizer, data, settings and
+        cache_dir: a folder that all processes see; the result is kept there by a fingerprint of model, tokenizer, data, settings and
             code, and found there the next time. So is every batch on the way: a run that was killed goes on
             where it stopped, and a prompt that another data set had is not sampled again (`estimate_entropy`).
             None keeps nothing.
@@ -103,8 +107,10 @@ def reference_pass(
         except Exception as error:  # whatever a damaged Arrow file may raise: computing again mends it
             logger.warning("%s cannot be read (%s); the reference runs again", folder, error)
     scored = _compute(model, pairs, settings, ends, cache_dir, Journal(unfinished), progress)
-    _keep(scored, folder)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if processes().is_main_process:
+        _keep(scored, folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    processes().wait_for_everyone()
     return load_from_disk(str(folder))
 
 
@@ -191,19 +197,21 @@ def _score(
     rows = pairs[:]
     answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
     size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
-    batches, kept, parts = by_length(size, batch_size), journal.read(), []
-    with evaluating(model), tqdm(
-        total=len(size), desc="reference: log-probs", unit="pair", disable=not progress
-    ) as bar:  # fmt: skip
-        for name, some in zip((f"{i:06d}" for i in range(len(batches))), batches, strict=True):
-            if name not in kept:
-                prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
-                scores = score_answers(model, prompts, own, pad_id=pad, entropy=True, features=True)
-                names = ("logps", "entropy_sums", "features")
-                kept[name] = {key: getattr(scores, key).cpu().numpy() for key in names}
-                journal.add(name, kept[name])
-            parts.append(kept[name])
-            bar.update(len(some))
+    batches, kept = by_length(size, batch_size), journal.read()
+
+    def score(number: int) -> dict[str, np.ndarray]:
+        name, some = f"{number:06d}", batches[number]
+        if name not in kept:
+            prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
+            scores = score_answers(model, prompts, own, pad_id=pad, entropy=True, features=True)
+            kept[name] = {key: getattr(scores, key).cpu().numpy() for key in ("logps", "entropy_sums", "features")}
+            journal.add(name, kept[name])
+        bar.update(len(some))
+        return kept[name]
+
+    shown = progress and processes().is_main_process
+    with evaluating(model), tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=not shown) as bar:
+        parts = in_shares(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 

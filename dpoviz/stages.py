@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dpoviz.beta import Beta, ConstantBeta
-from dpoviz.logprobs import evaluating, score_answers
+from dpoviz.logprobs import by_length, evaluating, score_answers
 from dpoviz.losses import Form, scale
 from dpoviz.methods import METHODS
+from dpoviz.processes import in_shares, processes
 from dpoviz.rules import Rule
 from dpoviz.table import beta_table
 from dpoviz.train import TrainConfig, train
@@ -131,18 +132,21 @@ def held_out_table(beta: Beta, held_out: Dataset, *, form: Form, seed: int) -> p
 def log_ratio_differences(
     policy: PreTrainedModel, pairs: Dataset, *, pad_id: int, batch_size: int, progress: bool = True
 ) -> np.ndarray:
-    """(N,) h of each pair under the policy, in nats, in the order of the pairs."""
+    """(N,) h of each pair under the policy, in nats, in the order of the pairs; processes share the work."""
     rows = pairs[:]
     answers = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
     size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
-    order = sorted(range(len(size)), key=size.__getitem__)
-    h = np.empty(len(order))
-    with evaluating(policy), tqdm(total=len(order), desc="held-out pairs", unit="pair", disable=not progress) as bar:
-        for begin in range(0, len(order), batch_size):
-            some = order[begin : begin + batch_size]
-            prompts, own = [rows["prompt_ids"][i] for i in some], [list(answers[i]) for i in some]
-            logps = score_answers(policy, prompts, own, pad_id=pad_id).logps.double().cpu().numpy()
-            ref = np.array([[rows["ref_chosen_logps"][i], rows["ref_rejected_logps"][i]] for i in some])
-            h[some] = (logps - ref) @ [1, -1]
-            bar.update(len(some))
+
+    def score(some: list[int]) -> np.ndarray:
+        prompts, own = [rows["prompt_ids"][i] for i in some], [list(answers[i]) for i in some]
+        logps = score_answers(policy, prompts, own, pad_id=pad_id).logps.double().cpu().numpy()
+        ref = np.array([[rows["ref_chosen_logps"][i], rows["ref_rejected_logps"][i]] for i in some])
+        bar.update(len(some))
+        return (logps - ref) @ [1, -1]
+
+    batches, shown = by_length(size, batch_size), progress and processes().is_main_process
+    h = np.empty(len(size))
+    with evaluating(policy), tqdm(total=len(size), desc="held-out pairs", unit="pair", disable=not shown) as bar:
+        for some, own in zip(batches, in_shares(batches, score), strict=True):
+            h[some] = own
     return h

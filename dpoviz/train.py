@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -205,7 +205,7 @@ def train(
 ) -> pd.DataFrame:
     """Train `policy`, and `beta` with it where beta learns. Both are changed in place.
 
-    Under `accelerate launch` each process scores its share of a batch, and all of them take the step that one
+    Under `accelerate launch`, or `torchrun`, each process scores its share of a batch, and all of them take the step that one
     process would take.
 
     Args:
@@ -242,7 +242,11 @@ def train(
     """
     rule = beta if isinstance(beta, Rule) else FromPrompt(beta)
     _check(pairs, held_out, calibration, config, stage, rule, policy, reference)
-    accelerator = Accelerator()
+    # batch_size is that of all processes together: the schedule takes one step a batch, not one a process
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    kind = accelerator.distributed_type
+    _require("processes", kind.value, kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+             "data parallelism; a policy cut up by FSDP or DeepSpeed is not supported")  # fmt: skip
     _require("batch_size", config.batch_size, config.batch_size % accelerator.num_processes == 0,
              f"a multiple of the {accelerator.num_processes} processes")  # fmt: skip
     steps = config.stage1_steps if stage == 1 else config.stage2_steps

@@ -1,4 +1,4 @@
-"""Two processes under `accelerate launch` train what one does, and what they leave one can go on from."""
+"""Two processes do what one does, and what they leave one can go on from."""
 
 import json
 import os
@@ -9,30 +9,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import test_train as small
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+from dpoviz.train import TrainConfig
+
+SCRIPT, SHARED = (Path(__file__).with_name(name) for name in ("two_processes.py", "shared_work.py"))
+
+
+def command(processes, *arguments):
+    """A command line of Python's, for one process or for several of `torchrun`."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+    return [sys.executable, *map(str, (*several, *arguments))]
+
+
+def finish(line, **environment):
+    """Run it to its end on the CPU, and return what it printed."""
+    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(line, env={**os.environ, **cpu, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def launch(processes, result, out="", stop=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        start += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-    done = subprocess.run(
-        [*start, str(SCRIPT), str(result), str(out), str(stop)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert finish(command(processes, SCRIPT, result, out, stop)).count(f"one of {processes}\n") == processes
     if stop:
         return None, None
     history = pd.DataFrame(json.loads(result.read_text()))
@@ -53,7 +55,14 @@ def equal(found, expected):
             np.testing.assert_allclose(history[name], expected[0][name], rtol=1e-5, atol=1e-5, err_msg=name)
     for part, tensors in weights.items():
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, expected[1][part][name], rtol=1e-4, atol=1e-6, msg=f"{part} {name}")
+            # Adam makes much of the rounding of small gradients: a hundredth of one step of the learning rate
+            torch.testing.assert_close(
+                tensor,
+                expected[1][part][name],
+                rtol=1e-4,
+                atol=1e-5,
+                msg=lambda said, where=f"{part} {name}": f"{where}: {said}",
+            )
 
 
 def test_two_processes_train_what_one_does(one, tmp_path):
@@ -65,3 +74,52 @@ def test_one_goes_on_from_what_two_left(one, tmp_path):
     launch(2, tmp_path / "history.json", out=tmp_path / "run", stop=3)
     assert json.loads((tmp_path / "run" / "checkpoint" / "run.json").read_text())["step"] == 3
     equal(launch(1, tmp_path / "history.json", out=tmp_path / "run"), one)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """By number of processes: the columns of a reference pass, h of its pairs, and an evaluation; and the caches."""
+    place = tmp_path_factory.mktemp("shared")
+    for n in (1, 2):
+        printed = finish(command(n, SHARED, place / f"{n}.json", place / f"cache{n}"))
+        assert printed.count(f"one of {n}\n") == n
+    return {n: json.loads((place / f"{n}.json").read_text()) for n in (1, 2)}, place
+
+
+class TestSharedWork:
+    """The reference's pass and the evaluations: what two processes gather is in the order of one."""
+
+    def test_what_is_not_drawn_is_equal(self, shared):
+        one, two = shared[0][1], shared[0][2]
+        assert one["prompt"] == two["prompt"]
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_features", "h"):
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.ptp(one["h"]) > 0.01  # an order mixed up would be seen
+        np.testing.assert_allclose(two["ref_entropy_first_token"], one["ref_entropy_first_token"], rtol=1e-5)
+
+    def test_draws_are_others_of_the_same_distribution(self, shared):
+        one, two = ({name: np.array(shared[0][n][name]) for name in ("ref_entropy", "ref_entropy_se")} for n in (1, 2))
+        assert np.isin(one["ref_entropy"], two["ref_entropy"]).sum() >= 6  # the first process's first batch
+        assert (one["ref_entropy"] != two["ref_entropy"]).sum() >= 6  # the second process's
+        error = np.hypot(one["ref_entropy_se"], two["ref_entropy_se"])
+        assert (np.abs(one["ref_entropy"] - two["ref_entropy"]) < 5 * error + 1e-6).all()
+
+    def test_evaluation_comes_back_in_the_order_of_the_problems(self, shared):
+        one, two = pd.DataFrame(shared[0][1]["evaluation"]), pd.DataFrame(shared[0][2]["evaluation"])
+        assert one["prompt"].tolist() == two["prompt"].tolist()
+        assert (one["kl"] > 0).all() and (two["kl"] > 0).all()
+        assert (one["kl"] != two["kl"]).any()
+
+    def test_the_cache_of_two_serves_one(self, shared):
+        found, place = shared
+        finish(command(1, SHARED, place / "again.json", place / "cache2"))
+        assert json.loads((place / "again.json").read_text())["ref_entropy"] == found[2]["ref_entropy"]
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_a_policy_in_pieces_is_refused(monkeypatch, kind):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
+    reference = small.small_model()
+    world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
+    with pytest.raises(ValueError, match=f"processes: came '?{kind}'?, expected data parallelism"):
+        small.run(world, TrainConfig.around(0.1, "inverse", **small.SMALL), small.network())

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import test_processes as processes
 from transformers import AutoModelForCausalLM
 
 from dpoviz import models, tasks
@@ -195,6 +196,31 @@ class TestResume:
         assert again.returncode == 0, errors
         for name in ("beta", "held_out", "entropy", "answers"):
             assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
+
+
+class TestProcesses:
+    def test_two_processes_leave_what_one_leaves(self, run, folder, cache, tmp_path):
+        """The reference pass is kept from the run of one; everything after it is done by two."""
+        source = ["--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", tmp_path / "out"]
+        printed = processes.finish(
+            processes.command(2, "-m", "dpoviz", "train", *source, *SMALL), DPOVIZ_CACHE=str(cache)
+        )
+        assert printed.count("reward accuracy on held-out pairs") == 1  # one of them speaks
+        for name in ("beta", "history", "held_out"):
+            one, two = (pd.read_csv(place / f"{name}.csv") for place in (run[0], tmp_path / "out"))
+            assert len(one) == len(two) > 0
+            pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4, obj=name)
+        assert (tmp_path / "out" / "report.html").exists()
+        assert {path.name for path in (run[0] / "inverse").iterdir()} == {
+            path.name for path in (tmp_path / "out" / "inverse").iterdir()
+        }
+
+    def test_a_command_for_one_process_says_so(self, tmp_path):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        line = processes.command(2, "-m", "dpoviz", "demo", "--fast", "--out", tmp_path)
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode != 0
+        assert "came 2 processes; expected one" in done.stderr
 
 
 class TestOtherCommands:

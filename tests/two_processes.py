@@ -15,6 +15,7 @@ from dpoviz.train import TrainConfig
 
 
 def main(result: Path, out: str, stop: int) -> None:
+    print(f"one of {Accelerator().num_processes}")
     reference = small.small_model()
     world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
     config = TrainConfig.around(0.1, "inverse", lambda_consistency=0.5, **{**small.SMALL, "log_every": 1})

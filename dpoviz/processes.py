@@ -1,0 +1,30 @@
+"""Work that several processes share, as `accelerate launch` or `torchrun` starts them; one alone does all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def processes() -> PartialState:
+    """Accelerate's view of the processes; on the CPU, where ACCELERATE_USE_CPU says so, as `Accelerator` reads it."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
+    """``work(task)`` for each task, in their order: every n-th by a process, and all results on every process.
+
+    Args:
+        tasks: the same on every process.
+        work: its results must be such as `pickle` takes; not called where there are fewer tasks than processes.
+    """
+    state = processes()
+    own = range(state.process_index, len(tasks), state.num_processes)
+    done = dict(gather_object([(number, work(tasks[number])) for number in own]))
+    return [done[number] for number in range(len(tasks))]
