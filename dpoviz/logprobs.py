@@ -7,7 +7,6 @@ separate sequences, while the prompt is computed once. Logits are computed only 
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence

@@ -205,8 +205,8 @@ def train(
 ) -> pd.DataFrame:
     """Train `policy`, and `beta` with it where beta learns. Both are changed in place.
 
-    Under `accelerate launch`, or `torchrun`, each process scores its share of a batch, and all of them take the step that one
-    process would take.
+    Under `accelerate launch`, or `torchrun`, each process scores its share of a batch, and all of them take the step
+    that one process would take.
 
     Args:
         policy: a causal language model, in stage 1 equal to the reference.
@@ -245,7 +245,7 @@ def train(
     # batch_size is that of all processes together: the schedule takes one step a batch, not one a process
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     kind = accelerator.distributed_type
-    _require("processes", kind.value, kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU),
+    _require("processes", kind.value, kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED),
              "data parallelism; a policy cut up by FSDP or DeepSpeed is not supported")  # fmt: skip
     _require("batch_size", config.batch_size, config.batch_size % accelerator.num_processes == 0,
              f"a multiple of the {accelerator.num_processes} processes")  # fmt: skip

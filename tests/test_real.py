@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import test_processes as processes
+import torch
 from transformers import AutoModelForCausalLM
 
 from dpoviz import models, tasks
