@@ -61,9 +61,9 @@ def reference_pass(
         seed: the draws.
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: a folder that all processes see; the result is kept there by a fingerprint of model, tokenizer,
-            data, settings and code, and found there the next time. So is every batch on the way: a run that was killed goes on
-            where it stopped, and a prompt that another data set had is not sampled again (`estimate_entropy`).
-            None keeps nothing.
+            data, settings and code, and found there the next time. So is every batch on the way: a run that was
+            killed goes on where it stopped, and a prompt that another data set had is not sampled again
+            (`estimate_entropy`). None keeps nothing.
         progress: show bars.
 
     Returns:
