@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -64,6 +64,17 @@ class _Collator(DataCollatorForPreference):
         }
 
 
+def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -> None:
+    if isinstance(data, dict):
+        for key, part in data.items():
+            _require_columns(f"{name}[{key!r}]", part)
+    elif data is not None:
+        columns = data.column_names or list(next(iter(data)))  # a stream may not know its columns
+        missing = [column for column in COLUMNS if column not in columns]
+        if missing:
+            raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what trl_dataset returns")
+
+
 class BetaDPOTrainer(DPOTrainer):
     r"""TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
 
@@ -76,21 +87,32 @@ class BetaDPOTrainer(DPOTrainer):
         beta: any `Beta`. One that learns is trained with the policy: its own learning rate, and its own clipping.
         config: form, range, weights of the regularisers, beta's learning rate and norm; the rest is `args`'. Its
             `beta0` is not read.
-        train_dataset: with the columns `COLUMNS`, as `trl_dataset` gives it.
+        train_dataset: with the columns `COLUMNS`, as `trl_dataset` gives it; a stream needs `config.alpha` where the
+            entropy term acts.
 
     Raises:
-        ValueError: a data set without those columns.
+        ValueError: a data set without those columns, or no alpha for a stream.
     """
 
-    def __init__(self, model, *, beta: Beta, config: TrainConfig, train_dataset: Dataset, **kwargs) -> None:
-        evaluated = kwargs.get("eval_dataset")
-        for name, data in (("train_dataset", train_dataset), ("eval_dataset", evaluated)):
-            missing = [] if data is None else [column for column in COLUMNS if column not in data.column_names]
-            if missing:
-                raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what trl_dataset returns")
-        self.config, self.beta_module = config, beta
+    def __init__(
+        self,
+        model,
+        *,
+        beta: Beta,
+        config: TrainConfig,
+        train_dataset: Dataset | IterableDataset | None = None,
+        **kwargs,
+    ) -> None:
+        _require_columns("train_dataset", train_dataset)
+        _require_columns("eval_dataset", kwargs.get("eval_dataset"))
+        self.config, self.beta_module, self.alpha = config, beta, config.alpha
         self.learns = any(p.requires_grad for p in beta.parameters())
-        self.alpha = config.alpha or calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
+        if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
+            if isinstance(train_dataset, IterableDataset):
+                raise ValueError(
+                    "config.alpha: came None, expected a number: a stream's entropies are not known before"
+                )
+            self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         self.beta_module.to(self.accelerator.device)
         if type(self.data_collator) is DataCollatorForPreference:

@@ -1,6 +1,7 @@
 """The trainer for TRL's users: TRL's own numbers where beta is constant, and beta's own beside them elsewhere."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,6 +190,27 @@ class TestData:
         data = trl_dataset(world[2]).remove_columns("ref_entropy")
         with pytest.raises(ValueError, match="train_dataset: lacks ref_entropy; expected what trl_dataset returns"):
             trained(world, tmp_path, ConstantBeta(0.1), TrainConfig.around(0.1, "standard"), data=data)
+
+    def test_streams_and_several_sets_to_evaluate_on(self, world, tmp_path):
+        model, tokenizer, scored = world
+        data = trl_dataset(scored)
+        beta = BetaNetwork(len(scored["ref_features"][0]), beta0=0.1, hidden=(8,))
+        common = {"beta": beta, "processing_class": tokenizer, "args": arguments(tmp_path)}
+        config = TrainConfig.around(0.1, "standard")
+        with pytest.raises(ValueError, match="config.alpha: came None, expected a number"):
+            BetaDPOTrainer(model, config=config, train_dataset=data.to_iterable_dataset(), **common)
+        without = data.remove_columns("task")
+        with pytest.raises(ValueError, match=r"eval_dataset\['b'\]: lacks task"):
+            BetaDPOTrainer(model, config=config, train_dataset=data, eval_dataset={"a": data, "b": without}, **common)
+        trainer = BetaDPOTrainer(
+            copy.deepcopy(model), ref_model=copy.deepcopy(model), config=replace(config, alpha=0.05),
+            train_dataset=data.to_iterable_dataset(), eval_dataset={"a": data, "b": data.select(range(6))}, **common,
+        )  # fmt: skip
+        trainer.train()
+        found = trainer.evaluate()
+        assert found["eval_a_loss"] > 0 and found["eval_b_loss"] > 0
+        assert len(losses(trainer, "eval_beta/math")) == 2  # once a set
+        assert len(losses(trainer)) == 3
 
 
 def test_callback_logs_beta_where_the_trainer_reports(world, tmp_path):
