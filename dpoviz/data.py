@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase
 
@@ -451,27 +452,27 @@ def tokenize_pairs(
         raise ValueError("tokenizer: has no end token (eos_token), so that an answer could not end; set one")
     if too_long not in ("refuse", "drop"):
         raise ValueError(f"too_long: came {too_long!r}, expected 'refuse' or 'drop'")
-    rows = pairs[:]
-    messages = rows.get("messages", [None] * len(pairs))
-    first_chat = next((i for i, own in enumerate(messages) if own), None)
-    if first_chat is not None:
-        _require_template(tokenizer, f"{_name(pairs, first_chat)} is a chat")
+    if "messages" in pairs.column_names:
+        first_chat = next((i for i, own in enumerate(pairs["messages"]) if own), None)
+        if first_chat is not None:
+            _require_template(tokenizer, f"{_name(pairs, first_chat)} is a chat")
     end = tokenizer.eos_token_id
 
-    def answer_ids(field: str) -> list[list[int]]:
-        return [[*ids, end] for ids in tokenizer(rows[field], add_special_tokens=False)["input_ids"]]
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        messages = rows.get("messages", [None] * len(rows["prompt"]))
+        found = {"prompt_ids": encode_prompts(rows["prompt"], messages, tokenizer)}
+        for name in ("chosen", "rejected"):
+            found[f"{name}_ids"] = [[*own, end] for own in tokenizer(rows[name], add_special_tokens=False)["input_ids"]]
+        return found
 
-    pairs = Dataset.from_dict(
-        {
-            **rows,
-            "prompt_ids": encode_prompts(rows["prompt"], messages, tokenizer),
-            "chosen_ids": answer_ids("chosen"),
-            "rejected_ids": answer_ids("rejected"),
-        }
-    )
+    # batch by batch: what a tokenizer returns takes far more memory than the ids
+    ids = Features({f"{name}_ids": List(Value("int32")) for name in ("prompt", "chosen", "rejected")})
+    pairs = pairs.map(encode, batched=True, features=Features({**pairs.features, **ids}), desc="cutting into tokens")
     lengths = [
-        (len(p), max(len(c), len(r)))
-        for p, c, r in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+        (prompt, max(chosen, rejected))
+        for prompt, chosen, rejected in zip(
+            *(pc.list_value_length(pairs.with_format("arrow")[name]).to_pylist() for name in ids), strict=True
+        )
     ]
     empty = [i for i, (prompt, _) in enumerate(lengths) if prompt == 0]
     if empty:

@@ -110,7 +110,7 @@ class BetaDPOTrainer(DPOTrainer):
         if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
                 raise ValueError(
-                    "config.alpha: came None, expected a number: a stream's entropies are not known before"
+                    "config.alpha: came None, expected a number, as a stream is not read before"
                 )
             self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)

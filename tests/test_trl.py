@@ -197,7 +197,7 @@ class TestData:
         beta = BetaNetwork(len(scored["ref_features"][0]), beta0=0.1, hidden=(8,))
         common = {"beta": beta, "processing_class": tokenizer, "args": arguments(tmp_path)}
         config = TrainConfig.around(0.1, "standard")
-        with pytest.raises(ValueError, match="config.alpha: came None, expected a number"):
+        with pytest.raises(ValueError, match=r"config\.alpha: came None, expected a number"):
             BetaDPOTrainer(model, config=config, train_dataset=data.to_iterable_dataset(), **common)
         without = data.remove_columns("task")
         with pytest.raises(ValueError, match=r"eval_dataset\['b'\]: lacks task"):
