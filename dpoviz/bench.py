@@ -55,8 +55,9 @@ def bench_steps(
 
     Returns:
         A row per task and contestant: task, who, pairs, tokens (that ours computes), seconds (median), low, high,
-        pairs_per_second, ratio (median over the turns of TRL's seconds over its own; NaN without TRL), memory (peak
-        over what was held before, MiB), loss.
+        pairs_per_second, ratio (median over the turns of TRL's seconds over its own; NaN without TRL), over_fixed
+        (median over the turns of its own seconds over those of ours with a fixed β), memory (peak over what was held
+        before, MiB), loss.
 
     Raises:
         FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
@@ -91,6 +92,7 @@ def bench_steps(
             for who, measured in taken.items():
                 seconds = [s for s, _ in measured]
                 ratios = [a / b for (a, _), (b, _) in zip(taken.get(PEER, []), measured, strict=False)]
+                over = [b / a for (a, _), (b, _) in zip(taken[OURS], measured, strict=True)]
                 rows.append(
                     {
                         "task": task,
@@ -102,6 +104,7 @@ def bench_steps(
                         "high": max(seconds),
                         "pairs_per_second": batch_size / statistics.median(seconds),
                         "ratio": statistics.median(ratios) if ratios else float("nan"),
+                        "over_fixed": statistics.median(over),
                         "memory": max(m for _, m in measured),
                         "loss": losses[who],
                     }

@@ -80,7 +80,8 @@ class BetaDPOTrainer(DPOTrainer):
 
     The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and every other loss
     type follow. To it come :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns.
-    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser.
+    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser. Several processes train one beta;
+    its batch norm and its terms are those of each process's share of a batch.
 
     Args:
         model: as in `DPOTrainer`, and so are all other arguments.
@@ -109,9 +110,7 @@ class BetaDPOTrainer(DPOTrainer):
         self.learns = any(p.requires_grad for p in beta.parameters())
         if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
-                raise ValueError(
-                    "config.alpha: came None, expected a number, as a stream is not read before"
-                )
+                raise ValueError("config.alpha: came None, expected a number, as a stream is not read before")
             self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         self.beta_module.to(self.accelerator.device)
@@ -164,8 +163,15 @@ class BetaDPOTrainer(DPOTrainer):
             weights = [p for p in self.beta_module.parameters() if p.requires_grad]
             optimizer.add_param_group({"params": weights, "lr": self.config.beta_learning_rate, "weight_decay": 0.0})
             norm = self.config.beta_max_norm
-            # the trainer clips, and sets to zero, the gradients of the model alone
-            optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(weights, norm) and None)
+
+            def average_and_clip(*_: object) -> None:
+                for weight in weights:
+                    own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    weight.grad = self.accelerator.reduce(own, reduction="mean")
+                torch.nn.utils.clip_grad_norm_(weights, norm)
+
+            # the trainer averages over processes, clips, and sets to zero, the gradients of the model alone
+            optimizer.register_step_pre_hook(average_and_clip)
             optimizer.register_step_post_hook(lambda *_: self.beta_module.zero_grad())
         return optimizer
 

@@ -54,6 +54,7 @@ def test_everybody_does_the_same_work(world):
         assert loss[LEARNED] > loss[OURS]
     assert (found["low"] <= found["seconds"]).all() and (found["seconds"] <= found["high"]).all()
     assert (found["ratio"][found["who"] == PEER] == 1).all()
+    assert (found["over_fixed"][found["who"] == OURS] == 1).all() and (found["over_fixed"] > 0).all()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     # the tokens that one pass over each pair computes
     own = scored.filter(lambda row: row["task"] == "math").select(range(3))[:]

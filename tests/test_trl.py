@@ -1,9 +1,12 @@
 """The trainer for TRL's users: TRL's own numbers where beta is constant, and beta's own beside them elsewhere."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import test_processes as processes
 import torch
 from datasets import Dataset
 
@@ -172,6 +175,20 @@ def test_parity_of_both_loops(world, tmp_path):
                       data=trl_dataset(scored), learning_rate=1e-3)  # fmt: skip
     assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
     assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
+
+
+def test_two_processes_train_one_beta(tmp_path):
+    """A batch of four, or two shares of two: the gradients are averaged before they are clipped."""
+    found = {}
+    for n in (1, 2):
+        (tmp_path / str(n)).mkdir()
+        processes.finish(processes.command(n, Path(__file__).with_name("trl_processes.py"), tmp_path / str(n)))
+        found[n] = [json.loads((tmp_path / str(n) / f"{rank}.json").read_text()) for rank in range(n)]
+        assert [own["processes"] for own in found[n]] == [n] * n
+    first, second = found[2]
+    assert first["beta"] == second["beta"]
+    assert min(abs(value) for value in first["beta"]) > 1e-3  # it moved
+    assert first["beta"] == pytest.approx(found[1][0]["beta"], rel=1e-4)
 
 
 class TestData:
