@@ -23,7 +23,7 @@ from dpoviz.beta import BetaNetwork
 from dpoviz.data import load_pairs, tokenize_pairs
 from dpoviz.logprobs import by_length, prefix_batch, sampling, score_answers
 from dpoviz.losses import dpo_loss, total_loss
-from dpoviz.train import TrainConfig, calibrate_alpha
+from dpoviz.train import TrainConfig, adamw, calibrate_alpha
 
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
 """Who takes a training step."""
@@ -150,7 +150,7 @@ def _contestants(
         ).total  # fmt: skip
 
     def stepping(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], float]:
-        optimizers = [torch.optim.AdamW(module.parameters(), lr=0.0) for module in modules]
+        optimizers = [adamw(module, 0.0) for module in modules]
 
         def step() -> float:
             model.train()

@@ -258,9 +258,9 @@ def train(
     set_seed(config.seed + stage)
     shared_prefix = supports_shared_prefix(policy)
     scorer = accelerator.prepare(_Scorer(policy, pad_id, shared_prefix))
-    optimizers = [_optimizer(accelerator, policy, config.policy_learning_rate)]
+    optimizers = [accelerator.prepare(adamw(policy, config.policy_learning_rate))]
     if rule.learns:
-        optimizers.append(_optimizer(accelerator, rule, config.beta_learning_rate))
+        optimizers.append(accelerator.prepare(adamw(rule, config.beta_learning_rate)))
     if rule.state_dict():  # weights, or moving averages
         accelerator.register_for_checkpointing(rule)
     schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
@@ -373,9 +373,15 @@ def _digest(pairs: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _optimizer(accelerator: Accelerator, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+_FUSED_FROM = 10_000_000
+"""Weights that learn, from which on AdamW is fused: a step then reads and writes each once, and not for each term."""
+
+
+def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """The optimizer of both, policy and beta, over what learns of a module; no weight decay."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return accelerator.prepare(torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0))
+    fused = sum(p.numel() for p in trained) >= _FUSED_FROM
+    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused or None)
 
 
 def _batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:
