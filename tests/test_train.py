@@ -542,3 +542,15 @@ def test_a_tie_counts_half():
     # at the reference h is 0 up to rounding, and neither answer is ranked above the other
     h = torch.tensor([0.5, -0.5, 0.0, 3e-7, -3e-7])
     assert module._ranked_rightly(h).tolist() == [1.0, 0.0, 0.5, 0.5, 0.5]
+
+
+def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):
+    config = TrainConfig.around(0.1, "inverse", **SMALL)
+    plain, fused = [], []
+    for found, threshold in ((plain, 10**9), (fused, 1)):
+        monkeypatch.setattr(module, "_FUSED_FROM", threshold)
+        assert bool(module.adamw(torch.nn.Linear(1, 1), 0.1).defaults["fused"]) == (threshold == 1)
+        policy, history = run(world, config, network())
+        found += [weights(policy), history["loss"].to_numpy()]
+    torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5)
