@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from dpoviz import logprobs
 from dpoviz.journal import Journal, fingerprint
 from dpoviz.logprobs import Sampler, by_length, sampling, score_answers
-from dpoviz.processes import in_shares, processes
+from dpoviz.processes import in_shares, own_seed, processes
 
 
 class Estimate(NamedTuple):
@@ -122,9 +122,8 @@ def estimate_entropy(
         code = (logprobs, sys.modules[__name__])
         name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, code)
         journal = Journal(Path(keep) / f"entropy-{name}")
-    state = processes()
-    settings["seed"] = seed + (state.process_index << 32)
-    shown = progress and state.is_main_process
+    settings["seed"] = own_seed(seed)
+    shown = progress and processes().is_main_process
     with (
         sampling(model, prompts, samples, **settings) as sampler,
         tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not shown) as bar,

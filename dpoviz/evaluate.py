@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.logprobs import by_length, sample_answers, score_both
-from dpoviz.processes import in_shares, processes
+from dpoviz.processes import in_shares, own_seed, processes
 from dpoviz.tasks import Problem
 from dpoviz.tasks import reward as task_reward
 
@@ -86,7 +86,7 @@ def evaluate_policy(
             max_new_tokens=max_new_tokens,
             eos_id=tokenizer.eos_token_id,
             pad_id=pad_id,
-            seed=seed + (state.process_index << 32),
+            seed=own_seed(seed),
             batch_size=batch_size,
         ).answers
         drawn = dict(zip(share, answers, strict=True))

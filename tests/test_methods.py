@@ -17,18 +17,19 @@ from dpoviz.train import TrainConfig, answer_entropy
 PAIRS = [(name, form) for name, method in METHODS.items() for form in method.forms]
 
 
+def with_entropies(pairs):
+    """The pairs with entropies of their answers, drawn at random."""
+    draw = torch.Generator().manual_seed(0)
+    for column in ("ref_chosen_entropy", "ref_rejected_entropy"):
+        ids = pairs[column.replace("ref_", "").replace("entropy", "ids")]
+        totals = [len(own) * (0.2 + 3 * torch.rand((), generator=draw).item()) for own in ids]
+        pairs = pairs.add_column(column, totals)
+    return pairs
+
+
 @pytest.fixture(scope="module")
 def world():
     model = small_model()
-    draw = torch.Generator().manual_seed(0)
-
-    def with_entropies(pairs):
-        for column in ("ref_chosen_entropy", "ref_rejected_entropy"):
-            ids = pairs[column.replace("ref_", "").replace("entropy", "ids")]
-            totals = [len(own) * (0.2 + 3 * torch.rand((), generator=draw).item()) for own in ids]
-            pairs = pairs.add_column(column, totals)
-        return pairs
-
     return model, with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
 
 

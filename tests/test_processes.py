@@ -16,7 +16,9 @@ from accelerate.utils import DistributedType
 
 from dpoviz.train import TrainConfig
 
-SCRIPT, SHARED = (Path(__file__).with_name(name) for name in ("two_processes.py", "shared_work.py"))
+SCRIPT, SHARED, METHODS = (
+    Path(__file__).with_name(name) for name in ("two_processes.py", "shared_work.py", "method_processes.py")
+)
 
 
 def command(processes, *arguments):
@@ -34,7 +36,7 @@ def finish(line, **environment):
 
 
 def launch(processes, result, out="", stop=0):
-    assert finish(command(processes, SCRIPT, result, out, stop)).count(f"one of {processes}\n") == processes
+    assert finish(command(processes, SCRIPT, result, out, stop)).count(f"one of {processes}") == processes
     if stop:
         return None, None
     history = pd.DataFrame(json.loads(result.read_text()))
@@ -76,13 +78,25 @@ def test_one_goes_on_from_what_two_left(one, tmp_path):
     equal(launch(1, tmp_path / "history.json", out=tmp_path / "run"), one)
 
 
+def test_two_processes_train_what_one_does_with_every_method(tmp_path):
+    found = {}
+    for n in (1, 2):
+        printed = finish(command(n, METHODS, tmp_path / f"{n}.json"))
+        assert printed.count(f"one of {n}") == n
+        found[n] = json.loads((tmp_path / f"{n}.json").read_text())
+    assert len(found[1]) == len(found[2]) > 12
+    for name, one in found[1].items():
+        np.testing.assert_allclose(found[2][name]["loss"], one["loss"], rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found[2][name]["weights"], one["weights"], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """By number of processes: the columns of a reference pass, h of its pairs, and an evaluation; and the caches."""
     place = tmp_path_factory.mktemp("shared")
     for n in (1, 2):
         printed = finish(command(n, SHARED, place / f"{n}.json", place / f"cache{n}"))
-        assert printed.count(f"one of {n}\n") == n
+        assert printed.count(f"one of {n}") == n
     return {n: json.loads((place / f"{n}.json").read_text()) for n in (1, 2)}, place
 
 
@@ -103,6 +117,12 @@ class TestSharedWork:
         assert (one["ref_entropy"] != two["ref_entropy"]).sum() >= 6  # the second process's
         error = np.hypot(one["ref_entropy_se"], two["ref_entropy_se"])
         assert (np.abs(one["ref_entropy"] - two["ref_entropy"]) < 5 * error + 1e-6).all()
+
+    def test_processes_draw_by_seeds_of_their_own(self, shared):
+        """One prompt again and again: with one seed, the second process would draw what the first does."""
+        first, second = shared[0][2]["again"][:2], shared[0][2]["again"][2:]  # a batch each
+        assert not set(first) & set(second)
+        assert len(set(shared[0][2]["evaluated again"])) == 4
 
     def test_evaluation_comes_back_in_the_order_of_the_problems(self, shared):
         one, two = pd.DataFrame(shared[0][1]["evaluation"]), pd.DataFrame(shared[0][2]["evaluation"])

@@ -1,0 +1,32 @@
+"""What each process of `test_processes.py` runs: stage 2 with every method, and with calibration pairs."""
+
+import json
+import sys
+from pathlib import Path
+
+import test_methods as methods
+from test_train import SMALL, run, small_model, small_pairs, weights
+
+from dpoviz.processes import processes
+from dpoviz.train import TrainConfig
+
+
+def main(result: Path) -> None:
+    print(f"one of {processes().num_processes}")
+    model = small_model()
+    world = model, methods.with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
+    other = methods.with_entropies(small_pairs(model, n=12, seed=2))
+    found = {}
+    for name, form in methods.PAIRS:
+        config = TrainConfig.around(0.2, form, **SMALL)
+        for calibration in (None, other) if name == "network" else (None,):
+            start = methods.start(name, form, world[1])
+            policy, history = run(world, config, start, calibration=calibration)
+            key = f"{name} {form}{' calibrated' if calibration else ''}"
+            found[key] = {"loss": history["loss"].tolist(), "weights": weights(policy).tolist()}
+    if processes().is_main_process:
+        result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
