@@ -8,8 +8,9 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -246,36 +247,55 @@ def bench_reference(
 
 def bench_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
-    new_tokens: int, repeats: int,
+    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8),
 ) -> pd.DataFrame:  # fmt: skip
     """Entropies from sampled answers, against `generate` alone, which gives no entropies.
 
     No answer ends before `new_tokens`, so that both make as many.
 
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        samples: answers a prompt.
+        new_tokens: tokens an answer.
+        repeats: timed turns, after one that is not timed.
+        at_once: numbers of prompts that are answered side by side, each of which is tried.
+
     Returns:
-        Two rows: who, seconds, low, high, tokens_per_second (of the answers), ratio (seconds over `generate`'s),
-        memory (MiB).
+        A row for each number and each of the two: who, prompts (at once), seconds (median), low, high,
+        tokens_per_second (of the answers), ratio (seconds over those of `generate` at its best), memory (MiB).
     """
     pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                               num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
+    prompts = sorted(prompts, key=len)
+
+    def parts(n: int) -> list[Sequence[Sequence[int]]]:
+        return [prompts[start : start + n] for start in range(0, len(prompts), n)]
 
     @torch.no_grad()
-    def peer() -> None:
-        model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    def peer(n: int) -> None:
+        for some in parts(n):
+            width = max(map(len, some))
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in some], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
+            model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
     @torch.no_grad()
-    def ours() -> None:
+    def ours(n: int) -> None:
         with sampling(model, prompts, samples, max_new_tokens=new_tokens, eos_id=never, pad_id=pad, seed=0) as sampler:
-            answers = sampler.draw(prompts)
-            score_answers(model, prompts, answers, pad_id=pad, entropy=True)
+            for some in parts(n):
+                score_answers(model, some, sampler.draw(some), pad_id=pad, entropy=True)
 
     model.eval()
-    found = _in_turn({"generate alone": peer, "answers and entropies": ours}, repeats, model.device)
-    return _rows(found, "generate alone", len(prompts) * samples * new_tokens, "tokens_per_second")
+    calls = {(who, n): partial(call, n) for n in at_once
+             for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
+    taken = _in_turn(calls, repeats, model.device)
+    best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key]))
+    rows = _rows(taken, best, len(prompts) * samples * new_tokens, "tokens_per_second")
+    rows[["who", "prompts"]] = rows["who"].to_list()
+    return rows[["who", "prompts", *rows.columns[1:-1]]]
 
 
 def bench_growth(counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0) -> pd.DataFrame:
@@ -363,11 +383,13 @@ def bench(
         needed[task] = step_operations(model, own)
     steps["share_of_matrix_rate"] = steps["task"].map(needed) / steps["seconds"] / rate
     some = scored.select(range(min(len(scored), 4 * batch_size)))
-    prompts = list({tuple(ids): list(ids) for ids in some["prompt_ids"]}.values())[:4]
+    prompts = list({tuple(ids): list(ids) for ids in scored["prompt_ids"]}.values())[:8]
     return {
         "steps": steps,
         "reference": bench_reference(model, tokenizer, some, batch_size=batch_size, repeats=repeats),
-        "sampling": bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, repeats=repeats),
+        "sampling": bench_sampling(
+            model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, repeats=min(repeats, 3)
+        ),
         "growth": bench_growth(),
         "vocabulary": bench_vocabulary(),
     }
@@ -407,10 +429,10 @@ def step_operations(model: PreTrainedModel, pairs: Dataset) -> float:
 
 
 def _in_turn(
-    calls: Mapping[str, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[str, list[tuple[float, float]]]:
+    calls: Mapping[Hashable, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[Hashable, list[tuple[float, float]]]:
     """(seconds, MiB) of each call, one after the other in turn, after a turn that does not count."""
-    taken: dict[str, list[tuple[float, float]]] = {who: [] for who in calls}
+    taken: dict[Hashable, list[tuple[float, float]]] = {who: [] for who in calls}
     for turn in range(repeats + 1):
         for who, call in calls.items():
             with _memory(device) as peak:
@@ -423,7 +445,7 @@ def _in_turn(
     return taken
 
 
-def _rows(taken: Mapping[str, list[tuple[float, float]]], base: str, units: int, rate: str) -> pd.DataFrame:
+def _rows(taken: Mapping[Hashable, list[tuple[float, float]]], base: Hashable, units: int, rate: str) -> pd.DataFrame:
     rows = []
     for who, measured in taken.items():
         seconds = [s for s, _ in measured]
