@@ -343,6 +343,7 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         progress: show bars.
     """
     tokenizer, held_out = prepared.tokenizer, prepared.held_out
+    progress = progress and processes().is_main_process
     if config.lora_rank:
         policy = reference = add_lora(prepared.model, rank=config.lora_rank, seed=config.seed)
     else:
