@@ -284,9 +284,10 @@ def bench_sampling(
 
     @torch.no_grad()
     def ours(n: int) -> None:
-        with sampling(model, prompts, samples, max_new_tokens=new_tokens, eos_id=never, pad_id=pad, seed=0) as sampler:
+        ends = {"max_new_tokens": new_tokens, "eos_id": never, "pad_id": pad}
+        with sampling(model, prompts, samples, **ends, seed=0, scores=True) as sampler:
             for some in parts(n):
-                score_answers(model, some, sampler.draw(some), pad_id=pad, entropy=True)
+                sampler.draw(some)
 
     model.eval()
     calls = {(who, n): partial(call, n) for n in at_once

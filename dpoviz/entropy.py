@@ -1,6 +1,6 @@
 r"""Estimators of the reference's entropy at a prompt, :math:`H(\pi_{ref}(\cdot|x))`, with their standard errors.
 
-All of them come from K answers sampled from the reference and one scoring pass over these. They depend on the
+All of them come from K answers sampled from the reference, and are read where these are drawn. They depend on the
 reference and the prompt alone, never on a data set's answers, so each may feed beta(x). A fifth, `teacher_forced`,
 does depend on these answers; it is for pictures, and comes with `reference_pass`: ref_chosen_entropy over the
 number of tokens in chosen_ids.
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from dpoviz import logprobs
 from dpoviz.journal import Journal, fingerprint
-from dpoviz.logprobs import Sampler, by_length, sampling, score_answers
+from dpoviz.logprobs import Sampler, by_length, sampling
 from dpoviz.processes import in_shares, own_seed, processes
 
 
@@ -104,7 +104,7 @@ def estimate_entropy(
         eos_id: token that ends an answer.
         pad_id: token that fills the rows.
         seed: the draws.
-        batch_size: prompts at once; `batch_size` × K answers are drawn, and scored, side by side.
+        batch_size: prompts at once; `batch_size` × K answers are drawn side by side.
         keep: a folder where each batch is kept, by a fingerprint of model, settings and code. A run that was
             killed goes on from there, and ends with the numbers of one that was not. Prompts that another run
             asked for are not drawn again: their numbers are that run's, and the others' draws begin anew at the
@@ -125,10 +125,10 @@ def estimate_entropy(
     settings["seed"] = own_seed(seed)
     shown = progress and processes().is_main_process
     with (
-        sampling(model, prompts, samples, **settings) as sampler,
+        sampling(model, prompts, samples, **settings, scores=True) as sampler,
         tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not shown) as bar,
     ):
-        numbers = _numbers(model, prompts, sampler, pad_id, eos_id, batch_size, journal, bar)
+        numbers = _numbers(prompts, sampler, eos_id, batch_size, journal, bar)
     entropy_sums, logps, lengths, first, cut = (torch.from_numpy(numbers[name]) for name in _NUMBERS)
     return EntropyEstimates(
         per_token=_ratio(entropy_sums, lengths),
@@ -145,16 +145,14 @@ _NUMBERS = ("entropy_sums", "logps", "lengths", "first_entropies", "truncated")
 
 
 def _numbers(
-    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
-    pad_id: int,
     eos_id: int,
     batch_size: int,
     journal: Journal,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """The numbers of all prompts, in their order: read where they are kept, drawn and scored elsewhere."""
+    """The numbers of all prompts, in their order: read where they are kept, drawn elsewhere."""
     names = _names(prompts)
     run = hashlib.blake2b("".join(names).encode(), digest_size=8).hexdigest()
     batches = journal.read()
@@ -168,7 +166,7 @@ def _numbers(
     def draw(number: int) -> dict[str, np.ndarray] | None:
         rows, name, batch = [left[place] for place in parts[number]], f"{run}-{number:06d}", None
         if not all(names[row] in known for row in rows):
-            batch = _draw(model, [prompts[row] for row in rows], sampler, pad_id, eos_id)
+            batch = _draw([prompts[row] for row in rows], sampler, eos_id)
             batch["prompts"] = np.array([names[row] for row in rows])
             batch["state"] = sampler.generator.get_state().numpy()
             journal.add(name, batch)
@@ -195,11 +193,8 @@ def _names(prompts: Sequence[Sequence[int]]) -> list[str]:
     return names
 
 
-def _draw(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampler: Sampler, pad_id: int, eos_id: int
-) -> dict[str, np.ndarray]:
-    answers = sampler.draw(prompts)
-    scores = score_answers(model, prompts, answers, pad_id=pad_id, entropy=True)
+def _draw(prompts: Sequence[Sequence[int]], sampler: Sampler, eos_id: int) -> dict[str, np.ndarray]:
+    answers, scores = sampler.draw(prompts)
     batch = {name: getattr(scores, name).double().cpu().numpy() for name in _NUMBERS[:-1]}
     cut = [sum(answer[-1] != eos_id for answer in own) for own in answers]
     return {**batch, "truncated": np.array(cut)}

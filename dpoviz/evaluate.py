@@ -94,9 +94,8 @@ def evaluate_policy(
         for places in by_length(lengths, batch_size):
             rows = [share[place] for place in places]
             own = [drawn[row] for row in rows]
-            of_tokens, owners = score_both(policy, reference, [prompts[row] for row in rows], own, _look, pad_id=pad_id)
-            sums = of_tokens.new_zeros(len(rows) * samples, 4).double().index_add(0, owners, of_tokens.double())
-            k1, step_kl, entropy, length = sums.view(len(rows), samples, 4).unbind(dim=-1)  # (rows, samples) each
+            sums = score_both(policy, reference, [prompts[row] for row in rows], own, _look, pad_id=pad_id)
+            k1, step_kl, entropy, length = sums.unbind(dim=-1)  # (rows, samples) each
             k3 = torch.expm1(-k1) + k1
             for i, row in enumerate(rows):
                 texts = tokenizer.batch_decode(own[i], skip_special_tokens=True)

@@ -1,15 +1,17 @@
 """Prompts and answers to shared-prefix batches, log-probabilities, entropies and prompt features; sampling.
 
-A row holds a prompt once and its K answers behind it (K = 2 for a preference pair). An answer sees the prompt
-and itself, never its rivals, and its positions start again after the prompt; so the scores are those of K
-separate sequences, while the prompt is computed once. Logits are computed only where an answer is predicted.
+A prompt stands once and its answers behind it (two for a preference pair); short prompts fill up the rows that long
+ones need. An answer sees its prompt and itself, never its rivals, and its positions start again after the prompt: so
+the scores are those of separate sequences, while what they share is computed once. Logits are computed only where an
+answer is predicted.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,82 +35,173 @@ chunks forward and 3 with the backward pass, 4 and 5 where entropies are wanted 
 Tokens = Sequence[Sequence[int]]
 
 
+_ATTENTION = 2048
+"""Tokens a row at which attention is taken to cost as much as all else; it only weighs longer rows against more."""
+
+
 @dataclass(frozen=True)
 class PrefixBatch:
-    """B prompts, each followed by its K answers. The end token of an answer is predicted but not fed in.
+    """B prompts with K answers each, in R rows of T tokens. The end token of an answer is predicted but not fed in.
+
+    Equal prompts, and equal answers to them, are laid out once: P prompts and U answers.
 
     Attributes:
-        input_ids: (B, T).
-        segments: (B, T) 0 for the prompt, k for answer k, -1 for padding.
-        position_ids: (B, T), starting again after the prompt in each answer.
+        input_ids: (R, T).
+        segments: (R, T) which prompt or answer of its row a token belongs to, counted from 0; -1 for padding.
+        prefixes: (R, T) the segment that a token may see beside its own: its answer's prompt.
+        position_ids: (R, T), starting again with each prompt, and after it in each answer.
         predictors: (N,) flat index row * T + t of the hidden state that predicts each answer token.
         targets: (N,) the answer tokens.
-        owners: (N,) the answer each belongs to, row * K + k.
-        answers: K.
+        owners: (N,) which of the U answers each belongs to, rising.
+        answers: (B, K) which of the U answers stands for each.
+        prompt_tokens: (M,) flat index row * T + t of the prompts' tokens.
+        prompt_owners: (M,) which of the P prompts each belongs to, rising.
+        prompts: (B,) which of the P prompts stands for each.
     """
 
     input_ids: Tensor
     segments: Tensor
+    prefixes: Tensor
     position_ids: Tensor
     predictors: Tensor
     targets: Tensor
     owners: Tensor
-    answers: int
+    answers: Tensor
+    prompt_tokens: Tensor
+    prompt_owners: Tensor
+    prompts: Tensor
 
     def to(self, device: torch.device | str) -> PrefixBatch:
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "answers"}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """(B, 1, T, T), 0 where a token (third axis) may see another (fourth), the lowest number elsewhere."""
-        query, key = self.segments[:, :, None], self.segments[:, None, :]
-        length = self.segments.shape[1]
+        """(R, 1, T, T), 0 where a token (third axis) may see another (fourth), the lowest number elsewhere."""
+        key, length = self.segments[:, None, :], self.segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
         # padding sees padding, because a row of the softmax that sees nothing would be NaN
-        seen = causal & ((key == 0) & (query >= 0) | (key == query))
+        seen = causal & ((key == self.segments[:, :, None]) | (key == self.prefixes[:, :, None]))
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int) -> PrefixBatch:
+class _Block(NamedTuple):
+    """A prompt, and answers to it that stand behind it."""
+
+    name: Hashable
+    prompt: Sequence[int]
+    answers: Sequence[tuple[int, ...]]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
+
+
+def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, packed: bool = True) -> PrefixBatch:
     """Lay out prompts and their answers.
 
     Args:
         prompts: B prompts as token ids, none empty.
         answers: for each prompt K answers as token ids, none empty; the same K for all.
         pad_id: token that fills the rows.
+        packed: equal prompts share their tokens, and several stand in a row where they fit. Otherwise each of the B
+            has a row of its own.
 
     Raises:
         ValueError: no prompts, an empty prompt or answer, or different numbers of answers.
     """
     _require_tokens(prompts, answers)
-    k = len(answers[0])
-    ids, segments, positions, predictors, targets, owners = [], [], [], [], [], []
-    for row, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
-        row_ids, row_segments, row_positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
-        for number, answer in enumerate(own):
-            start = len(row_ids)
-            # the first token is predicted where the prompt ends, the others where the one before them stands
-            predictors += [(row, len(prompt) - 1), *((row, start + j) for j in range(len(answer) - 1))]
-            targets += answer
-            owners += [row * k + number] * len(answer)
-            row_ids += answer[:-1]
-            row_segments += [number + 1] * (len(answer) - 1)
-            row_positions += range(len(prompt), len(prompt) + len(answer) - 1)
-        ids.append(torch.tensor(row_ids))
-        segments.append(torch.tensor(row_segments))
-        positions.append(torch.tensor(row_positions))
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    single = [
+        _Block(tuple(prompt) if packed else row, prompt, list(dict.fromkeys(map(tuple, own))))
+        for row, (prompt, own) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    rows = _pack(single) if packed else [[block] for block in single]
+    width = max(sum(block.length for block in row) for row in rows)
+    input_ids, position_ids = [pad_id] * (len(rows) * width), [0] * (len(rows) * width)
+    segments, prefixes = [-1] * (len(rows) * width), [-1] * (len(rows) * width)
+
+    def put(tokens: Sequence[int], at: int, segment: int, prefix: int, position: int) -> int:
+        end = at + len(tokens)
+        input_ids[at:end], position_ids[at:end] = tokens, range(position, position + len(tokens))
+        segments[at:end], prefixes[at:end] = [segment] * len(tokens), [prefix] * len(tokens)
+        return end
+
+    predictors, targets, owners, prompt_tokens, prompt_owners = [], [], [], [], []
+    number_of_prompt: dict[Hashable, int] = {}
+    number_of_answer: dict[tuple[Hashable, tuple[int, ...]], int] = {}
+    for number, row in enumerate(rows):
+        at, segment = number * width, 0
+        for name, prompt, own in row:
+            prefix, end = segment, put(prompt, at, segment, segment, 0)
+            if name not in number_of_prompt:  # its answers may be spread over rows
+                prompt_tokens += range(at, end)
+                prompt_owners += [len(number_of_prompt)] * len(prompt)
+                number_of_prompt[name] = len(number_of_prompt)
+            at = end
+            for answer in own:
+                segment += 1
+                # the first token is predicted where the prompt ends, the others where the one before them stands
+                predictors += [end - 1, *range(at, at + len(answer) - 1)]
+                targets += answer
+                owners += [len(number_of_answer)] * len(answer)
+                number_of_answer[name, answer] = len(number_of_answer)
+                at = put(answer[:-1], at, segment, prefix, len(prompt))
+            segment += 1
+    grid = [torch.tensor(values).view(len(rows), width) for values in (input_ids, segments, prefixes, position_ids)]
     return PrefixBatch(
-        input_ids=input_ids,
-        segments=pad_sequence(segments, batch_first=True, padding_value=-1),
-        position_ids=pad_sequence(positions, batch_first=True, padding_value=0),
-        predictors=torch.tensor([row * input_ids.shape[1] + t for row, t in predictors]),
+        *grid,
+        predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
-        answers=k,
-    )
+        answers=torch.tensor(
+            [[number_of_answer[block.name, tuple(answer)] for answer in own]
+             for block, own in zip(single, answers, strict=True)]
+        ),
+        prompt_tokens=torch.tensor(prompt_tokens),
+        prompt_owners=torch.tensor(prompt_owners),
+        prompts=torch.tensor([number_of_prompt[block.name] for block in single]),
+    )  # fmt: skip
+
+
+def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
+    """Rows of blocks: those of one prompt put together, the longest first, each in the first row that has room.
+
+    Rows as long as the longest block are tried, and longer ones, up to all that one prompt has; the cheapest win.
+    """
+    merged: dict[Hashable, _Block] = {}
+    for block in blocks:
+        before = merged.get(block.name, block)
+        merged[block.name] = before._replace(answers=list(dict.fromkeys([*before.answers, *block.answers])))
+    room, most = (max(block.length for block in some) for some in (blocks, merged.values()))
+    best: tuple[float, list[list[_Block]]] = (math.inf, [])
+    while True:
+        parts = [part for block in merged.values() for part in _parts(block, room)]
+        rows: list[list[_Block]] = []
+        left: list[int] = []
+        for part in sorted(parts, key=lambda part: -part.length):
+            place = next((i for i, free in enumerate(left) if part.length <= free), len(rows))
+            if place == len(rows):
+                rows.append([])
+                left.append(room)
+            rows[place].append(part)
+            left[place] -= part.length
+        width = room - min(left)
+        best = min(best, (len(rows) * width * (_ATTENTION + width), rows), key=lambda found: found[0])
+        if room >= most:
+            return best[1]
+        room = min(2 * room, most)
+
+
+def _parts(block: _Block, room: int) -> Iterator[_Block]:
+    """The block's answers over as many blocks as it takes for each to fit; one answer does."""
+    some, length = [], len(block.prompt)
+    for answer in block.answers:
+        if length + len(answer) - 1 > room:
+            yield block._replace(answers=some)
+            some, length = [], len(block.prompt)
+        some.append(answer)
+        length += len(answer) - 1
+    yield block._replace(answers=some)
 
 
 def _require_tokens(prompts: Tokens, answers: Sequence[Tokens]) -> None:
@@ -194,16 +287,19 @@ def _shared_scores(
     model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], *, pad_id: int, entropy: bool, features: bool
 ) -> AnswerScores:
     batch = prefix_batch(prompts, answers, pad_id).to(model.device)
-    hidden = model.base_model(
+    hidden = _hidden_states(model, batch)  # (R * T, D)
+    logps, entropies = _token_scores(model.get_output_embeddings(), hidden[batch.predictors], batch.targets, entropy)
+    means = _means(hidden[batch.prompt_tokens], batch.prompt_owners)[batch.prompts] if features else None
+    return _collect(logps, entropies, batch.owners, batch.answers, means)
+
+
+def _hidden_states(model: PreTrainedModel, batch: PrefixBatch) -> Tensor:
+    return model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask(model.dtype),
         position_ids=batch.position_ids,
         use_cache=False,
-    ).last_hidden_state  # (B, T, D)
-    predicting = hidden.flatten(0, 1)[batch.predictors]  # (N, D)
-    logps, entropies = _token_scores(model.get_output_embeddings(), predicting, batch.targets, entropy)
-    in_prompt = (batch.segments == 0) if features else None
-    return _collect(logps, entropies, batch.owners, (len(prompts), batch.answers), hidden, in_prompt)
+    ).last_hidden_state.flatten(0, 1)
 
 
 def _separate_scores(
@@ -226,9 +322,18 @@ def _separate_scores(
     )
     row, place = ((t >= start[:, None]) & (t < length[:, None])).nonzero(as_tuple=True)
     logps, entropies = _token_scores(None, out.logits[row, place - 1], ids[row, place], entropy)
-    hidden = out.hidden_states[-1][::k] if features else None
-    in_prompt = (t < start[::k, None]) if features else None
-    return _collect(logps, entropies, row, (len(prompts), k), hidden, in_prompt)
+    means = None
+    if features:
+        prompt, place = (t < start[::k, None]).nonzero(as_tuple=True)
+        means = _means(out.hidden_states[-1][::k][prompt, place], prompt)
+    return _collect(logps, entropies, row, torch.arange(len(rows), device=row.device).view(-1, k), means)
+
+
+def _means(states: Tensor, owners: Tensor) -> Tensor:
+    """Mean of those of the (M, D) hidden states that have one owner, in float32 and detached; owners rise from 0."""
+    counts = owners.bincount()
+    sums = states.new_zeros(len(counts), states.shape[1], dtype=torch.float32)
+    return sums.index_add(0, owners, states.detach().float()) / counts[:, None]
 
 
 def _token_scores(
@@ -242,8 +347,7 @@ def _token_scores(
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = states if head is None else head(states)
         logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-        entropies = -(logps.exp() * logps).sum(dim=-1) if entropy else None
-        return logps.gather(-1, targets[:, None]).squeeze(-1), entropies
+        return logps.gather(-1, targets[:, None]).squeeze(-1), _entropies(logps) if entropy else None
 
     vocabulary = states.shape[-1] if head is None else head.weight.shape[0]
     size = max(1, _LOGITS_AT_ONCE // vocabulary)
@@ -256,32 +360,26 @@ def _token_scores(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if entropy else None
 
 
+def _entropies(logps: Tensor) -> Tensor:
+    """(N,) entropies of the distributions with (N, V) log-probabilities."""
+    return -(logps.exp() * logps).sum(dim=-1)
+
+
 def _collect(
-    logps: Tensor,
-    entropies: Tensor | None,
-    owners: Tensor,
-    shape: tuple[int, int],
-    hidden: Tensor | None,
-    in_prompt: Tensor | None,
+    logps: Tensor, entropies: Tensor | None, owners: Tensor, answers: Tensor, features: Tensor | None
 ) -> AnswerScores:
-    """Sum over the tokens of each answer, and average the hidden states over each prompt."""
+    """Sum over the tokens of each of the U answers, and give (B, K) of them."""
+    lengths = owners.bincount()  # (U,)
+    first = (lengths.cumsum(0) - lengths)[answers[:, 0]]  # where the first answer to each prompt begins
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(shape[0] * shape[1]).index_add(0, owners, values).view(shape)
+        return values.new_zeros(len(lengths)).index_add(0, owners, values)[answers]
 
-    features = None
-    if in_prompt is not None:
-        weights = (in_prompt / in_prompt.sum(dim=1, keepdim=True)).float()  # (B, T)
-        features = torch.einsum("bt,btd->bd", weights, hidden.detach().float())
-    first = None
-    if entropies is not None:
-        starts = torch.searchsorted(owners, torch.arange(0, shape[0] * shape[1], shape[1], device=owners.device))
-        first = entropies[starts]
     return AnswerScores(
         logps=total(logps),
-        lengths=total(torch.ones_like(owners)),
+        lengths=lengths[answers],
         entropy_sums=None if entropies is None else total(entropies),
-        first_entropies=first,
+        first_entropies=None if entropies is None else entropies[first],
         features=features,
     )
 
@@ -295,7 +393,7 @@ def score_both(
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
     *,
     pad_id: int,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Look at the next-token logits of two models side by side, wherever an answer is predicted; no gradient.
 
     Args:
@@ -309,7 +407,7 @@ def score_both(
         pad_id: token that fills the rows.
 
     Returns:
-        (N, C) scores of all answer tokens, and (N,) the answer each belongs to, row * K + k.
+        (B, K, C) the scores of each answer's tokens, summed, in float64.
 
     Raises:
         ValueError: the models differ in their vocabulary, `reference` is a policy without an adapter, or as
@@ -323,10 +421,11 @@ def score_both(
         raise ValueError(f"reference: came a vocabulary of {sizes[1]}, expected the policy's {sizes[0]}")
     adapter_off = policy.disable_adapter if reference is policy else nullcontext
     shared = supports_shared_prefix(policy) and supports_shared_prefix(reference)
-    if not shared:  # a row for each answer; the tokens come in the same order
+    k = len(answers[0])
+    if not shared:  # a row for each answer
         prompts = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
         answers = [[answer] for own in answers for answer in own]
-    batch = prefix_batch(prompts, answers, pad_id).to(policy.device)
+    batch = prefix_batch(prompts, answers, pad_id, packed=shared).to(policy.device)
     with evaluating(policy), evaluating(reference):
         of_policy, policy_head = _predictors(policy, batch, shared)
         with adapter_off():
@@ -341,20 +440,16 @@ def score_both(
             logits = policy_head(own)
             dtype = torch.promote_types(logits.dtype, torch.float32)
             parts.append(score(logits.to(dtype), ref_logits.to(dtype), targets))
-    return torch.cat(parts), batch.owners
+    of_tokens = torch.cat(parts).double()  # (N, C)
+    sums = of_tokens.new_zeros(int(batch.owners[-1]) + 1, of_tokens.shape[1]).index_add(0, batch.owners, of_tokens)
+    return sums[batch.answers].view(-1, k, of_tokens.shape[1])
 
 
 def _predictors(model: PreTrainedModel, batch: PrefixBatch, shared: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(N, ·) what predicts each answer token, and what makes logits of it."""
     model = _language_model(model)
     if shared:
-        hidden = model.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask(model.dtype),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden.flatten(0, 1)[batch.predictors], model.get_output_embeddings()
+        return _hidden_states(model, batch)[batch.predictors], model.get_output_embeddings()
     mask = (batch.segments >= 0).long()
     logits = model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
     return logits.flatten(0, 1)[batch.predictors], lambda logits: logits
@@ -397,8 +492,10 @@ def supports_shared_prefix(model: PreTrainedModel) -> bool:
 def _both_ways_agree(model: PreTrainedModel) -> bool:
     draw = torch.Generator().manual_seed(0)
     top = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(top, (2, 12), generator=draw).tolist()
-    prompts, answers = [ids[0][:5], ids[1][:3]], [[ids[0][5:9], ids[0][9:]], [ids[1][3:10], ids[1][10:]]]
+    one, two, three = torch.randint(top, (3, 18), generator=draw).tolist()
+    # the last two fill a row together
+    prompts = [one[:6], two[:3], three[:2]]
+    answers = [[one[6:13], one[13:]], [two[3:9], two[9:11]], [three[2:6], three[6:9]]]
     try:
         # a window is part of a model's own mask, which ours replaces; the trial is too short to meet it
         if getattr(model.config.get_text_config(), "sliding_window", None):
@@ -429,22 +526,61 @@ class Sampler(NamedTuple):
     """Draws answers from one random stream, batch after batch; what `sampling` gives.
 
     Attributes:
-        draw: prompts → for each K answers as token ids, the end token included where one was drawn.
+        draw: prompts → for each K answers as token ids, the end token included where one was drawn; and their scores,
+            in float64 sums of float32 numbers, if they were asked for.
         generator: where the draws come from; its state says how far the stream has come.
     """
 
-    draw: Callable[[Tokens], list[list[list[int]]]]
+    draw: Callable[[Tokens], tuple[list[list[list[int]]], AnswerScores | None]]
     generator: torch.Generator
+
+
+class _Recorder(LogitsProcessor):
+    """Reads what generate() draws from, token by token, and leaves it as it is."""
+
+    def __init__(self) -> None:
+        self.logps, self.entropies, self.last = [], [], None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.drew(input_ids[:, -1])
+        self.last = scores.log_softmax(dim=-1)  # (rows, V)
+        self.entropies.append(_entropies(self.last))
+        return scores
+
+    def drew(self, tokens: Tensor) -> None:
+        """What came of the distribution before; nothing at the first token, before which there is none."""
+        if self.last is not None:
+            self.logps.append(self.last.gather(-1, tokens[:, None]).squeeze(-1))
+
+    def scores(self, lengths: Tensor) -> AnswerScores:
+        """Of (B, K) answers with those lengths; rows that had ended went on, and are not counted there."""
+        counted = torch.arange(len(self.logps), device=lengths.device)[:, None] < lengths.flatten()
+        logps, entropies = (torch.stack(values).double() for values in (self.logps, self.entropies))  # (steps, B * K)
+        return AnswerScores(
+            logps=torch.where(counted, logps, 0).sum(dim=0).view_as(lengths),
+            lengths=lengths,
+            entropy_sums=torch.where(counted, entropies, 0).sum(dim=0).view_as(lengths),
+            first_entropies=entropies[0].view_as(lengths)[:, 0],
+        )
 
 
 @contextmanager
 def sampling(
-    model: PreTrainedModel, prompts: Tokens, k: int, *, max_new_tokens: int, eos_id: int, pad_id: int, seed: int
+    model: PreTrainedModel,
+    prompts: Tokens,
+    k: int,
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    scores: bool = False,
 ) -> Iterator[Sampler]:
     """Draw K answers to prompts, in batches of the caller's choice; arguments and errors as `sample_answers`.
 
     Args:
         prompts: all that will be asked for; they are checked before the first is drawn.
+        scores: also the log-probabilities and entropies of the answers, read where they are drawn.
     """
     if k < 1:
         raise ValueError(f"k: came {k}, expected at least 1")
@@ -461,9 +597,13 @@ def sampling(
         do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id
     )  # fmt: skip
 
-    def draw(some: Tokens) -> list[list[list[int]]]:
-        drawn = [_until_end(row, eos_id) for row in _generate(model, some, k, config)]
-        return [drawn[i : i + k] for i in range(0, len(drawn), k)]
+    def draw(some: Tokens) -> tuple[list[list[list[int]]], AnswerScores | None]:
+        recorder = _Recorder() if scores else None
+        drawn = [_until_end(row, eos_id) for row in _generate(model, some, k, config, recorder)]
+        answers = [drawn[i : i + k] for i in range(0, len(drawn), k)]
+        if recorder is None:
+            return answers, None
+        return answers, recorder.scores(torch.tensor([[len(a) for a in own] for own in answers], device=model.device))
 
     # generate() fills what a configuration leaves open with the model's own settings: both are the same here
     own, model.generation_config = model.generation_config, config
@@ -532,13 +672,15 @@ def sample_answers(
         total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
     ) as bar:  # fmt: skip
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
-            for row, own in zip(rows, sampler.draw([prompts[row] for row in rows]), strict=True):
+            for row, own in zip(rows, sampler.draw([prompts[row] for row in rows])[0], strict=True):
                 answers[row] = own
             bar.update(len(rows))
     return Samples(answers, [sum(answer[-1] != eos_id for answer in own) for own in answers])
 
 
-def _generate(model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, recorder: _Recorder | None
+) -> list[list[int]]:
     """`generate` of k answers to each prompt; the keys and values of a prompt are made once and repeated."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
@@ -554,7 +696,12 @@ def _generate(model: PreTrainedModel, prompts: Tokens, k: int, config: Generatio
         )  # fmt: skip
         cache.batch_repeat_interleave(k)
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
-    out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+        logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
+    )  # fmt: skip
+    if recorder is not None:
+        recorder.drew(out[:, -1])
     return out[:, width:].tolist()
 
 

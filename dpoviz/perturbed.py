@@ -58,7 +58,6 @@ def perturbed_directions(
         return torch.cat([logps(-epsilon), logps(epsilon)], dim=1) - logps(0.0)
 
     # differences are summed: where the two models agree they are exact zeros, in whatever order they are added
-    of_tokens, owners = score_both(policy, reference, prompts, answers, changes, pad_id=pad_id)  # (N, 2)
-    sums = of_tokens.new_zeros(2 * len(prompts), 2).index_add(0, owners, of_tokens)
-    below, above = (sums[0::2] - sums[1::2]).unbind(dim=1)  # L(-ε) - L(0) and L(ε) - L(0), (B,)
+    sums = score_both(policy, reference, prompts, answers, changes, pad_id=pad_id)  # (B, 2, 2)
+    below, above = (sums[:, 0] - sums[:, 1]).unbind(dim=1)  # L(-ε) - L(0) and L(ε) - L(0), (B,)
     return ((below < 0) & (above > 0)).long() - ((below > 0) & (above < 0)).long()

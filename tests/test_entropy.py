@@ -55,6 +55,9 @@ class TestRatio:
         assert (value.item(), se.item()) == pytest.approx((0.7, 0), abs=1e-12)
 
 
+SINGLE = 1e-6
+"""What generate() rounds of logits of order 1, which it hands on in float32."""
+
 PROMPTS = ([1, 2, 3], [3], [2, 2, 1, 1, 3])
 
 
@@ -82,7 +85,7 @@ class TestEstimateEntropy:
 
     def test_first_token_is_exact(self, many, truth):
         exact = [truth(prompt)["first_token"] for prompt in PROMPTS]
-        assert many.first_token.value.tolist() == pytest.approx(exact, abs=1e-10)  # float64 throughout
+        assert many.first_token.value.tolist() == pytest.approx(exact, abs=SINGLE)
         assert many.first_token.se.tolist() == [0, 0, 0]
 
     def test_the_share_of_cut_answers(self, many, truth):
@@ -136,10 +139,10 @@ class TestEstimateEntropy:
             model.get_output_embeddings().weight.zero_()
         got = estimate(model, [[1, 2], [3]], 40)
         for name in ("first_token", "per_token"):
-            assert getattr(got, name).value.tolist() == pytest.approx([math.log(5)] * 2, abs=1e-12)
-            assert getattr(got, name).se.tolist() == pytest.approx([0, 0], abs=1e-12)
+            assert getattr(got, name).value.tolist() == pytest.approx([math.log(5)] * 2, abs=SINGLE)
+            assert getattr(got, name).se.tolist() == pytest.approx([0, 0], abs=SINGLE)
         # each of 5^3 leaves has -log p = length * log 5, so here the two estimates are one and the same
-        assert got.sequence.value.tolist() == pytest.approx(got.monte_carlo.value.tolist(), abs=1e-12)
+        assert got.sequence.value.tolist() == pytest.approx(got.monte_carlo.value.tolist(), abs=SINGLE)
         lengths = got.sequence.value / math.log(5)
         assert ((1 < lengths) & (lengths < 3)).all()
 
@@ -156,7 +159,7 @@ class TestEstimateEntropy:
         prompts = [[1, 2, 3], [3], [2, 1], [1, 1, 2, 2, 3, 3], [2]]
         got = estimate(model, prompts, 2, batch_size=2)
         exact = [truth(prompt)["first_token"] for prompt in prompts]
-        assert got.first_token.value.tolist() == pytest.approx(exact, abs=1e-10)
+        assert got.first_token.value.tolist() == pytest.approx(exact, abs=SINGLE)
         assert len({round(value, 6) for value in exact}) == 5
 
     def test_repeatable_and_the_seed_matters(self, model):
@@ -196,11 +199,11 @@ class TestKeep:
 
         seen, draw = Draws(), module._draw
 
-        def spy(model, prompts, *args):
+        def spy(prompts, *args):
             if len(seen) == seen.limit:
                 raise Killed
             seen.append([list(prompt) for prompt in prompts])
-            return draw(model, prompts, *args)
+            return draw(prompts, *args)
 
         monkeypatch.setattr(module, "_draw", spy)
         return seen

@@ -368,9 +368,9 @@ class TestGoesOn:
         reference_pass(model, tokenizer, pairs(ROWS[:3]), cache_dir=tmp_path, **SETTINGS)
         drawn, draw = [], entropy._draw
 
-        def spy(model, prompts, *args):
+        def spy(prompts, *args):
             drawn.extend(prompts)
-            return draw(model, prompts, *args)
+            return draw(prompts, *args)
 
         monkeypatch.setattr(entropy, "_draw", spy)
         out = reference_pass(model, tokenizer, pairs(ROWS), cache_dir=tmp_path, **SETTINGS)
