@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -50,7 +51,7 @@ def bench_steps(
         tokenizer: its tokenizer.
         scored: what `reference_pass` returned.
         batch_size: pairs in a step, the first ones of each task.
-        repeats: timed steps of each, in turn, after one that is not timed.
+        repeats: timed steps of each, in turn, after one that is not timed; memory is measured in one more.
         max_length: what TRL is told to cut at; no pair is longer.
         progress: show a bar.
 
@@ -66,24 +67,13 @@ def bench_steps(
     """
     rows = []
     tasks = sorted(set(scored["task"]))
-    with tqdm(total=len(tasks) * (repeats + 1), desc="training steps", unit="turn", disable=not progress) as bar:
+    with tqdm(total=len(tasks) * (repeats + 2), desc="training steps", unit="turn", disable=not progress) as bar:
         for task in tasks:
             pairs = scored.filter(lambda row, task=task: row["task"] == task).select(range(batch_size))
             steps = _contestants(model, tokenizer, pairs, max_length)
-            taken: dict[str, list[tuple[float, float]]] = {who: [] for who in steps}
-            losses = {}
-            for turn in range(repeats + 1):
-                for who, step in steps.items():
-                    with _memory(model.device) as peak:
-                        began = time.perf_counter()
-                        losses[who] = step()
-                        _wait(model.device)
-                        seconds = time.perf_counter() - began
-                    if turn:
-                        taken[who].append((seconds, peak()))
-                bar.update()
+            taken = _in_turn(steps, repeats, model.device, bar)
             tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
-            same = {who: loss for who, loss in losses.items() if who != LEARNED}
+            same = {who: measured.result for who, measured in taken.items() if who != LEARNED}
             if max(same.values()) - min(same.values()) > tolerance:
                 raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
             tokens = sum(
@@ -91,9 +81,10 @@ def bench_steps(
                 for p, c, r in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
             )
             for who, measured in taken.items():
-                seconds = [s for s, _ in measured]
-                ratios = [a / b for (a, _), (b, _) in zip(taken.get(PEER, []), measured, strict=False)]
-                over = [b / a for (a, _), (b, _) in zip(taken[OURS], measured, strict=True)]
+                seconds = measured.seconds
+                peer = taken[PEER].seconds if PEER in taken else []
+                ratios = [a / b for a, b in zip(peer, seconds, strict=False)]
+                over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
                 rows.append(
                     {
                         "task": task,
@@ -106,8 +97,8 @@ def bench_steps(
                         "pairs_per_second": batch_size / statistics.median(seconds),
                         "ratio": statistics.median(ratios) if ratios else float("nan"),
                         "over_fixed": statistics.median(over),
-                        "memory": max(m for _, m in measured),
-                        "loss": losses[who],
+                        "memory": measured.memory,
+                        "loss": measured.result,
                     }
                 )
             del steps
@@ -161,7 +152,7 @@ def _contestants(
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            return float(value)
+            return value.item()
 
         return step
 
@@ -200,7 +191,7 @@ def _trl(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -293,7 +284,7 @@ def bench_sampling(
     calls = {(who, n): partial(call, n) for n in at_once
              for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
     taken = _in_turn(calls, repeats, model.device)
-    best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key]))
+    best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key].seconds))
     rows = _rows(taken, best, len(prompts) * samples * new_tokens, "tokens_per_second")
     rows[["who", "prompts"]] = rows["who"].to_list()
     return rows[["who", "prompts", *rows.columns[1:-1]]]
@@ -429,28 +420,46 @@ def step_operations(model: PreTrainedModel, pairs: Dataset) -> float:
     return 3 * total
 
 
+class _Measured(NamedTuple):
+    """Of one contestant: seconds of each turn, peak over what was held before (MiB), and what it returned last."""
+
+    seconds: list[float]
+    memory: float
+    result: object
+
+
 def _in_turn(
-    calls: Mapping[Hashable, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[Hashable, list[tuple[float, float]]]:
-    """(seconds, MiB) of each call, one after the other in turn, after a turn that does not count."""
-    taken: dict[Hashable, list[tuple[float, float]]] = {who: [] for who in calls}
-    for turn in range(repeats + 1):
+    calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, bar: tqdm | None = None
+) -> dict[Hashable, _Measured]:
+    """Call one after the other in turn, after a turn that does not count; memory in a turn of its own, at the end.
+
+    Giving free memory back, so that a peak can be seen, costs the next allocations time.
+    """
+    seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
+    memory, result = {}, {}
+    for turn in range(repeats + 2):
         for who, call in calls.items():
-            with _memory(device) as peak:
+            if turn <= repeats:
+                gc.collect()
                 began = time.perf_counter()
                 call()
                 _wait(device)
-                seconds = time.perf_counter() - began
-            if turn:
-                taken[who].append((seconds, peak()))
-    return taken
+                if turn:
+                    seconds[who].append(time.perf_counter() - began)
+            else:
+                with _memory(device) as peak:
+                    result[who] = call()
+                    _wait(device)
+                memory[who] = peak()
+        if bar is not None:
+            bar.update()
+    return {who: _Measured(seconds[who], memory[who], result[who]) for who in calls}
 
 
-def _rows(taken: Mapping[Hashable, list[tuple[float, float]]], base: Hashable, units: int, rate: str) -> pd.DataFrame:
+def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, units: int, rate: str) -> pd.DataFrame:
     rows = []
-    for who, measured in taken.items():
-        seconds = [s for s, _ in measured]
-        ratios = [b / a for (a, _), (b, _) in zip(taken[base], measured, strict=True)]
+    for who, (seconds, memory, _) in taken.items():
+        ratios = [b / a for a, b in zip(taken[base].seconds, seconds, strict=True)]
         rows.append(
             {
                 "who": who,
@@ -459,7 +468,7 @@ def _rows(taken: Mapping[Hashable, list[tuple[float, float]]], base: Hashable, u
                 "high": max(seconds),
                 rate: units / statistics.median(seconds),
                 "ratio": statistics.median(ratios),
-                "memory": max(m for _, m in measured),
+                "memory": memory,
             }
         )
     return pd.DataFrame(rows)

@@ -373,15 +373,13 @@ def _digest(pairs: Dataset) -> str:
     return digest.hexdigest()
 
 
-_FUSED_FROM = 10_000_000
-"""Weights that learn, from which on AdamW is fused: a step then reads and writes each once, and not for each term."""
-
-
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """The optimizer of both, policy and beta, over what learns of a module; no weight decay."""
+    """The optimizer of both, policy and beta, over what learns of a module; no weight decay.
+
+    Fused: a step reads and writes each number once, and not for each term.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    fused = sum(p.numel() for p in trained) >= _FUSED_FROM
-    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused or None)
+    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def _batches(n: int, size: int, steps: int, seed: int) -> list[list[int]]:

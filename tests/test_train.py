@@ -546,11 +546,16 @@ def test_a_tie_counts_half():
 
 def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):
     config = TrainConfig.around(0.1, "inverse", **SMALL)
+    assert module.adamw(torch.nn.Linear(1, 1), 0.1).defaults["fused"]
+
+    def plainly(model, learning_rate):
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=False)
+
     plain, fused = [], []
-    for found, threshold in ((plain, 10**9), (fused, 1)):
-        monkeypatch.setattr(module, "_FUSED_FROM", threshold)
-        assert bool(module.adamw(torch.nn.Linear(1, 1), 0.1).defaults["fused"]) == (threshold == 1)
+    for found, optimizer in ((plain, plainly), (fused, module.adamw)):
+        monkeypatch.setattr(module, "adamw", optimizer)
         policy, history = run(world, config, network())
         found += [weights(policy), history["loss"].to_numpy()]
+    assert not np.array_equal(fused[1], plain[1])  # they are two
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5)
