@@ -75,7 +75,7 @@ def forecast(
     mean = sum(length) / len(length)
     return {
         "reference": forward * (sum(length) + sum(held)),
-        "entropy": prompts * (few + (token + forward) * samples * max_new_tokens),
+        "entropy": prompts * (few + token * samples * max_new_tokens),
         "training": training * mean * batch_size * steps + forward * sum(held) * evaluations,
     }
 

@@ -129,7 +129,7 @@ def fit_lm(
     """
     rows = _tokenize(tokenizer, demonstrations)
     batches = list(_batches(rows, batch_size, random.Random(seed)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
     model.train()
     losses = []

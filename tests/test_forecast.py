@@ -39,7 +39,7 @@ def test_proportion_by_hand(make_model, monkeypatch):
     forward, step = 1 / tokens, 3 / tokens
     prompt, token = 2 / 2, (10 / 2 - 2 / 2) / (8 * 3)
     assert found["reference"] == pytest.approx(forward * (10 + 20 + 30 + 5))
-    assert found["entropy"] == pytest.approx(4 * (prompt + (token + forward) * 3 * 20))
+    assert found["entropy"] == pytest.approx(4 * (prompt + token * 3 * 20))
     assert found["training"] == pytest.approx(step * 20 * 8 * 40 + forward * 5 * 5)
 
 
