@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,9 @@ def finish(line, **environment):
     return done.stdout
 
 
-def launch(processes, result, out="", stop=0):
-    assert finish(command(processes, SCRIPT, result, out, stop)).count(f"one of {processes}") == processes
+def launch(processes, result, out="", stop=0, **environment):
+    printed = finish(command(processes, SCRIPT, result, out, stop), **environment)
+    assert printed.count(f"one of {processes}") == processes
     if stop:
         return None, None
     history = pd.DataFrame(json.loads(result.read_text()))
@@ -76,6 +78,16 @@ def test_one_goes_on_from_what_two_left(one, tmp_path):
     launch(2, tmp_path / "history.json", out=tmp_path / "run", stop=3)
     assert json.loads((tmp_path / "run" / "checkpoint" / "run.json").read_text())["step"] == 3
     equal(launch(1, tmp_path / "history.json", out=tmp_path / "run"), one)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_by_accelerate_it_trains_the_same(one, tmp_path):
+    compiler = {f"ACCELERATE_DYNAMO_USE_{name}": "true" for name in ("REGIONAL_COMPILATION", "DYNAMIC")}
+    compiler |= {"ACCELERATE_DYNAMO_BACKEND": "inductor", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    equal(launch(1, tmp_path / "history.json", out=tmp_path / "run", **compiler), one)
+    assert list((tmp_path / "compiled").glob("**/*.so"))  # it was
+    # a checkpoint does not ask how its weights were trained
+    equal(launch(1, tmp_path / "again.json", out=tmp_path / "run"), one)
 
 
 def test_two_processes_train_what_one_does_with_every_method(tmp_path):
