@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset, IterableDataset
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dpoviz.beta import Beta, BetaNetwork
 from dpoviz.losses import scale
 from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
-from dpoviz.train import TrainConfig, calibrate_alpha
+from dpoviz.train import TrainConfig, adamw, calibrate_alpha
 
 COLUMNS = ("task", "ref_entropy", "ref_features")
 """What beta(x) and its regularisers read beside a pair; `reference_pass` makes them."""
@@ -31,7 +32,8 @@ def trl_dataset(scored: Dataset) -> Dataset:
 
     Returns:
         prompt, chosen and rejected, as chat messages where a prompt is a chat, and as texts elsewhere; a set holds one
-        kind. ref_chosen_logps and ref_rejected_logps, so that a trainer need not run the reference; `COLUMNS`.
+        kind. ref_chosen_logps and ref_rejected_logps, of our tokens: TRL's are others where a prompt is a chat, and
+        `BetaDPOTrainer` has its own. `COLUMNS`.
 
     Raises:
         ValueError: texts and chats in one set, which TRL does not take.
@@ -80,19 +82,20 @@ class BetaDPOTrainer(DPOTrainer):
 
     The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and every other loss
     type follow. To it come :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns.
-    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser. Several processes train one beta;
-    its batch norm and its terms are those of each process's share of a batch.
+    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser. Several processes train one beta,
+    that of the main process at the start; its batch norm and its terms are those of each process's share of a batch.
 
     Args:
         model: as in `DPOTrainer`, and so are all other arguments.
-        beta: any `Beta`. One that learns is trained with the policy: its own learning rate, and its own clipping.
+        beta: any `Beta`. One that learns is trained with the policy, by an AdamW of its own: its own learning rate, on
+            the policy's schedule, and its own clipping.
         config: form, range, weights of the regularisers, beta's learning rate and norm; the rest is `args`'. Its
             `beta0` is not read.
         train_dataset: with the columns `COLUMNS`, as `trl_dataset` gives it; a stream needs `config.alpha` where the
             entropy term acts.
 
     Raises:
-        ValueError: a data set without those columns, or no alpha for a stream.
+        ValueError: a data set without those columns, no alpha for a stream, or float16 under DeepSpeed.
     """
 
     def __init__(
@@ -113,7 +116,11 @@ class BetaDPOTrainer(DPOTrainer):
                 raise ValueError("config.alpha: came None, expected a number, as a stream is not read before")
             self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
-        self.beta_module.to(self.accelerator.device)
+        if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
+            raise ValueError("args.fp16: expected bf16 or float32 under DeepSpeed, which scales the loss out of sight")
+        beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # the main process's
+        if self.learns:
+            self.beta_optimizer = adamw(beta, config.beta_learning_rate)
         if type(self.data_collator) is DataCollatorForPreference:
             self.data_collator = _Collator(**{f.name: getattr(self.data_collator, f.name) for f in fields(_Collator)})
 
@@ -156,33 +163,49 @@ class BetaDPOTrainer(DPOTrainer):
         for name, mean in pd.Series(beta.tolist()).groupby(list(task)).mean().items():
             metrics[f"beta/{name}"].append(mean)
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        made = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if made and self.learns:
-            weights = [p for p in self.beta_module.parameters() if p.requires_grad]
-            optimizer.add_param_group({"params": weights, "lr": self.config.beta_learning_rate, "weight_decay": 0.0})
-            norm = self.config.beta_max_norm
+    def training_step(self, *args, **kwargs) -> Tensor:
+        group = self.optimizer.param_groups[0]  # before DeepSpeed's engine steps, and its schedule with it
+        start = group.get("initial_lr", self.args.learning_rate)
+        rate = self.config.beta_learning_rate * (float(group["lr"]) / start if start else 1.0)
+        loss = super().training_step(*args, **kwargs)
+        if self.learns and self.accelerator.sync_gradients:
+            self._step_beta(rate)
+        return loss
 
-            def average_and_clip(*_: object) -> None:
-                for weight in weights:
-                    own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                    weight.grad = self.accelerator.reduce(own, reduction="mean")
-                torch.nn.utils.clip_grad_norm_(weights, norm)
+    def _step_beta(self, learning_rate: float) -> None:
+        """By an optimizer of its own: those of FSDP and DeepSpeed know the weights of the policy alone."""
+        (group,), scaler = self.beta_optimizer.param_groups, self.accelerator.scaler
+        for weight in group["params"]:
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight.grad = self.accelerator.reduce(own, reduction="mean")
+            if scaler is not None:  # float16: what is backpropagated is the loss times this
+                weight.grad /= scaler.get_scale()
+        norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.beta_max_norm)
+        if scaler is None or norm.isfinite():
+            group["lr"] = learning_rate
+            self.beta_optimizer.step()
+        self.beta_optimizer.zero_grad()
 
-            # the trainer averages over processes, clips, and sets to zero, the gradients of the model alone
-            optimizer.register_step_pre_hook(average_and_clip)
-            optimizer.register_step_post_hook(lambda *_: self.beta_module.zero_grad())
-        return optimizer
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        if self.args.should_save:
+            self.beta_module.save_pretrained(Path(output_dir or self.args.output_dir) / "beta")
+        super().save_model(output_dir, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        super()._save(output_dir, *args, **kwargs)
-        self.beta_module.save_pretrained(Path(output_dir or self.args.output_dir) / "beta")
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.learns and self.args.should_save:
+            torch.save(self.beta_optimizer.state_dict(), Path(output_dir) / "beta" / "optimizer.pt")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        if self.learns:
-            self.beta_module.load_state_dict(load_file(Path(resume_from_checkpoint) / "beta" / "model.safetensors"))
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # called in every setting, _load_from_checkpoint is not
+        if self.learns and checkpoint is not None:
+            self._load_beta(checkpoint)
+            saved = Path(checkpoint) / "beta" / "optimizer.pt"
+            if saved.is_file():  # not with save_only_model
+                self.beta_optimizer.load_state_dict(torch.load(saved, weights_only=True))
+
+    def _load_beta(self, checkpoint: str) -> None:
+        self.beta_module.load_state_dict(load_file(Path(checkpoint) / "beta" / "model.safetensors"))
 
 
 class BetaCallback(TrainerCallback):

@@ -125,6 +125,50 @@ class TestBetaThatLearns:
             moved[rate] = beta.log_ratio.abs().max().item()
         assert moved[0.0] < 1e-8 and 0.01 < moved[1e-2] <= 3 * 1e-2 * 1.01  # three steps of Adam, at most the rate each
 
+    def test_is_clipped_by_itself(self, world, tmp_path):
+        # AdamW divides by the gradient's size and 1e-8: what is cut to far below that hardly moves
+        beta = TaskBeta(TASKS, 0.1)
+        config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2, beta_max_norm=1e-12)
+        trainer = trained(world, tmp_path, beta, config)
+        assert 0 < beta.log_ratio.abs().max() < 1e-5
+        assert trainer.state.log_history[0]["grad_norm"] > 0.1
+
+    @pytest.mark.parametrize(("steps", "most"), [(1, 0.0), (2, 0.5 * 1e-2)])
+    def test_follows_the_schedule_of_the_policy(self, world, tmp_path, steps, most):
+        """In two steps of warming up the rate is 0, then half."""
+        beta = TaskBeta(TASKS, 0.1)
+        config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2)
+        trained(world, tmp_path, beta, config, max_steps=steps, warmup_steps=2, lr_scheduler_type="linear")
+        assert most / 2 <= beta.log_ratio.abs().max() <= most * 1.01
+
+    def test_accumulated_gradients_are_those_of_one_batch(self, world, tmp_path):
+        found = []
+        for size in (2, 4):
+            beta = TaskBeta(TASKS, 0.1)
+            config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2)
+            trained(world, tmp_path / str(size), beta, config, per_device_train_batch_size=size,
+                    gradient_accumulation_steps=4 // size)  # fmt: skip
+            assert beta.log_ratio.grad is None  # nothing is left for a further step
+            found.append(beta.log_ratio.detach())
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
+    @pytest.mark.parametrize(("loss_scale", "weight"), [(2.0**10, 0.1), (2.0**127, 1e3)])
+    def test_loss_scaled_for_float16(self, world, tmp_path, loss_scale, weight):
+        """The same steps whatever the loss is multiplied by, and none where that overflows."""
+        beta, scaled = TaskBeta(TASKS, 0.1), TaskBeta(TASKS, 0.1)
+        config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2, lambda_entropy=weight)
+        trained(world, tmp_path / "a", beta, config, learning_rate=0.0)
+        assert beta.log_ratio.abs().max() > 1e-2
+
+        class Scaled(BetaDPOTrainer):
+            def create_optimizer(self, *args, **kwargs):
+                self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, growth_interval=1000)
+                return super().create_optimizer(*args, **kwargs)
+
+        trained(world, tmp_path / "b", scaled, config, cls=Scaled, learning_rate=0.0)
+        expected = beta.log_ratio.detach() if weight < 1 else torch.zeros(3)
+        torch.testing.assert_close(scaled.log_ratio.detach(), expected, rtol=1e-5, atol=1e-8)
+
     def test_logs_beta_by_task(self, world, tmp_path):
         trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), max_steps=6)
         rows = [row for row in trainer.state.log_history if "loss" in row]
