@@ -163,6 +163,11 @@ class BetaDPOTrainer(DPOTrainer):
         for name, mean in pd.Series(beta.tolist()).groupby(list(task)).mean().items():
             metrics[f"beta/{name}"].append(mean)
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # TRL's own, of its own tokens: a chat's go on there with what the template puts behind the end of a turn
+        ours = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in dataset.column_names]
+        return super()._precompute_ref_logps(dataset.remove_columns(ours), name, batch_size)
+
     def training_step(self, *args, **kwargs) -> Tensor:
         group = self.optimizer.param_groups[0]  # before DeepSpeed's engine steps, and its schedule with it
         start = group.get("initial_lr", self.args.learning_rate)
@@ -203,6 +208,11 @@ class BetaDPOTrainer(DPOTrainer):
             saved = Path(checkpoint) / "beta" / "optimizer.pt"
             if saved.is_file():  # not with save_only_model
                 self.beta_optimizer.load_state_dict(torch.load(saved, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.learns:
+            self._load_beta(self.state.best_model_checkpoint)
 
     def _load_beta(self, checkpoint: str) -> None:
         self.beta_module.load_state_dict(load_file(Path(checkpoint) / "beta" / "model.safetensors"))

@@ -169,6 +169,29 @@ class TestBetaThatLearns:
         expected = beta.log_ratio.detach() if weight < 1 else torch.zeros(3)
         torch.testing.assert_close(scaled.log_ratio.detach(), expected, rtol=1e-5, atol=1e-8)
 
+    def test_precomputed_reference_gives_the_same(self, world, tmp_path):
+        config = TrainConfig.around(0.1, "standard")
+        whole = trained(world, tmp_path / "a", TaskBeta(TASKS, 0.1), config)
+        precomputed = trained(world, tmp_path / "b", TaskBeta(TASKS, 0.1), config, precompute_ref_log_probs=True)
+        assert losses(precomputed) == pytest.approx(losses(whole), rel=1e-5)
+
+    def test_the_best_checkpoint_brings_its_beta_back(self, world, tmp_path):
+        beta = TaskBeta(TASKS, 0.1)
+        model, tokenizer, scored = world
+        data = trl_dataset(scored)
+        trainer = BetaDPOTrainer(
+            copy.deepcopy(model), ref_model=copy.deepcopy(model), beta=beta, train_dataset=data, eval_dataset=data,
+            args=arguments(tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+                           load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True),
+            processing_class=tokenizer, config=TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2),
+        )  # fmt: skip
+        trainer.train()
+        assert (
+            Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+        )  # the loss falls: the largest is the first
+        first, last = (TaskBeta.from_pretrained(tmp_path / f"checkpoint-{step}" / "beta") for step in (1, 3))
+        assert torch.equal(beta.log_ratio, first.log_ratio) and not torch.equal(beta.log_ratio, last.log_ratio)
+
     def test_logs_beta_by_task(self, world, tmp_path):
         trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), max_steps=6)
         rows = [row for row in trainer.state.log_history if "loss" in row]
