@@ -246,7 +246,7 @@ def train(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     kind = accelerator.distributed_type
     _require("processes", kind.value, kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED),
-             "data parallelism; a policy cut up by FSDP or DeepSpeed is not supported")  # fmt: skip
+             "data parallelism; dpoviz.trl.BetaDPOTrainer trains a policy cut up by FSDP or DeepSpeed")  # fmt: skip
     _require("batch_size", config.batch_size, config.batch_size % accelerator.num_processes == 0,
              f"a multiple of the {accelerator.num_processes} processes")  # fmt: skip
     steps = config.stage1_steps if stage == 1 else config.stage2_steps

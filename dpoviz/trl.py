@@ -84,6 +84,7 @@ class BetaDPOTrainer(DPOTrainer):
     type follow. To it come :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns.
     Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser. Several processes train one beta,
     that of the main process at the start; its batch norm and its terms are those of each process's share of a batch.
+    FSDP and DeepSpeed may cut up the policy; each process holds all of beta.
 
     Args:
         model: as in `DPOTrainer`, and so are all other arguments.

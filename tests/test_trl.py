@@ -1,14 +1,18 @@
 """The trainer for TRL's users: TRL's own numbers where beta is constant, and beta's own beside them elsewhere."""
 
 import copy
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import test_processes as processes
+import test_readme as readme
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
@@ -20,6 +24,7 @@ from dpoviz.trl import COLUMNS, BetaCallback, BetaDPOTrainer, trl_dataset  # noq
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 TASKS = ("math", "code", "dialogue")
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -244,18 +249,88 @@ def test_parity_of_both_loops(world, tmp_path):
     assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
 
 
-def test_two_processes_train_one_beta(tmp_path):
-    """A batch of four, or two shares of two: the gradients are averaged before they are clipped."""
-    found = {}
-    for n in (1, 2):
-        (tmp_path / str(n)).mkdir()
-        processes.finish(processes.command(n, Path(__file__).with_name("trl_processes.py"), tmp_path / str(n)))
-        found[n] = [json.loads((tmp_path / str(n) / f"{rank}.json").read_text()) for rank in range(n)]
-        assert [own["processes"] for own in found[n]] == [n] * n
-    first, second = found[2]
-    assert first["beta"] == second["beta"]
-    assert min(abs(value) for value in first["beta"]) > 1e-3  # it moved
-    assert first["beta"] == pytest.approx(found[1][0]["beta"], rel=1e-4)
+def launched(kind, script, *arguments):
+    """As many processes as `kind` says, or a line of the README's for several GPUs on two; and its environment."""
+    if isinstance(kind, int):
+        return processes.command(kind, script, *arguments), {}
+    lines = [line for block in readme.blocks("bash") for line in block.splitlines() if " dpo.py" in line]
+    (line,) = (line for line in lines if ("--use_fsdp" if kind == "fsdp" else "--use_deepspeed") in line)
+    if kind == "zero2":
+        line = line.replace("--zero_stage 3 --zero3_save_16bit_model true", "--zero_stage 2")
+    line = line.split(" dpo.py")[0].replace("--num_processes 4", "--num_processes 2 --main_process_port 0")
+    line = line.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
+    environment = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    return [*line.split(), *map(str, (HERE / "as_on_gpus.py", script, *arguments))], environment
+
+
+DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed")
+
+
+class TestTwoProcesses:
+    """A batch of four, or two shares of two: beta's gradients are averaged before they are clipped."""
+
+    @pytest.fixture(scope="class")
+    def one(self, tmp_path_factory):
+        return self.left(tmp_path_factory.mktemp("one"), 1)
+
+    @staticmethod
+    def left(folder, kind, *checkpoint):
+        folder.mkdir(exist_ok=True)
+        line, environment = launched(kind, HERE / "trl_processes.py", folder, *checkpoint)
+        processes.finish(line, **environment)
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        assert [own["processes"] for own in found] == [len(found)] * len(found)
+        return found, torch.load(folder / "policy.pt")
+
+    def equal(self, found, one):
+        (first, second), policy = found
+        (alone,), expected = one
+        assert first["beta"] == second["beta"]
+        assert min(abs(value) for value in alone["beta"]) > 1e-3  # it moved
+        assert first["beta"] == pytest.approx(alone["beta"], abs=1e-5)
+        assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert len(set(alone["losses"])) == 4
+        torch.testing.assert_close(policy, expected, rtol=1e-5, atol=1e-5)
+
+    def test_train_one_beta(self, one, tmp_path):
+        self.equal(self.left(tmp_path / "two", 2), one)
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "weights"),
+        [
+            ("fsdp", "FSDP", 0.5),
+            pytest.param("zero2", "DEEPSPEED", 1.0, marks=DEEPSPEED),
+            pytest.param("zero3", "DEEPSPEED", 0.5, marks=DEEPSPEED),
+        ],
+    )
+    def test_hold_pieces_of_one_policy(self, one, tmp_path, kind, name, weights):
+        found = self.left(tmp_path / "whole", kind)
+        self.equal(found, one)
+        for own in found[0]:
+            assert own["kind"] == name
+            assert (own["weights"], own["moments"]) == pytest.approx((weights, 0.5), abs=0.01)
+        self.equal(self.left(tmp_path / "resumed", kind, tmp_path / "whole" / "out" / "checkpoint-2"), one)
+
+    @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+    def test_run_the_script_of_the_readme(self, make_model, tokenizer, tmp_path, kind):
+        start = make_model(dtype=torch.float32, max_position_embeddings=1024)
+        for part in (start, tokenizer):
+            part.save_pretrained(tmp_path / "my-model")
+        rows = [{"prompt": f"a b {word}", "chosen": f" {word} c", "rejected": " d", "task": TASKS[i % 2]}
+                for i, word in enumerate("efghijklmnopqrst")]  # fmt: skip
+        (tmp_path / "my-pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (script,) = readme.blocks("py")
+        assert "logging_steps=1" in script
+        # three steps of its learning rate would be lost in bfloat16
+        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", "logging_steps=1, learning_rate=1e-2"))
+        line, environment = launched(kind, tmp_path / "dpo.py")
+        processes.finish(line, cwd=tmp_path, **environment)
+        (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
+        steps = [row for row in json.loads((left / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+        assert len(steps) == 3 and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
+        beta, policy = BetaNetwork.from_pretrained(left / "beta"), AutoModelForCausalLM.from_pretrained(left)
+        assert beta.layers[-1].weight.abs().max() > 0
+        assert (policy.lm_head.weight.float() - start.lm_head.weight).abs().max() > 1e-2
 
 
 class TestData:
