@@ -113,7 +113,7 @@ def plot_beta_by_task(
     else:
         turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(range(len(colors)), [" ".join(label) for label in labels], **turned)
-    ax.set_xlim(-0.5 - 0.16 * len(colors), len(colors) - 0.5)  # room for the lines' labels on the left
+    ax.set_xlim(-0.5 - 0.22 * len(colors), len(colors) - 0.5)  # room for the lines' labels on the left
     ax.tick_params(axis="x", length=0)
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=True, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
@@ -477,9 +477,14 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _beta_axis(ax: Axes, beta: pd.Series) -> None:
-    """A log axis for beta, with plain decimals and room around the values."""
+    """A log axis for beta, with plain decimals and room around the values, and around those it is shared with."""
+    others = [other for other in ax.get_shared_y_axes().get_siblings(ax) if other is not ax and other.has_data()]
+    low, high = _padded(beta.min(), beta.max())
+    if others:
+        below, above = others[0].get_ylim()
+        low, high = min(low, below), max(high, above)
     ax.set_yscale("log")
-    ax.set_ylim(*_padded(beta.min(), beta.max()))
+    ax.set_ylim(low, high)
     ax.set_ylabel(r"$\beta(x)$")
     _plain_ticks(ax.yaxis)
 

@@ -213,6 +213,15 @@ class TestPlotBetaByTask:
         # a golden step is 0.382 of the width; 0.19 is that of the width drawn here, less rounding
         assert (abs(np.diff(in_order)) > 0.19).all()
 
+    def test_a_shared_axis_shows_the_points_of_all(self):
+        frame, figure = table(), Figure()
+        factors = (1, 10, 3)
+        axes = figure.subplots(1, 3, sharey=True)
+        for ax, factor in zip(axes, factors, strict=True):
+            plots.plot_beta_by_task(frame.assign(beta=frame["beta"] * factor), ax=ax)
+        low, high = axes[0].get_ylim()
+        assert low < frame["beta"].min() and 10 * frame["beta"].max() < high
+
     def test_box_and_line_are_quartiles_and_median(self):
         frame = table()
         ax = plots.plot_beta_by_task(frame)
