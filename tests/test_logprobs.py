@@ -251,6 +251,14 @@ class TestScoreAnswers:
         seen = [rejected_beside(chosen)[0] for chosen in (same_length, longer)]
         assert abs(seen[0] - seen[1]) > 0.1
 
+    def test_a_row_of_one_prompt_may_be_longer_than_the_context(self, model):
+        prompts, answers = [tokens(20, 1)] * 6, [[tokens(9, 2 * i), tokens(9, 2 * i + 1)] for i in range(2, 8)]
+        assert prefix_batch(prompts, answers, PAD).input_ids.shape == (1, 20 + 12 * 8)
+        assert context_length(model) == 64
+        with torch.no_grad():
+            a, b = (score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=s).logps for s in (True, False))
+        torch.testing.assert_close(a, b, **EXACT)
+
     @pytest.mark.parametrize("shared", [True, False])
     def test_padding_does_not_matter(self, model, shared):
         prompts, answers = ragged(2)
