@@ -1,9 +1,10 @@
-"""A peer and us side by side: the same model, pairs and order, in turn; medians with their range."""
+"""A peer and us side by side: the same model and pairs, in turn; medians with their range."""
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import tempfile
 import threading
@@ -297,7 +298,6 @@ def bench_growth(counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed:
         A row per number of pairs: pairs, microseconds_per_pair, memory (MiB over what was held before).
     """
     import json
-    import random
 
     from dpoviz.models import tiny_tokenizer
 
@@ -431,14 +431,16 @@ class _Measured(NamedTuple):
 def _in_turn(
     calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, bar: tqdm | None = None
 ) -> dict[Hashable, _Measured]:
-    """Call one after the other in turn, after a turn that does not count; memory in a turn of its own, at the end.
+    """Call all of them in turn, each turn in another order, after a turn that does not count.
 
-    Giving free memory back, so that a peak can be seen, costs the next allocations time.
+    Memory has a turn of its own, at the end: giving free memory back, so that a peak can be seen, costs the next
+    allocations time.
     """
     seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
     memory, result = {}, {}
+    order = random.Random(0)
     for turn in range(repeats + 2):
-        for who, call in calls.items():
+        for who, call in order.sample(list(calls.items()), len(calls)):
             if turn <= repeats:
                 gc.collect()
                 began = time.perf_counter()

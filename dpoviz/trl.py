@@ -166,8 +166,9 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL's own, of its own tokens: a chat's go on there with what the template puts behind the end of a turn
-        ours = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in dataset.column_names]
-        return super()._precompute_ref_logps(dataset.remove_columns(ours), name, batch_size)
+        found = dataset.column_names or []  # a stream may not know its columns, and TRL refuses it
+        ours = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in found]
+        return super()._precompute_ref_logps(dataset.remove_columns(ours) if ours else dataset, name, batch_size)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         group = self.optimizer.param_groups[0]  # before DeepSpeed's engine steps, and its schedule with it

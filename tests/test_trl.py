@@ -371,6 +371,16 @@ class TestData:
         assert len(losses(trainer, "eval_beta/math")) == 2  # once a set
         assert len(losses(trainer)) == 3
 
+    def test_a_stream_whose_reference_is_to_be_precomputed_is_refused_by_trl(self, world, tmp_path):
+        model, tokenizer, scored = world
+        stream = trl_dataset(scored).to_iterable_dataset().map(lambda row: row)
+        assert stream.column_names is None
+        with pytest.raises(ValueError, match=r"precompute_ref_log_probs.*not supported with IterableDataset"):
+            BetaDPOTrainer(
+                model, beta=ConstantBeta(0.1), config=TrainConfig.around(0.1, "standard"), train_dataset=stream,
+                processing_class=tokenizer, args=arguments(tmp_path, precompute_ref_log_probs=True),
+            )  # fmt: skip
+
 
 def test_callback_logs_beta_where_the_trainer_reports(world, tmp_path):
     model, tokenizer, scored = world
