@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -686,18 +687,18 @@ def _generate(
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     cache = None
+    name = "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"  # before 5.24
     # the last token of a prompt is left to generate(), which goes on from what the cache holds
     if k > 1 and width > 1 and supports_shared_prefix(model):
         positions = (mask[:, :-1].cumsum(dim=1) - 1).clamp(min=0)
         cache = DynamicCache(config=model.config)
         model.base_model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, past_key_values=cache,
-            use_cache=True,
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True, **{name: cache}
         )  # fmt: skip
         cache.batch_repeat_interleave(k)
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+        input_ids=ids, attention_mask=mask, generation_config=config, **{name: cache},
         logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
     )  # fmt: skip
     if recorder is not None:

@@ -90,10 +90,14 @@ class TestConstantBeta:
         inverse = trained(world, tmp_path / "b", ConstantBeta(10.0), TrainConfig.around(0.1, "inverse"))
         assert losses(inverse) == pytest.approx(losses(standard), rel=1e-6)
 
-    def test_another_beta_is_another_loss(self, world, tmp_path):
-        theirs = trained(world, tmp_path / "a")
-        ours = trained(world, tmp_path / "b", ConstantBeta(0.3), TrainConfig.around(0.1, "standard"))
-        assert losses(ours)[-1] != pytest.approx(losses(theirs)[-1], rel=1e-3)
+    def test_another_beta_scales_the_same_step(self, world, tmp_path):
+        """The first step is the same, because AdamW does not see the size of a gradient: the margin is three times."""
+        theirs = trained(world, tmp_path / "a", max_steps=2)
+        ours = trained(world, tmp_path / "b", ConstantBeta(0.3), TrainConfig.around(0.1, "standard"), max_steps=2)
+        first, margin = losses(theirs, "rewards/margins")
+        assert first == 0 and abs(margin) > 1e-3
+        assert losses(ours, "rewards/margins") == pytest.approx([0, 3 * margin], rel=1e-2)
+        assert losses(ours)[1] != pytest.approx(losses(theirs)[1], rel=1e-3)
 
 
 class TestBetaThatLearns:
