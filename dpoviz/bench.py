@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import statistics
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +25,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.beta import BetaNetwork
-from dpoviz.data import load_pairs, tokenize_pairs
-from dpoviz.logprobs import by_length, prefix_batch, sampling, score_answers
+from dpoviz.data import IDS, load_pairs, token_counts, tokenize_pairs
+from dpoviz.logprobs import by_length, context_length, prefix_batch, sampling, score_answers
 from dpoviz.losses import dpo_loss, total_loss
+from dpoviz.models import tiny_tokenizer
 from dpoviz.train import TrainConfig, adamw, calibrate_alpha
 
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
@@ -51,59 +54,56 @@ def bench_steps(
         model: a causal language model in float32 or bfloat16, on its device.
         tokenizer: its tokenizer.
         scored: what `reference_pass` returned.
-        batch_size: pairs in a step, the first ones of each task.
+        batch_size: pairs in a step, drawn from those of each task.
         repeats: timed steps of each, in turn, after one that is not timed; memory is measured in one more.
         max_length: what TRL is told to cut at; no pair is longer.
         progress: show a bar.
 
     Returns:
-        A row per task and contestant: task, who, pairs, tokens (that ours computes), seconds (median), low, high,
-        pairs_per_second, ratio (median over the turns of TRL's seconds over its own; NaN without TRL), over_fixed
-        (median over the turns of its own seconds over those of ours with a fixed β), memory (peak over what was held
-        before, MiB), loss.
+        A row per task and contestant: task, who, pairs, tokens (each prompt and answer once), seconds (median), low,
+        high, pairs_per_second, operations (a second, of those that are needed), ratio (median over the turns of TRL's
+        seconds over its own; NaN without TRL), over_fixed (median over the turns of its own seconds over those of ours
+        with a fixed β), memory (peak over what was held before, MiB), loss.
 
     Raises:
         FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
             same work.
     """
     rows = []
-    tasks = sorted(set(scored["task"]))
-    with tqdm(total=len(tasks) * (repeats + 2), desc="training steps", unit="turn", disable=not progress) as bar:
-        for task in tasks:
-            pairs = scored.filter(lambda row, task=task: row["task"] == task).select(range(batch_size))
-            steps = _contestants(model, tokenizer, pairs, max_length)
-            taken = _in_turn(steps, repeats, model.device, bar)
-            tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
-            same = {who: measured.result for who, measured in taken.items() if who != LEARNED}
-            if max(same.values()) - min(same.values()) > tolerance:
-                raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
-            tokens = sum(
-                len(p) + len(c) + len(r) - 2
-                for p, c, r in zip(pairs["prompt_ids"], pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+    for task in sorted(set(scored["task"])):
+        pairs = scored.filter(lambda row, task=task: row["task"] == task).shuffle(seed=0).select(range(batch_size))
+        steps = _contestants(model, tokenizer, pairs, max_length)
+        taken = _in_turn(steps, repeats, model.device, f"training steps, {task}" if progress else None)
+        tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
+        same = {who: measured.result for who, measured in taken.items() if who != LEARNED}
+        if max(same.values()) - min(same.values()) > tolerance:
+            raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
+        prompts, answers = pairs["prompt_ids"][:], _answers(pairs[:])
+        needed = 3 * forward_operations(model, prompts, answers)
+        for who, measured in taken.items():
+            seconds = measured.seconds
+            peer = taken[PEER].seconds if PEER in taken else []
+            ratios = [a / b for a, b in zip(peer, seconds, strict=False)]
+            over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
+            rows.append(
+                {
+                    "task": task,
+                    "who": who,
+                    "pairs": batch_size,
+                    "tokens": _tokens(prompts, answers),
+                    "seconds": statistics.median(seconds),
+                    "low": min(seconds),
+                    "high": max(seconds),
+                    "pairs_per_second": batch_size / statistics.median(seconds),
+                    "operations": needed / statistics.median(seconds),
+                    "ratio": statistics.median(ratios) if ratios else float("nan"),
+                    "over_fixed": statistics.median(over),
+                    "memory": measured.memory,
+                    "loss": measured.result,
+                }
             )
-            for who, measured in taken.items():
-                seconds = measured.seconds
-                peer = taken[PEER].seconds if PEER in taken else []
-                ratios = [a / b for a, b in zip(peer, seconds, strict=False)]
-                over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
-                rows.append(
-                    {
-                        "task": task,
-                        "who": who,
-                        "pairs": batch_size,
-                        "tokens": tokens,
-                        "seconds": statistics.median(seconds),
-                        "low": min(seconds),
-                        "high": max(seconds),
-                        "pairs_per_second": batch_size / statistics.median(seconds),
-                        "ratio": statistics.median(ratios) if ratios else float("nan"),
-                        "over_fixed": statistics.median(over),
-                        "memory": measured.memory,
-                        "loss": measured.result,
-                    }
-                )
-            del steps
-            gc.collect()
+        del steps
+        gc.collect()
     return pd.DataFrame(rows)
 
 
@@ -111,8 +111,7 @@ def _contestants(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
 ) -> dict[str, Callable[[], float]]:
     rows = pairs[:]
-    prompts, device = rows["prompt_ids"], model.device
-    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+    prompts, answers, device = rows["prompt_ids"], _answers(rows), model.device
 
     def column(name: str) -> Tensor:
         return torch.tensor(rows[name], dtype=torch.float32, device=device)
@@ -181,11 +180,13 @@ def _trl(
         bf16=model.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, dataloader_num_workers=0,
         use_cpu=model.device.type == "cpu",
     )  # fmt: skip
-    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"])
+    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"]).select([0])
     trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
     optimizer = trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what trainer.train() would set
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    # our tokens and our reference: its loss is another as soon as it scores anything else
+    rows = pairs.select_columns([*IDS, "ref_chosen_logps", "ref_rejected_logps"]).to_list()
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
 
     def step() -> float:
         loss = trainer.training_step(model, batch)
@@ -199,19 +200,24 @@ def _trl(
 
 @torch.no_grad()
 def bench_reference(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, *, batch_size: int, repeats: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Log-probabilities, entropies and prompt features, against the bare forward of the same tokens.
 
     The bare forward is the model's layers over the same shared-prefix rows, and its head where an answer is predicted.
 
     Returns:
-        Two rows: who, seconds (median over all pairs), low, high, tokens_per_second, ratio (seconds over the bare
-        forward's, median over the turns), memory (MiB).
+        Two rows: who, seconds (median over all pairs), low, high, tokens_per_second, operations (a second, of
+        those that are needed), ratio (seconds over the bare forward's, median over the turns), memory (MiB).
     """
     rows = pairs[:]
-    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-    length = [len(p) + len(a) + len(b) for p, (a, b) in zip(rows["prompt_ids"], answers, strict=True)]
+    answers, length = _answers(rows), token_counts(pairs).sum(axis=1).tolist()
     batches = by_length(length, batch_size)
     pad = tokenizer.pad_token_id
 
@@ -233,13 +239,15 @@ def bench_reference(
                           entropy=True, features=True, shared_prefix=True)  # fmt: skip
 
     model.eval()
-    found = _in_turn({"bare forward": bare, "reference pass": ours}, repeats, model.device)
-    return _rows(found, "bare forward", sum(length) - 2 * len(length), "tokens_per_second")
+    said = "reference pass" if progress else None
+    found = _in_turn({"bare forward": bare, "reference pass": ours}, repeats, model.device, said)
+    work = (rows["prompt_ids"], answers)
+    return _rows(found, "bare forward", tokens_per_second=_tokens(*work), operations=forward_operations(model, *work))
 
 
 def bench_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
-    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8),
+    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8), progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Entropies from sampled answers, against `generate` alone, which gives no entropies.
 
@@ -256,7 +264,8 @@ def bench_sampling(
 
     Returns:
         A row for each number and each of the two: who, prompts (at once), seconds (median), low, high,
-        tokens_per_second (of the answers), ratio (seconds over those of `generate` at its best), memory (MiB).
+        tokens_per_second (of the answers), operations (a second, of those that are needed), ratio (seconds over those
+        of `generate` at its best), memory (MiB).
     """
     pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
@@ -284,55 +293,113 @@ def bench_sampling(
     model.eval()
     calls = {(who, n): partial(call, n) for n in at_once
              for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
-    taken = _in_turn(calls, repeats, model.device)
+    taken = _in_turn(calls, repeats, model.device, "sampling" if progress else None)
     best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key].seconds))
-    rows = _rows(taken, best, len(prompts) * samples * new_tokens, "tokens_per_second")
+    tokens = len(prompts) * samples * new_tokens
+    needed = forward_operations(model, prompts, [[[i] * new_tokens for i in range(samples)]] * len(prompts))
+    rows = _rows(taken, best, tokens_per_second=tokens, operations=needed)
     rows[["who", "prompts"]] = rows["who"].to_list()
     return rows[["who", "prompts", *rows.columns[1:-1]]]
 
 
-def bench_growth(counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0) -> pd.DataFrame:
-    """Time and memory a pair of everything but the model: reading, checking, and cutting into tokens.
+def bench_pairs(
+    counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """Time and memory of everything but the model, for made-up pairs of about 600 characters.
 
     Returns:
-        A row per number of pairs: pairs, microseconds_per_pair, memory (MiB over what was held before).
+        A row per number of pairs: pairs; microseconds a pair to read and check them, to cut them into tokens and to
+        lay them out in batches of 32; memory (MiB over what was held before).
     """
-    import json
-
-    from dpoviz.models import tiny_tokenizer
-
     draw = random.Random(seed)
     words = [f"word{i}" for i in range(300)]
 
     def text(n: int) -> str:
         return " ".join(draw.choices(words, k=n))
 
+    def lay_out(pairs: Dataset) -> None:
+        for start in range(0, len(pairs), 32):
+            rows = pairs[start : start + 32]
+            prefix_batch(rows["prompt_ids"], _answers(rows), 0)
+
     tokenizer = tiny_tokenizer([text(200) for _ in range(20)])
     rows = []
-    for count in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pairs.jsonl"
+    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=not progress):
+        with tempfile.TemporaryDirectory() as folder, _memory(torch.device("cpu")) as peak:
+            path, seconds = Path(folder) / "pairs.jsonl", [time.perf_counter()]
             with path.open("w") as file:
                 for i in range(count):
                     row = {"prompt": f"{i} {text(20)}", "chosen": text(30), "rejected": text(25), "task": "math"}
                     file.write(json.dumps(row) + "\n")
-            with _memory(torch.device("cpu")) as peak:
-                began = time.perf_counter()
-                tokenize_pairs(load_pairs(path), tokenizer, 4096)
-                seconds = time.perf_counter() - began
-            rows.append({"pairs": count, "microseconds_per_pair": 1e6 * seconds / count, "memory": peak()})
+            found: object = path
+            for part in (load_pairs, partial(tokenize_pairs, tokenizer=tokenizer, max_length=4096), lay_out):
+                seconds.append(time.perf_counter())
+                found = part(found)
+            seconds.append(time.perf_counter())
+            each = [1e6 * (b - a) / count for a, b in pairwise(seconds[1:])]
+            rows.append({"pairs": count, "read": each[0], "tokens": each[1], "batches": each[2], "memory": peak()})
     return pd.DataFrame(rows)
 
 
-@torch.no_grad()
-def bench_vocabulary(sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed: int = 0) -> pd.DataFrame:
-    """Peak memory of a reference pass beyond the weights, as the vocabulary grows: 16 prompts of two answers.
+def bench_batches(
+    model: PreTrainedModel, pad_id: int, *, repeats: int, longest: int = 256, seed: int = 0, progress: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Forward and backward pass of random pairs: as they grow longer, and as they come to share their prompts.
+
+    Args:
+        model: a causal language model.
+        pad_id: token that fills the rows.
+        repeats: timed turns, after one that is not timed.
+        longest: tokens of the longest prompt, and of each of its answers.
+        seed: the tokens.
 
     Returns:
-        A row per size: vocabulary, tokens, all_logits (MiB that they would take at once), memory (MiB).
+        Two pairs, prompt and answers of as many tokens each: a row per length: tokens (computed), seconds (median),
+        low, high, microseconds_per_token, operations (a second), memory (MiB). And eight pairs with answers of a
+        quarter of their prompt: a row per number of different prompts among them: prompts, tokens, and the same; ratio
+        (seconds over those of eight prompts, median over the turns).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().num_embeddings
+
+    def some(*shape: int) -> list:
+        return torch.randint(vocabulary, shape, generator=draw).tolist()
+
+    longest = min(longest, (context_length(model) or 2 * longest) // 2)
+    lengths = [longest // 8, longest // 4, longest // 2, longest]
+    growing = {n: (some(2, n), some(2, 2, n)) for n in lengths}
+    prompts, answers = some(8, longest // 2), some(8, 2, longest // 8)
+    sharing = {n: ([prompts[i % n] for i in range(8)], answers) for n in (8, 4, 2, 1)}
+
+    def step(batch: tuple) -> None:
+        score_answers(model, *batch, pad_id=pad_id).logps.sum().backward()
+        model.zero_grad()
+
+    tables = []
+    for name, batches in (("length", growing), ("prompts", sharing)):
+        calls = {n: partial(step, batch) for n, batch in batches.items()}
+        taken = _in_turn(calls, repeats, model.device, f"growth with {name}" if progress else None)
+        table = _rows(taken, next(iter(calls)))
+        table.insert(1, "tokens", [_tokens(*batch) for batch in batches.values()])
+        table.insert(5, "microseconds_per_token", 1e6 * table["seconds"] / table["tokens"])
+        needed = [3 * forward_operations(model, *batch) for batch in batches.values()]
+        table.insert(6, "operations", needed / table["seconds"])
+        tables.append(table.rename(columns={"who": name}))
+    return tables[0].drop(columns="ratio"), tables[1]
+
+
+@torch.no_grad()
+def bench_vocabulary(
+    sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """A reference pass as the vocabulary grows: 16 prompts of two answers, a model 64 wide.
+
+    Returns:
+        A row per size: vocabulary, tokens, seconds, all_logits (MiB that they would take at once), memory (peak
+        beyond the weights, MiB).
     """
     rows = []
-    for size in sizes:
+    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=not progress):
         torch.manual_seed(seed)
         config = LlamaConfig(vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                              num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
@@ -341,9 +408,12 @@ def bench_vocabulary(sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed:
         answers = torch.randint(size, (16, 2, 100)).tolist()
         score_answers(model, prompts[:1], answers[:1], pad_id=0)  # the trial of shared prefixes is no part of it
         with _memory(torch.device("cpu")) as peak:
+            began = time.perf_counter()
             score_answers(model, prompts, answers, pad_id=0, entropy=True, features=True)
+            seconds = time.perf_counter() - began
         tokens = 16 * 2 * 100
-        rows.append({"vocabulary": size, "tokens": tokens, "all_logits": tokens * size * 4 / 2**20, "memory": peak()})
+        row = {"vocabulary": size, "tokens": tokens, "seconds": seconds, "all_logits": tokens * size * 4 / 2**20}
+        rows.append({**row, "memory": peak()})
         del model
         gc.collect()
     return pd.DataFrame(rows)
@@ -363,28 +433,23 @@ def bench(
 ) -> dict[str, pd.DataFrame]:
     """All of them on one model and one set of scored pairs, by name.
 
-    "steps" has beside `bench_steps` the share of the machine's matrix rate that a step reaches: the operations it needs
-    (`step_operations`) over its seconds and over `matrix_rate`.
+    The tables of what the model does have beside their numbers the share of the machine's matrix rate that is reached:
+    the operations that are needed (`forward_operations`), in each second, over `matrix_rate`.
     """
-    steps = bench_steps(model, tokenizer, scored, batch_size=batch_size, repeats=repeats, max_length=max_length,
-                        progress=progress)  # fmt: skip
-    rate = matrix_rate(model.device, model.dtype)
-    needed = {}
-    for task in set(steps["task"]):
-        own = scored.filter(lambda row, task=task: row["task"] == task).select(range(batch_size))
-        needed[task] = step_operations(model, own)
-    steps["share_of_matrix_rate"] = steps["task"].map(needed) / steps["seconds"] / rate
     some = scored.select(range(min(len(scored), 4 * batch_size)))
     prompts = list({tuple(ids): list(ids) for ids in scored["prompt_ids"]}.values())[:8]
-    return {
-        "steps": steps,
-        "reference": bench_reference(model, tokenizer, some, batch_size=batch_size, repeats=repeats),
-        "sampling": bench_sampling(
-            model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, repeats=min(repeats, 3)
-        ),
-        "growth": bench_growth(),
-        "vocabulary": bench_vocabulary(),
+    often, seldom = ({"repeats": n, "progress": progress} for n in (repeats, min(repeats, 3)))
+    tables = {
+        "steps": bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often),
+        "reference": bench_reference(model, tokenizer, some, batch_size=batch_size, **often),
+        "sampling": bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, **seldom),
     }
+    tables["lengths"], tables["shared prompts"] = bench_batches(model, tokenizer.pad_token_id, **seldom)
+    rate = matrix_rate(model.device, model.dtype)
+    for table in tables.values():
+        table["share_of_matrix_rate"] = table.pop("operations") / rate
+    tables |= {"pairs": bench_pairs(progress=progress), "vocabulary": bench_vocabulary(progress=progress)}
+    return tables
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
@@ -400,24 +465,42 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, r
     return 2 * size**3 / best
 
 
-def step_operations(model: PreTrainedModel, pairs: Dataset) -> float:
-    """Floating-point operations that a training step on these pairs needs: each prompt once, its answers once.
+def forward_operations(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> float:
+    """Floating-point operations that a forward pass needs; a training step needs three times as many.
 
-    The linear layers over all unique tokens, the head where an answer is predicted, attention over what is seen; and
-    the backward pass as twice the forward one.
+    Each prompt once, and each different answer to it once: the linear layers over their tokens, the head where an
+    answer is predicted, attention over what is seen.
     """
-    rows = pairs[:]
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     total = 0.0
-    for prompt, *answers in zip(rows["prompt_ids"], rows["chosen_ids"], rows["rejected_ids"], strict=True):
-        p = len(prompt)
-        fed = [len(answer) - 1 for answer in answers]
+    for prompt, own in _unique(prompts, answers).items():
+        p, fed = len(prompt), [len(answer) - 1 for answer in own]
         seen = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in fed)
-        total += 2 * linear * (p + sum(fed)) + 2 * head.weight.numel() * sum(map(len, answers))
+        total += 2 * linear * (p + sum(fed)) + 2 * head.weight.numel() * sum(map(len, own))
         total += 4 * config.num_hidden_layers * config.hidden_size * seen
-    return 3 * total
+    return total
+
+
+def _unique(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for prompt, own in zip(prompts, answers, strict=True):
+        found.setdefault(tuple(prompt), set()).update(map(tuple, own))
+    return found
+
+
+def _tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Tokens that have to be fed in: the last one of an answer is not."""
+    unique = _unique(prompts, answers)
+    return sum(len(prompt) + sum(len(answer) - 1 for answer in own) for prompt, own in unique.items())
+
+
+def _answers(rows: Mapping[str, list]) -> list[list[list[int]]]:
+    return [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
 
 
 class _Measured(NamedTuple):
@@ -429,9 +512,9 @@ class _Measured(NamedTuple):
 
 
 def _in_turn(
-    calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, bar: tqdm | None = None
+    calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, said: str | None
 ) -> dict[Hashable, _Measured]:
-    """Call all of them in turn, each turn in another order, after a turn that does not count.
+    """Call all of them in turn, each turn in another order, after a turn that does not count; `said` beside a bar.
 
     Memory has a turn of its own, at the end: giving free memory back, so that a peak can be seen, costs the next
     allocations time.
@@ -439,7 +522,7 @@ def _in_turn(
     seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
     memory, result = {}, {}
     order = random.Random(0)
-    for turn in range(repeats + 2):
+    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=said is None):
         for who, call in order.sample(list(calls.items()), len(calls)):
             if turn <= repeats:
                 gc.collect()
@@ -453,12 +536,11 @@ def _in_turn(
                     result[who] = call()
                     _wait(device)
                 memory[who] = peak()
-        if bar is not None:
-            bar.update()
     return {who: _Measured(seconds[who], memory[who], result[who]) for who in calls}
 
 
-def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, units: int, rate: str) -> pd.DataFrame:
+def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, **amounts: float) -> pd.DataFrame:
+    """A row for each; of each amount of work what is done of it in a second."""
     rows = []
     for who, (seconds, memory, _) in taken.items():
         ratios = [b / a for a, b in zip(taken[base].seconds, seconds, strict=True)]
@@ -468,7 +550,7 @@ def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, units: int, rate:
                 "seconds": statistics.median(seconds),
                 "low": min(seconds),
                 "high": max(seconds),
-                rate: units / statistics.median(seconds),
+                **{name: amount / statistics.median(seconds) for name, amount in amounts.items()},
                 "ratio": statistics.median(ratios),
                 "memory": memory,
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,9 +12,11 @@ from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from dpoviz.bench import bench
 from dpoviz.compare import BASELINE, CompareConfig, compare, job_table
-from dpoviz.demo import Demo, DemoConfig, own_progress_only, run_demo
+from dpoviz.demo import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
 from dpoviz.entropy import summarize_estimators
 from dpoviz.forecast import forecast
 from dpoviz.losses import FORMS
@@ -37,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if state.num_processes > 1 and arguments.run not in (_train, _reference):
             raise ValueError(f"came {state.num_processes} processes; expected one: only train and reference share work")
-        with redirect_stdout(None) if not state.is_main_process else nullcontext():
-            arguments.run(arguments)
+        with nullcontext() if state.is_main_process else Path(os.devnull).open("w") as nowhere:
+            with redirect_stdout(nowhere) if nowhere else nullcontext():
+                arguments.run(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2
@@ -130,11 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "time a training step, the reference's pass and sampling, a peer and us side by side",
         "Time TRL's DPOTrainer (where it is installed), the plain concatenated step and ours on the same pairs of each "
         "task, in turn; the reference's pass against the bare forward; sampling with entropies against generate; and "
-        "how the rest grows with pairs and vocabulary.",
+        "how time and memory grow with length, shared prompts, pairs and vocabulary.",
         "dpoviz-bench",
     )
-    _model_and_data(timing)
+    _model_and_data(timing, without="; without it, the small world of `dpoviz demo`, model and all")
     timing.add_argument("--batch-size", type=int, default=4, metavar="N", help="pairs in a step (default: %(default)s)")
+    timing.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     timing.add_argument("--repeats", type=int, default=5, metavar="N", help="timed turns (default: %(default)s)")
     return parser
 
@@ -142,12 +147,13 @@ def _parser() -> argparse.ArgumentParser:
 _MODEL = "a folder, a GGUF file, a hub name, or smollm2-135m (default: %(default)s)"
 
 
-def _model_and_data(parser: argparse.ArgumentParser) -> None:
+def _model_and_data(parser: argparse.ArgumentParser, *, without: str = "") -> None:
     default = RealConfig(data=("-",))
     parser.add_argument("--model", default=default.model, help=_MODEL)
     parser.add_argument(
-        "--data", nargs="+", required=True, metavar="SOURCE", help="files, folders, a hub name or a preset's name"
-    )
+        "--data", nargs="+", required=not without, metavar="SOURCE",
+        help="files, folders, a hub name or a preset's name" + without,
+    )  # fmt: skip
     parser.add_argument("--preset", help="the layout of a known public set, for a file of it")
     parser.add_argument("--task", help="the task of all pairs, where they name none")
     parser.add_argument(
@@ -271,7 +277,8 @@ def _forecast(config: RealConfig, loaded: Loaded, *, runs: int) -> None:
         eos_id=loaded.tokenizer.eos_token_id,
         pad_id=loaded.tokenizer.pad_token_id,
     )
-    said = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items() if seconds)
+    parts = {name: seconds / processes().num_processes for name, seconds in parts.items() if seconds}
+    said = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items())
     print(f"about {_minutes(sum(parts.values()))} if nothing is kept from an earlier run: {said}", flush=True)
 
 
@@ -382,23 +389,24 @@ def _sample(given: argparse.Namespace) -> None:
 def _bench(given: argparse.Namespace) -> None:
     if given.repeats < 1 or given.batch_size < 1:
         raise ValueError(f"--repeats, --batch-size: came {given.repeats}, {given.batch_size}, expected at least 1")
-    config = replace(_config(given), lora_rank=0)
-    loaded = load(config)
-    few = [task for task, n in Counter(loaded.train["task"]).items() if n < given.batch_size]
+    if given.data is None:
+        world = small_world(WorldConfig(seed=given.seed), cache_dir=default_cache_dir())
+        model, tokenizer, pairs = world.reference, world.tokenizer, world.train
+        limit = model.config.max_position_embeddings
+    else:
+        config = replace(_config(given), lora_rank=0)
+        loaded, limit = load(config), given.max_length
+        model, tokenizer, pairs = loaded.model, loaded.tokenizer, loaded.train
+    model.to(getattr(torch, given.dtype))
+    few = [task for task, n in Counter(pairs["task"]).items() if n < given.batch_size]
     if few:
-        raise ValueError(f"--data: fewer than {given.batch_size} pairs to train on of {few}")
-    prepared = score(config, loaded, cache_dir=default_cache_dir())
-    found = bench(
-        prepared.model,
-        prepared.tokenizer,
-        prepared.train,
-        batch_size=given.batch_size,
-        repeats=given.repeats,
-        max_length=given.max_length,
-    )
+        raise ValueError(f"--batch-size: came {given.batch_size}, but there are fewer pairs to train on of {few}")
+    if given.data is not None:
+        pairs = score(config, loaded, cache_dir=default_cache_dir()).train
+    found = bench(model, tokenizer, pairs, batch_size=given.batch_size, repeats=given.repeats, max_length=limit)
     given.out.mkdir(parents=True, exist_ok=True)
     for name, table in found.items():
-        table.to_csv(given.out / f"{name}.csv", index=False)
+        table.to_csv(given.out / f"{name.replace(' ', '-')}.csv", index=False)
         print(f"\n{name}\n{table.round(3).to_string(index=False)}")
     print(f"\nas tables: {given.out}")
 

@@ -7,6 +7,7 @@ the chat in plain words. Other fields are kept.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
@@ -28,10 +30,15 @@ from dpoviz.presets import PRESETS, Preset
 logger = logging.getLogger(__name__)
 
 FIELDS = ("prompt", "chosen", "rejected", "task")
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""What `tokenize_pairs` adds."""
+
 ROLES = ("system", "user", "assistant")
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SHOWN = 10  # problems listed in one message
 _HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
+_CHECKED = 20  # rows whose ids are compared with the tokenizer's, where there are ids already
+_ROWS_AT_ONCE = 1000  # that stand in Python's objects, ten times as large as Arrow's columns
 
 Source = Path | str | Dataset | Sequence[Path | str]
 
@@ -90,7 +97,7 @@ def load_pairs(
     _require_renaming(columns or {})
     if layout is not None and task is None:
         task = layout.task
-    records, problems, left_out, files = [], [], [], set()
+    pairs, problems, left_out, files = _Columns(_named(source)), [], [], set()
     for row in _rows(source, split):
         files.add(row.file)
         if row.problem is not None:
@@ -106,20 +113,21 @@ def load_pairs(
         for record in found:
             record, wrong = _canonical(record, task, tasks)
             if not wrong:
-                records.append({**record, "line": row.number, "file": row.file})
+                pairs.add({**record, "line": row.number, "file": row.file})
             else:  # people's own data are refused; a public set is as it is
                 (problems if layout is None else left_out).extend(f"{row.place}: {problem}" for problem in wrong)
-    if problems or not records:
+    if problems or not len(pairs):
         problems = problems or left_out or [f"{_named(source)}: holds no pairs"]
         more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError("\n".join(problems[:_SHOWN]) + more)
     if left_out:
         logger.warning("%s: %d pairs are left out, such as %s", _named(source), len(left_out), left_out[0])
-    optional = {"file": len(files) > 1, "messages": any(record["messages"] for record in records)}
-    for name in [name for name, wanted in optional.items() if not wanted]:
-        for record in records:
-            del record[name]
-    return Dataset.from_dict(_columns(_named(source), records))
+    found = pairs.whole()
+    if len(files) == 1:
+        del found["file"]
+    if found["messages"].null_count == len(pairs):
+        del found["messages"]
+    return Dataset.from_dict(found)
 
 
 def _resolve(source: Source, preset: str | None, split: str) -> tuple[Source, Preset | None, str]:
@@ -339,16 +347,48 @@ def _wrong_messages(messages: list, field: str) -> Iterator[str]:
         yield f"came {len(messages)} messages, expected an answer of one"
 
 
-def _columns(name: str, records: list[dict]) -> dict[str, list]:
-    """The fields of all records, None where one lacks a field (Dataset.from_list keeps the first one's alone)."""
-    names = dict.fromkeys(field for record in records for field in record)
-    columns = {field: [record.get(field) for record in records] for field in names}
-    for field, values in columns.items():
-        try:
-            pa.array(values)
-        except (pa.ArrowException, UnicodeError, OverflowError) as error:
-            raise ValueError(f"{name}, field {field!r}: the lines' values do not make one column ({error})") from error
-    return columns
+class _Columns:
+    """Records that become Arrow's columns a thousand at a time; None where one lacks a field."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.records, self.tables, self.count = name, [], [], 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        self.count += 1
+        if len(self.records) == _ROWS_AT_ONCE:
+            self._turn()
+
+    def _turn(self) -> None:
+        names = dict.fromkeys(field for record in self.records for field in record)
+        table = {}
+        for field in names:
+            try:
+                table[field] = pa.array([record.get(field) for record in self.records])
+            except (pa.ArrowException, UnicodeError, OverflowError) as error:
+                self._refuse(field, error)
+        self.tables.append(pa.table(table))
+        self.records = []
+
+    def whole(self) -> dict[str, pa.ChunkedArray]:
+        """The columns, in the order in which their fields first came."""
+        if self.records:
+            self._turn()
+        found = {}
+        for field in dict.fromkeys(name for table in self.tables for name in table.column_names):
+            parts = [table.select([field] if field in table.column_names else []) for table in self.tables]
+            try:
+                # a number may be whole in some rows, and a field may be missing in all rows of a part
+                found[field] = pa.concat_tables(parts, promote_options="permissive")[field]
+            except pa.ArrowException as error:
+                self._refuse(field, error)
+        return found
+
+    def _refuse(self, field: str, error: Exception) -> None:
+        raise ValueError(f"{self.name}, field {field!r}: the lines' values do not make one column ({error})") from error
 
 
 def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
@@ -366,13 +406,18 @@ def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
         raise ValueError(
             f"chat: came {', '.join(unknown)}, expected tasks of the pairs: {', '.join(sorted(set(pairs['task'])))}"
         )
-    columns = pairs[:]
-    messages = columns.get("messages", [None] * len(pairs))
-    columns["messages"] = [
-        [{"role": "user", "content": prompt}] if own is None and task in tasks else own
-        for own, prompt, task in zip(messages, columns["prompt"], columns["task"], strict=True)
-    ]
-    return Dataset.from_dict(columns)
+
+    def put(rows: dict[str, list]) -> dict[str, list]:
+        messages = rows.get("messages", [None] * len(rows["prompt"]))
+        return {
+            "messages": [
+                [{"role": "user", "content": prompt}] if own is None and task in tasks else own
+                for own, prompt, task in zip(messages, rows["prompt"], rows["task"], strict=True)
+            ]
+        }
+
+    chat = List({"role": Value("string"), "content": Value("string")})
+    return pairs.map(put, batched=True, features=Features({**pairs.features, "messages": chat}), desc="chats")
 
 
 def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -432,7 +477,7 @@ def _components(pairs: Dataset) -> list[int]:
 def tokenize_pairs(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, too_long: str = "refuse"
 ) -> Dataset:
-    """Add `prompt_ids`, `chosen_ids` and `rejected_ids`; both answers end with the end token.
+    """Add `prompt_ids`, `chosen_ids` and `rejected_ids`, where they are not yet; both answers end with the end token.
 
     Prompt and answer are tokenised by themselves, so that the prompt is the same tokens for both answers. A chat is
     put into the tokenizer's chat template, up to where the assistant's answer begins.
@@ -446,7 +491,7 @@ def tokenize_pairs(
 
     Raises:
         ValueError: the tokenizer has no end token, or no chat template for a chat, or its template ends a turn with
-            another token; a prompt gives no token; pairs are over the limit.
+            another token; a prompt gives no token; pairs are over the limit; ids that another tokenizer gave.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no end token (eos_token), so that an answer could not end; set one")
@@ -465,15 +510,15 @@ def tokenize_pairs(
             found[f"{name}_ids"] = [[*own, end] for own in tokenizer(rows[name], add_special_tokens=False)["input_ids"]]
         return found
 
-    # batch by batch: what a tokenizer returns takes far more memory than the ids
-    ids = Features({f"{name}_ids": List(Value("int32")) for name in ("prompt", "chosen", "rejected")})
-    pairs = pairs.map(encode, batched=True, features=Features({**pairs.features, **ids}), desc="cutting into tokens")
-    lengths = [
-        (prompt, max(chosen, rejected))
-        for prompt, chosen, rejected in zip(
-            *(pc.list_value_length(pairs.with_format("arrow")[name]).to_pylist() for name in ids), strict=True
-        )
-    ]
+    if set(IDS) <= set(pairs.column_names):
+        some = pairs.select(range(min(len(pairs), _CHECKED)))[:]
+        if any(some[name] != own for name, own in encode(some).items()):
+            raise ValueError(f"pairs: have {', '.join(IDS)}, which are not this tokenizer's; remove these columns")
+    else:  # batch by batch: what a tokenizer returns takes far more memory than the ids
+        ids = Features({name: List(Value("int32")) for name in IDS})
+        features = Features({**pairs.features, **ids})
+        pairs = pairs.map(encode, batched=True, features=features, desc="cutting into tokens")
+    lengths = [(prompt, max(answers)) for prompt, *answers in token_counts(pairs).tolist()]
     empty = [i for i, (prompt, _) in enumerate(lengths) if prompt == 0]
     if empty:
         raise ValueError(f"prompt: {_name(pairs, empty[0])} gives no token")
@@ -489,6 +534,38 @@ def tokenize_pairs(
     logger.warning("%s\nthey are left out", message)
     dropped = set(long)
     return pairs.select([i for i in range(len(pairs)) if i not in dropped])
+
+
+def token_counts(pairs: Dataset) -> np.ndarray:
+    """(N, 3) tokens of the prompt, the chosen and the rejected answer of each tokenised pair."""
+    arrow = pairs.select_columns(list(IDS)).with_format("arrow")
+    return np.stack([pc.list_value_length(arrow[name][:]).to_numpy() for name in IDS], axis=1)
+
+
+def digest(pairs: Dataset, columns: Sequence[str] | None = None) -> str:
+    """A hash of the values in some columns, or in all.
+
+    A thousand rows at a time, and lists of numbers as they lie in memory: neither takes much of it.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    pairs = pairs.select_columns(sorted(columns or pairs.column_names)).with_format("arrow")
+    for start in range(0, len(pairs), _ROWS_AT_ONCE):
+        table = pairs[start : start + _ROWS_AT_ONCE]
+        for name in table.column_names:
+            found.update(name.encode())
+            _hash(found, table[name])
+    return found.hexdigest()
+
+
+def _hash(found: hashlib.blake2b, column: pa.ChunkedArray | pa.Array) -> None:
+    number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    if number and not column.null_count:
+        found.update(str(column.type).encode() + column.to_numpy().tobytes())
+    elif pa.types.is_list(column.type):
+        _hash(found, pc.list_value_length(column))
+        _hash(found, pc.list_flatten(column))
+    else:
+        found.update(json.dumps(column.to_pylist(), sort_keys=True, default=str).encode())
 
 
 def encode_prompts(

@@ -106,9 +106,9 @@ def estimate_entropy(
         seed: the draws.
         batch_size: prompts at once; `batch_size` × K answers are drawn side by side.
         keep: a folder where each batch is kept, by a fingerprint of model, settings and code. A run that was
-            killed goes on from there, and ends with the numbers of one that was not. Prompts that another run
-            asked for are not drawn again: their numbers are that run's, and the others' draws begin anew at the
-            seed. None keeps nothing.
+            killed goes on from there, with as many processes, and ends with the numbers of one that was not. Prompts
+            that another run asked for are not drawn again: their numbers are that run's, and the others' draws begin
+            anew at the seed. None keeps nothing.
         progress: show a bar.
 
     Raises:
@@ -154,7 +154,9 @@ def _numbers(
 ) -> dict[str, np.ndarray]:
     """The numbers of all prompts, in their order: read where they are kept, drawn elsewhere."""
     names = _names(prompts)
-    run = hashlib.blake2b("".join(names).encode(), digest_size=8).hexdigest()
+    several = processes().num_processes
+    # each process draws batches of its own, one after the other: with others, they would be drawn otherwise
+    run = hashlib.blake2b("".join(names + [str(several)] * (several > 1)).encode(), digest_size=8).hexdigest()
     batches = journal.read()
     others = {prompt for name, batch in batches.items() if not name.startswith(run) for prompt in batch["prompts"]}
     known = {prompt: (batch, i) for batch in batches.values() for i, prompt in enumerate(batch["prompts"])}

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
 from dpoviz.losses import FORMS, Form
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO, Rule
-from dpoviz.train import TrainConfig, answer_entropy, calibrate_alpha
+from dpoviz.train import ANSWER_ENTROPY, TrainConfig, answer_entropy, calibrate_alpha
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def _by_entropy(config: TrainConfig, pairs: Dataset, vocabulary: int, strength: 
 
 
 def _mallows(config: TrainConfig, pairs: Dataset, vocabulary: int, sign: float) -> MallowsPO:
-    return MallowsPO.calibrated(config.beta0, answer_entropy(pairs[:], vocabulary), sign=int(sign))
+    rows = pairs.select_columns([*ANSWER_ENTROPY, "chosen_ids", "rejected_ids"])[:]
+    return MallowsPO.calibrated(config.beta0, answer_entropy(rows, vocabulary), sign=int(sign))
 
 
 def _dual(config: TrainConfig, pairs: Dataset, target: float, tasks: list[str] | None) -> DualKL:

@@ -22,7 +22,7 @@ def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Res
 
     Args:
         tasks: the same on every process.
-        work: its results must be such as `pickle` takes; not called where there are fewer tasks than processes.
+        work: its results must be such as `pickle` takes; a process that has no task does not call it.
     """
     state = processes()
     own = range(state.process_index, len(tasks), state.num_processes)

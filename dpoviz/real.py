@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.beta import Beta
-from dpoviz.data import as_chat, load_pairs, split_by_group, tokenize_pairs
+from dpoviz.data import as_chat, digest, load_pairs, split_by_group, tokenize_pairs
 from dpoviz.entropy import estimate_entropy
 from dpoviz.journal import fingerprint
 from dpoviz.logprobs import sample_answers
@@ -307,7 +307,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
 def run_folder(config: RealConfig, prepared: Prepared, cache_dir: Path | str) -> Path:
     """Where a notebook keeps a run that need not be trained again; another folder as soon as anything differs."""
     code = [importlib.import_module(f"dpoviz.{name}") for name in _TRAINING_CODE]
-    pairs = [part[name][:] for part in (prepared.train, prepared.held_out) for name in ("prompt_ids", "chosen_ids")]
+    pairs = [digest(part) for part in (prepared.train, prepared.held_out)]
     return Path(cache_dir) / f"run-{fingerprint(prepared.model, [asdict(config), pairs, torch.__version__], code)}"
 
 

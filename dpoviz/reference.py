@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz import data, entropy, logprobs
-from dpoviz.data import tokenize_pairs
+from dpoviz.data import IDS, digest, token_counts, tokenize_pairs
 from dpoviz.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.journal import Journal, fingerprint
 from dpoviz.logprobs import by_length, context_length, evaluating, score_answers
@@ -52,7 +52,7 @@ def reference_pass(
     Args:
         model: the reference.
         tokenizer: its tokenizer.
-        pairs: records as `load_pairs` returns them.
+        pairs: records as `load_pairs` returns them, or `tokenize_pairs`, which is then not done again.
         max_length: limit of the prompt and one answer together, in tokens.
         max_new_tokens: limit of an answer that is sampled for the entropy.
         entropy_samples: K, answers a prompt that are sampled for the entropy.
@@ -98,7 +98,7 @@ def reference_pass(
         ends["pad_id"] = ends["eos_id"]
     if cache_dir is None:
         return _compute(model, pairs, settings, ends, None, Journal(None), progress)
-    facts = [tokenizer.pad_token_id, ends, settings, pairs[:]]
+    facts = [tokenizer.pad_token_id, ends, settings, digest(pairs)]
     name = fingerprint(model, facts, (data, entropy, logprobs, sys.modules[__name__]))
     folder, unfinished = Path(cache_dir) / f"reference-{name}", Path(cache_dir) / f"unfinished-{name}"
     if folder.exists():
@@ -134,7 +134,7 @@ def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_ne
             f"max_length: came {max_length}, but the model's context has {room} tokens; expected at most that "
             '(with too_long="drop" longer pairs are left out)'
         )
-    longest = max(len(prompt) for prompt in pairs["prompt_ids"])
+    longest = token_counts(pairs)[:, 0].max()
     if longest + max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens: came {max_new_tokens}, but a prompt has {longest} tokens and the model's context {room}; "
@@ -151,7 +151,9 @@ def _compute(
     journal: Journal,
     progress: bool,
 ) -> Dataset:
-    prompts = list({tuple(prompt): None for prompt in pairs["prompt_ids"]})  # each prompt once
+    number: dict[tuple[int, ...], int] = {}  # each prompt once
+    of_row = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in pairs["prompt_ids"]])
+    prompts = list(number)
     scores = _score(model, pairs, ends["pad_id"], settings["batch_size"], journal, progress)
     bad = (~np.isfinite(scores["logps"])).any(axis=1).nonzero()[0].tolist()
     if bad:
@@ -171,13 +173,13 @@ def _compute(
     if not finite.all():
         row = (~finite).nonzero()[0].item()
         raise ValueError(f"the reference's entropy is not finite at the prompt with tokens {list(prompts[row])[:20]}")
-    number = {prompt: i for i, prompt in enumerate(prompts)}
-    of_row = torch.tensor([number[tuple(prompt)] for prompt in pairs["prompt_ids"]])
     columns = {f"ref_{side}_logps": scores["logps"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
-    columns["ref_features"] = scores["features"]
-    return Dataset.from_dict({**pairs[:], **{name: c.astype(np.float32) for name, c in columns.items()}})
+    # those of a prompt's first row: another row's sums may differ in the last bit, and beta with them
+    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row]
+    beside = Dataset.from_dict({name: column.astype(np.float32) for name, column in columns.items()})
+    return concatenate_datasets([pairs, beside], axis=1)
 
 
 def _entropy_columns(estimates: EntropyEstimates) -> dict[str, torch.Tensor]:
@@ -194,15 +196,14 @@ def _score(
     model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, journal: Journal, progress: bool
 ) -> dict[str, np.ndarray]:
     """logps and entropy_sums (N, 2) and features (N, D) of all rows, in the order of the rows."""
-    rows = pairs[:]
-    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-    size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
-    batches, kept = by_length(size, batch_size), journal.read()
+    ids, size = pairs.select_columns(list(IDS)), token_counts(pairs).sum(axis=1)
+    batches, kept = by_length(size.tolist(), batch_size), journal.read()
 
     def score(number: int) -> dict[str, np.ndarray]:
         name, some = f"{number:06d}", batches[number]
         if name not in kept:
-            prompts, own = [rows["prompt_ids"][i] for i in some], [answers[i] for i in some]
+            prompts, *answers = ids[some].values()
+            own = list(zip(*answers, strict=True))
             scores = score_answers(model, prompts, own, pad_id=pad, entropy=True, features=True)
             kept[name] = {key: getattr(scores, key).cpu().numpy() for key in ("logps", "entropy_sums", "features")}
             journal.add(name, kept[name])

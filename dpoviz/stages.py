@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dpoviz.beta import Beta, ConstantBeta
+from dpoviz.data import IDS, token_counts
 from dpoviz.logprobs import by_length, evaluating, score_answers
 from dpoviz.losses import Form, scale
 from dpoviz.methods import METHODS
@@ -133,18 +134,18 @@ def log_ratio_differences(
     policy: PreTrainedModel, pairs: Dataset, *, pad_id: int, batch_size: int, progress: bool = True
 ) -> np.ndarray:
     """(N,) h of each pair under the policy, in nats, in the order of the pairs; processes share the work."""
-    rows = pairs[:]
-    answers = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
-    size = [len(p) + len(c) + len(r) for p, (c, r) in zip(rows["prompt_ids"], answers, strict=True)]
+    read = pairs.select_columns([*IDS, "ref_chosen_logps", "ref_rejected_logps"])
+    size = token_counts(pairs).sum(axis=1)
 
     def score(some: list[int]) -> np.ndarray:
-        prompts, own = [rows["prompt_ids"][i] for i in some], [list(answers[i]) for i in some]
+        prompts, chosen, rejected, *ref = read[some].values()
+        own = list(zip(chosen, rejected, strict=True))
         logps = score_answers(policy, prompts, own, pad_id=pad_id).logps.double().cpu().numpy()
-        ref = np.array([[rows["ref_chosen_logps"][i], rows["ref_rejected_logps"][i]] for i in some])
+        ref = np.array(ref).T
         bar.update(len(some))
         return (logps - ref) @ [1, -1]
 
-    batches, shown = by_length(size, batch_size), progress and processes().is_main_process
+    batches, shown = by_length(size.tolist(), batch_size), progress and processes().is_main_process
     h = np.empty(len(size))
     with evaluating(policy), tqdm(total=len(size), desc="held-out pairs", unit="pair", disable=not shown) as bar:
         for some, own in zip(batches, in_shares(batches, score), strict=True):

@@ -6,7 +6,6 @@ Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and al
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,13 +17,21 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
 from dpoviz.beta import Beta, BetaNetwork
+from dpoviz.data import digest
 from dpoviz.logprobs import evaluating, sample_answers, score_answers, supports_shared_prefix
 from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
 from dpoviz.perturbed import perturbed_directions
@@ -222,7 +229,8 @@ def train(
         calibration: pairs that the policy is not trained on. If they are given, beta learns from them and not
             from `pairs`: there the policy cannot make up for any beta, and beta is identified (our rule; no
             paper's).
-        out: a folder for checkpoints. A run that finds its own checkpoint there goes on from it.
+        out: a folder for checkpoints, which all processes see. A run that finds its own checkpoint there goes on from
+            it.
         progress: show a bar.
 
     Returns:
@@ -247,6 +255,8 @@ def train(
     kind = accelerator.distributed_type
     _require("processes", kind.value, kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED),
              "data parallelism; dpoviz.trl.BetaDPOTrainer trains a policy cut up by FSDP or DeepSpeed")  # fmt: skip
+    _require("mixed_precision", accelerator.mixed_precision, accelerator.mixed_precision != "fp16",
+             "bf16 or no: policy and beta have an optimizer each, and float16 scales the loss for one")  # fmt: skip
     _require("batch_size", config.batch_size, config.batch_size % accelerator.num_processes == 0,
              f"a multiple of the {accelerator.num_processes} processes")  # fmt: skip
     steps = config.stage1_steps if stage == 1 else config.stage2_steps
@@ -264,7 +274,7 @@ def train(
     if rule.state_dict():  # weights, or moving averages
         accelerator.register_for_checkpointing(rule)
     schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
-    rule.to(accelerator.device)
+    rule.to(accelerator.device).load_state_dict(broadcast(rule.state_dict()))  # the main process's
     if reference is not None:
         reference.to(accelerator.device).eval()
 
@@ -275,8 +285,9 @@ def train(
     others = _batches(len(calibration), config.batch_size, steps, seed=config.seed + stage) if apart else []
     identity = {}
     if out is not None:  # what a checkpoint must agree with
-        identity = {"config": asdict(config), "stage": stage, "pairs": _digest(pairs), "rule": repr(rule)}
-        identity |= {"calibration": _digest(calibration)} if apart else {}
+        read = COLUMNS + (ANSWER_ENTROPY if "answer_entropy" in rule.needs else ())
+        identity = {"config": asdict(config), "stage": stage, "pairs": digest(pairs, read), "rule": repr(rule)}
+        identity |= {"calibration": digest(calibration, read)} if apart else {}
     checkpoint = _Checkpoint(accelerator, Path(out) if out is not None else None, identity)
     first, history = checkpoint.load()
     shown = progress and accelerator.is_main_process
@@ -363,14 +374,6 @@ def _check(
         adapter_off(policy)  # refuses a model without an adapter
     if rule.needs & {"direction", "kl"} and reference is None:
         raise ValueError(f"reference: came None, expected the model: {type(rule).__name__} looks at it in training")
-
-
-def _digest(pairs: Dataset) -> str:
-    """A hash of what the loop reads of the data."""
-    digest = hashlib.blake2b(digest_size=16)
-    for column in COLUMNS:
-        digest.update(json.dumps(pairs[column][:]).encode())
-    return digest.hexdigest()
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -556,9 +559,14 @@ class _Probe:
     ) -> None:
         self.reference, self.config, self.pad_id, self.eos_id = reference, config, pad_id, eos_id
         self.accelerator = accelerator
-        self.data = None if held_out is None else held_out[:]
-        if self.data is not None:
-            first = pd.DataFrame({"task": self.data["task"], "prompt": map(tuple, self.data["prompt_ids"])})
+        self.data = held_out
+        if held_out is not None:
+            self.task = held_out["task"][:]
+            self.x, self.ref_entropy = (
+                torch.tensor(held_out[name][:], dtype=torch.float32, device=accelerator.device)
+                for name in ("ref_features", "ref_entropy")
+            )
+            first = pd.DataFrame({"task": self.task, "prompt": map(tuple, held_out["prompt_ids"])})
             some = first.drop_duplicates("prompt").groupby("task").head(config.probe_prompts)
             self.prompts, self.tasks = [list(prompt) for prompt in some["prompt"]], some["task"].tolist()
 
@@ -568,9 +576,8 @@ class _Probe:
         if self.data is None or not isinstance(rule, FromPrompt):
             return {}
         rule.eval()
-        batch = _columns(self.data, next(rule.parameters(), torch.empty(0)).device)
-        values = rule.beta(batch["x"], task=batch["task"], ref_entropy=batch["ref_entropy"])
-        return _by_task("beta", values.tolist(), self.data["task"])
+        values = rule.beta(self.x, task=self.task, ref_entropy=self.ref_entropy)
+        return _by_task("beta", values.tolist(), self.task)
 
     @torch.no_grad()
     def policy(self, scorer: nn.Module, policy: PreTrainedModel) -> dict[str, float]:
@@ -579,14 +586,14 @@ class _Probe:
             return {}
         scorer = self.accelerator.unwrap_model(scorer).eval()
         size, right = self.config.batch_size, []
-        starts = range(0, len(self.data["task"]), size)
+        starts = range(0, len(self.data), size)
         for start in starts[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = _columns({k: v[start : start + size] for k, v in self.data.items()}, self.accelerator.device)
+            batch = _columns(self.data[start : start + size], self.accelerator.device)
             ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
             right.append((start, _ranked_rightly(ratios[:, 0] - ratios[:, 1]).tolist()))
         right = [value for _, values in sorted(gather_object(right)) for value in values]
         row = {"held_out_accuracy": sum(right) / len(right)}
-        row |= _by_task("held_out_accuracy", right, self.data["task"])
+        row |= _by_task("held_out_accuracy", right, self.task)
         return row if self.reference is None or not self.prompts else row | self.kl(policy)
 
     @torch.no_grad()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils import broadcast
-from datasets import Dataset, IterableDataset
+from accelerate.utils import broadcast, gather_object
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpoviz.beta import Beta, BetaNetwork
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
 from dpoviz.losses import scale
 from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
 from dpoviz.train import TrainConfig, adamw, calibrate_alpha
@@ -38,32 +38,36 @@ def trl_dataset(scored: Dataset) -> Dataset:
     Raises:
         ValueError: texts and chats in one set, which TRL does not take.
     """
-    rows = scored[:]
-    chats = [bool(own) for own in rows.get("messages", [None] * len(scored))]
+    chats = [bool(own) for own in scored["messages"]] if "messages" in scored.column_names else [False]
     if any(chats) and not all(chats):
         raise ValueError(
             f"scored: {sum(chats)} of {len(chats)} prompts are chats, expected all or none: TRL's sets hold one kind; "
             "dpoviz.data.as_chat turns texts into chats"
         )
-    columns = {name: rows[name] for name in ("prompt", "chosen", "rejected")}
-    if any(chats):
-        columns = {"prompt": rows["messages"]}
-        for name in ("chosen", "rejected"):
-            columns[name] = [[{"role": "assistant", "content": answer}] for answer in rows[name]]
-    kept = (*COLUMNS, "ref_chosen_logps", "ref_rejected_logps")
-    return Dataset.from_dict(columns | {name: rows[name] for name in kept})
+    texts = ("prompt", "chosen", "rejected")
+    kept = scored.select_columns([*texts, *COLUMNS, "ref_chosen_logps", "ref_rejected_logps"])
+    if not any(chats):
+        return kept
+
+    def as_messages(rows: dict[str, list]) -> dict[str, list]:
+        return {name: [[{"role": "assistant", "content": answer}] for answer in rows[name]] for name in texts[1:]}
+
+    answers = kept.select_columns(list(texts[1:])).map(as_messages, batched=True, desc="answers as messages")
+    prompts = scored.select_columns(["messages"]).rename_column("messages", "prompt")
+    return concatenate_datasets([prompts, answers, kept.remove_columns(list(texts))], axis=1)
 
 
-class _Collator(DataCollatorForPreference):
-    """TRL's batch, and beside it what beta reads of each pair."""
+@dataclass
+class _Collator:
+    """The trainer's batch, and beside it what beta reads of each pair."""
 
-    def torch_call(self, examples: list[dict]) -> dict:
-        batch = super().torch_call(examples)
-        return batch | {
-            "task": [example["task"] for example in examples],
-            "ref_entropy": torch.tensor([example["ref_entropy"] for example in examples]),
-            "ref_features": torch.tensor([example["ref_features"] for example in examples]),
+    own: Callable[[list[dict]], Mapping]
+
+    def __call__(self, examples: list[dict]) -> dict:
+        numbers = {
+            name: torch.tensor([example[name] for example in examples], dtype=torch.float32) for name in COLUMNS[1:]
         }
+        return {**self.own(examples), "task": [example["task"] for example in examples], **numbers}
 
 
 def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -> None:
@@ -80,14 +84,15 @@ def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -
 class BetaDPOTrainer(DPOTrainer):
     r"""TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
 
-    The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and every other loss
-    type follow. To it come :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns.
-    Logged beside TRL's numbers: beta/<task>, and loss/<term> of each regulariser. Several processes train one beta,
-    that of the main process at the start; its batch norm and its terms are those of each process's share of a batch.
-    FSDP and DeepSpeed may cut up the policy; each process holds all of beta.
+    The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and the other loss
+    types follow, but for "aot" and "aot_unpaired", which sort a batch before they multiply by beta. To it come
+    :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns. Logged beside TRL's numbers:
+    beta/<task>, and loss/<term> of each regulariser. Several processes train one beta, that of the main process at the
+    start; its batch norm and its terms are those of each process's share of a batch. FSDP and DeepSpeed may cut up the
+    policy; each process holds all of beta.
 
     Args:
-        model: as in `DPOTrainer`, and so are all other arguments.
+        model: as in `DPOTrainer`, and so are all other arguments, which are given by name.
         beta: any `Beta`. One that learns is trained with the policy, by an AdamW of its own: its own learning rate, on
             the policy's schedule, and its own clipping.
         config: form, range, weights of the regularisers, beta's learning rate and norm; the rest is `args`'. Its
@@ -96,7 +101,9 @@ class BetaDPOTrainer(DPOTrainer):
             entropy term acts.
 
     Raises:
-        ValueError: a data set without those columns, no alpha for a stream, or float16 under DeepSpeed.
+        ValueError: a data set without those columns, no alpha for a stream, a loss type that sorts with a beta that
+            varies, float16 under DeepSpeed, or several processes that precompute the reference of a set in memory,
+            where they cannot share what TRL writes to a file.
     """
 
     def __init__(
@@ -117,13 +124,16 @@ class BetaDPOTrainer(DPOTrainer):
                 raise ValueError("config.alpha: came None, expected a number, as a stream is not read before")
             self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
+        sorting = [name for name in self.loss_types if name.startswith("aot")]
+        if sorting and not isinstance(beta, ConstantBeta):
+            raise ValueError(f"args.loss_type: came {sorting[0]!r}, which sorts pairs apart from their beta; expected "
+                             "another, or a ConstantBeta")  # fmt: skip
         if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
             raise ValueError("args.fp16: expected bf16 or float32 under DeepSpeed, which scales the loss out of sight")
         beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # the main process's
         if self.learns:
             self.beta_optimizer = adamw(beta, config.beta_learning_rate)
-        if type(self.data_collator) is DataCollatorForPreference:
-            self.data_collator = _Collator(**{f.name: getattr(self.data_collator, f.name) for f in fields(_Collator)})
+        self.data_collator = _Collator(self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -160,15 +170,29 @@ class BetaDPOTrainer(DPOTrainer):
     def _log_beta(self, beta: Tensor, task: list[str], terms: dict[str, Tensor]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, term in terms.items():
-            metrics[f"loss/{name}"].append(term.item())
-        for name, mean in pd.Series(beta.tolist()).groupby(list(task)).mean().items():
+            metrics[f"loss/{name}"].append(self.accelerator.gather(term.detach()).mean().item())
+        betas = pd.Series(gather_object(beta.tolist()))
+        for name, mean in betas.groupby(gather_object(list(task))).mean().items():
             metrics[f"beta/{name}"].append(mean)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL's own, of its own tokens: a chat's go on there with what the template puts behind the end of a turn
         found = dataset.column_names or []  # a stream may not know its columns, and TRL refuses it
         ours = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in found]
+        if found and self.accelerator.num_processes > 1 and not dataset.cache_files:
+            raise ValueError(
+                f"{name}_dataset: is in memory; with args.precompute_ref_log_probs and several processes expected one "
+                "on disk, by save_to_disk and load_from_disk, beside which they share what TRL computes"
+            )
         return super()._precompute_ref_logps(dataset.remove_columns(ours) if ours else dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in COLUMNS})
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        if not isinstance(eval_dataset, str):
+            _require_columns("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
         group = self.optimizer.param_groups[0]  # before DeepSpeed's engine steps, and its schedule with it
@@ -188,7 +212,7 @@ class BetaDPOTrainer(DPOTrainer):
             if scaler is not None:  # float16: what is backpropagated is the loss times this
                 weight.grad /= scaler.get_scale()
         norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.beta_max_norm)
-        if scaler is None or norm.isfinite():
+        if norm.isfinite():  # one step that is not would spoil beta for good
             group["lr"] = learning_rate
             self.beta_optimizer.step()
         self.beta_optimizer.zero_grad()

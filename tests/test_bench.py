@@ -3,6 +3,8 @@
 No time is tested.
 """
 
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
@@ -14,12 +16,14 @@ from dpoviz.bench import (
     PEER,
     PLAIN,
     bench,
-    bench_growth,
+    bench_batches,
+    bench_pairs,
     bench_steps,
     bench_vocabulary,
+    forward_operations,
     matrix_rate,
-    step_operations,
 )
+from dpoviz.logprobs import score_answers
 from dpoviz.losses import dpo_loss
 from dpoviz.reference import reference_pass
 
@@ -57,11 +61,22 @@ def test_everybody_does_the_same_work(world):
     assert (found["over_fixed"][found["who"] == OURS] == 1).all() and (found["over_fixed"] > 0).all()
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     # the tokens that one pass over each pair computes
-    own = scored.filter(lambda row: row["task"] == "math").select(range(3))[:]
+    own = scored.filter(lambda row: row["task"] == "math").shuffle(seed=0).select(range(3))[:]
+    assert len(set(map(tuple, own["prompt_ids"]))) == 3
     count = sum(len(p) for p in own["prompt_ids"]) + sum(
         len(a) - 1 for name in ("chosen_ids", "rejected_ids") for a in own[name]
     )
     assert found[found["task"] == "math"]["tokens"].eq(count).all()
+
+
+def test_in_half_precision(world):
+    pytest.importorskip("trl")
+    model, tokenizer, scored = world
+    model.to(torch.bfloat16)
+    found = bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=32, progress=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    # the reference was scored in float32: h is the rounding of about 10 tokens' logits, times a beta of 0.1
+    assert found[found["who"] != LEARNED]["loss"].tolist() == pytest.approx([0.6931472] * 6, abs=0.02)
 
 
 def test_other_work_is_refused(world, monkeypatch):
@@ -78,29 +93,64 @@ def test_other_work_is_refused(world, monkeypatch):
         bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=32, progress=False)
 
 
+def test_a_peer_that_scores_other_tokens_is_refused(world):
+    pytest.importorskip("trl")
+    model, tokenizer, scored = world
+    longest = max(len(p) + len(a) for p, a in zip(scored["prompt_ids"], scored["chosen_ids"], strict=True))
+    with pytest.raises(FloatingPointError, match="the losses differ"):
+        bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=longest - 2, progress=False)
+
+
 def test_all_of_it(world, monkeypatch):
     import dpoviz.bench as module
 
-    monkeypatch.setattr(module, "bench_growth", lambda: bench_growth((20, 40)))
-    monkeypatch.setattr(module, "bench_vocabulary", lambda: bench_vocabulary((500, 900)))
+    monkeypatch.setattr(module, "bench_pairs", partial(bench_pairs, (20, 40)))
+    monkeypatch.setattr(module, "bench_vocabulary", partial(bench_vocabulary, (500, 900)))
     found = bench(*world, batch_size=3, repeats=1, max_length=32, samples=2, new_tokens=4, progress=False)
-    assert set(found) == {"steps", "reference", "sampling", "growth", "vocabulary"}
+    of_model = ["steps", "reference", "sampling", "lengths", "shared prompts"]
+    assert list(found) == [*of_model, "pairs", "vocabulary"]
     assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())
-    shares = found["steps"]["share_of_matrix_rate"]
-    assert ((shares > 0) & (shares < 1)).all()
-    assert found["growth"]["pairs"].tolist() == [20, 40]
+    for name in of_model:
+        shares = found[name]["share_of_matrix_rate"]
+        assert ((shares > 0) & (shares < 1)).all(), name
+    assert found["pairs"]["pairs"].tolist() == [20, 40]
+
+
+def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):
+    import dpoviz.bench as module
+
+    model, laid_out = make_model(dtype=torch.float32), []
+
+    def seen(*args, **more):
+        laid_out.append(module.prefix_batch(*args[1:], more["pad_id"]))
+        return score_answers(*args, **more)
+
+    monkeypatch.setattr(module, "score_answers", seen)
+    lengths, shared = bench_batches(model, 0, repeats=1, longest=40, progress=False)  # the context has 64
+    assert lengths["length"].tolist() == [4, 8, 16, 32]
+    # two prompts, and four answers whose last token is not fed in
+    assert lengths["tokens"].tolist() == [2 * n + 4 * (n - 1) for n in (4, 8, 16, 32)]
+    assert shared["prompts"].tolist() == [8, 4, 2, 1]
+    assert shared["tokens"].tolist() == [n * 16 + 16 * 3 for n in (8, 4, 2, 1)]
+    assert shared["ratio"][0] == 1
+    # as many are there: no others than those of the padding
+    counts = {int((batch.segments >= 0).sum()) for batch in laid_out}
+    assert counts == {*lengths["tokens"], *shared["tokens"]}
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_operations_by_hand(make_model):
     """One layer, counted from the sizes of its matrices."""
     model = make_model(vocab=30, num_hidden_layers=1, dtype=torch.float32)
-    pairs = Dataset.from_dict({"prompt_ids": [[1, 2, 3]], "chosen_ids": [[4, 5]], "rejected_ids": [[6]]})
     # hidden 32, keys and values 16 wide, the gated layer 48: q, o, k, v, gate, up, down
     linear = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     fed, predicted = 3 + 1 + 0, 2 + 1
     seen = (1 + 2 + 3) + 4  # a prompt token sees itself and what is before; the one answer token fed in sees four
     forward = 2 * linear * fed + 2 * 30 * 32 * predicted + 4 * 32 * seen
-    assert step_operations(model, pairs) == 3 * forward
+    assert forward_operations(model, [[1, 2, 3]], [[[4, 5], [6]]]) == forward
+    # what two pairs share is needed once
+    assert forward_operations(model, [[1, 2, 3]] * 2, [[[4, 5], [6]], [[6], [4, 5]]]) == forward
+    assert forward_operations(model, [[1, 2, 3]] * 2, [[[4, 5], [6]], [[7], [4, 5]]]) == forward + 2 * 30 * 32
 
 
 def test_matrix_rate_is_a_rate():

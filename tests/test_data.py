@@ -3,19 +3,22 @@
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from dpoviz.data import _with_prompt, as_chat, load_pairs, split_by_group, tokenize_pairs
+import dpoviz.data as module
+from dpoviz.data import _with_prompt, as_chat, digest, load_pairs, split_by_group, token_counts, tokenize_pairs
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -103,6 +106,38 @@ class TestLoadPairs:
         path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
         with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
             load_pairs(path)
+
+    def test_parts_of_a_file_make_one_set(self, write, monkeypatch):
+        """What the columns of one part lack, or hold in whole numbers, another part may have, or in broken ones."""
+        chat = {**GOOD, "prompt": [{"role": "user", "content": "a"}]}
+        lines = [{**GOOD, "level": 1}, {**GOOD, "seen": ["x"]}, {**GOOD, "level": 0.5}, GOOD, {**chat, "level": 2}]
+        whole = load_pairs(write(*lines))
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", 2)
+        parts = load_pairs(write(*lines))
+        assert parts.features == whole.features and parts[:] == whole[:]
+        assert parts["level"][:] == [1, None, 0.5, None, 2] and parts["seen"][:] == [None, ["x"], None, None, None]
+        assert parts["messages"][:] == [None] * 4 + [chat["prompt"]]
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", 1)
+        path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
+        with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
+            load_pairs(path)
+
+    def test_memory_holds_a_thousand_records_whatever_their_number(self, write, monkeypatch):
+        """Python's objects; Arrow's columns take a tenth."""
+
+        def peak(count):
+            path = write(*({**GOOD, "prompt": f"{i} + 1 ="} for i in range(count)))
+            tracemalloc.start()
+            load_pairs(path)
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return most
+
+        peak(10)
+        few = peak(2000)
+        assert peak(6000) < 1.5 * few
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", 10**6)
+        assert peak(6000) > 3 * few  # the control
 
     def test_text_that_no_encoding_holds_is_named(self, write):
         # half of a surrogate pair: legal JSON, no legal text
@@ -479,6 +514,28 @@ class TestTokenizePairs:
         assert [out[i]["prompt"] for i in range(2)] == pairs["prompt"][:]
         assert out["line"][:] == [1, 5]
 
+    def test_counts(self, tokenizer):
+        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
+        assert token_counts(out).tolist() == [[2, 2, 3], [1, 5, 2]]
+        assert token_counts(out.select([1])).tolist() == [[1, 5, 2]]
+
+    def test_is_not_done_twice(self, tokenizer, monkeypatch):
+        once = tokenize_pairs(Dataset.from_list(list(self.PAIRS) * 20), tokenizer, max_length=6)
+        seen = []
+        monkeypatch.setattr(
+            module, "encode_prompts", lambda *args, own=module.encode_prompts: seen.append(args[0]) or own(*args)
+        )
+        assert tokenize_pairs(once, tokenizer, max_length=6)[:] == once[:]
+        assert sum(map(len, seen)) == module._CHECKED < len(once)
+        with pytest.raises(ValueError, match=r"20 of 40 pairs are over max_length = 5 tokens"):
+            tokenize_pairs(once, tokenizer, max_length=5)
+
+    def test_ids_of_another_tokenizer_are_refused(self, tokenizer):
+        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
+        other = out.map(lambda row: {"chosen_ids": [*row["chosen_ids"][:-1], 3]})
+        with pytest.raises(ValueError, match=r"pairs: have prompt_ids, .*, which are not this tokenizer's; remove"):
+            tokenize_pairs(other, tokenizer, max_length=6)
+
     def test_special_tokens_open_the_prompt_and_never_an_answer(self, tokenizer):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", 1)]
@@ -541,3 +598,48 @@ class TestTokenizePairs:
     def test_an_unknown_policy_for_long_pairs(self, tokenizer):
         with pytest.raises(ValueError, match="too_long: came 'cut', expected 'refuse' or 'drop'"):
             tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9, too_long="cut")
+
+
+class TestDigest:
+    ROWS: ClassVar = {
+        "prompt": ["a", "b", "c"],
+        "ids": [[1, 2], [3], []],
+        "x": [[0.5], [1.0], [2.0]],
+        "n": [1, None, 3],
+        "messages": [None, [{"role": "user", "content": "a"}], None],
+    }
+
+    @pytest.mark.parametrize(
+        ("name", "values"),
+        [
+            ("prompt", ["a", "c", "b"]),
+            ("ids", [[1], [2, 3], []]),  # the same numbers, cut otherwise
+            ("ids", [[1, 2], [4], []]),
+            ("x", [[0.5], [1.0], [2.0000001]]),
+            ("n", [1, 2, None]),
+            ("messages", [None, [{"role": "user", "content": "b"}], None]),
+        ],
+    )
+    def test_any_other_value_gives_another(self, name, values):
+        first = digest(Dataset.from_dict(self.ROWS))
+        assert digest(Dataset.from_dict(self.ROWS | {name: values})) != first
+        assert digest(Dataset.from_dict(self.ROWS | {name: values}), [n for n in self.ROWS if n != name]) == digest(
+            Dataset.from_dict(self.ROWS), [n for n in self.ROWS if n != name]
+        )
+
+    def test_the_same_values_give_the_same_wherever_they_lie(self, tmp_path):
+        rows = Dataset.from_dict(self.ROWS)
+        rows.save_to_disk(str(tmp_path))
+        twice = Dataset.from_dict({name: [*values, *values] for name, values in self.ROWS.items()})
+        for other in (load_from_disk(str(tmp_path)), twice.select([3, 4, 2]), twice.select(range(3))):
+            assert digest(other) == digest(rows)
+
+    def test_a_thousand_rows_at_a_time(self):
+        draw = random.Random(0)
+        rows = Dataset.from_dict({"ids": [[draw.randrange(1000) for _ in range(100)] for _ in range(5000)]})
+        tracemalloc.start()
+        digest(rows)
+        most = tracemalloc.get_traced_memory()[1]
+        rows["ids"][:]
+        assert most < 0.3 * tracemalloc.get_traced_memory()[1]  # the control: the rows as lists
+        tracemalloc.stop()

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpoviz.train as module
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
+from dpoviz.methods import METHODS
 from dpoviz.rules import Rule, Weighed
 from dpoviz.train import COLUMNS, TrainConfig, calibrate_alpha, train
 
@@ -95,9 +96,9 @@ def network(seed=0):
     return BetaNetwork(5, beta0=10.0, hidden=(8,))
 
 
-def run(world, config, beta, *, stage=2, **more):
+def run(world, config, beta, *, stage=2, start=None, **more):
     reference, pairs, held_out = world
-    policy = copy.deepcopy(reference)
+    policy = copy.deepcopy(reference if start is None else start)
     history = train(
         policy,
         beta,
@@ -299,6 +300,7 @@ class LastBatch(Rule):
     """A rule with a memory: beta is 1 plus the mean |h| of the batch before; pairs ranked wrongly weigh nothing."""
 
     form = "standard"
+    wrong = -1e-3  # before the policy moves h is 0 but for rounding, and no pair is ranked wrongly
 
     def __init__(self):
         super().__init__()
@@ -307,7 +309,7 @@ class LastBatch(Rule):
     def forward(self, seen):
         beta = (1 + self.seen).expand(len(seen.h))
         self.seen = seen.h.abs().mean()
-        weight = (seen.h >= 0).float()
+        weight = (seen.h >= self.wrong).float()
         return Weighed(beta, weight)
 
 
@@ -328,9 +330,7 @@ class TestRules:
                     for p in pairs.select(rows)
                 ]
             )  # fmt: skip
-            kept = (h >= 0).float()
-            if step == 0:  # h is 0 but for rounding: which pairs are kept is chance
-                kept = torch.ones(len(h))
+            kept = (h >= LastBatch.wrong).float()
             loss = (kept * -torch.nn.functional.logsigmoid(beta * h)).sum() / kept.sum()
             assert history["loss"][step] == pytest.approx(loss.item(), rel=1e-3)
             beta = 1 + h.abs().mean().item()
@@ -339,6 +339,21 @@ class TestRules:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.policy_max_norm)
             optimizer.step()
+
+    def test_what_a_rule_reads_of_the_reference_is_part_of_its_checkpoint(self, world, tmp_path):
+        reference, pairs, held_out = world
+        mallows = METHODS["mallows"]
+        first, other = (
+            pairs.map(lambda row, i, n=n: dict.fromkeys(module.ANSWER_ENTROPY, (i % n + 1.0) / 8), with_indices=True)
+            for n in (3, 5)
+        )
+        for form in mallows.forms:
+            config = TrainConfig.around(0.1, form, **SMALL)
+            start = mallows.start(config, first, vocabulary=30)
+            run((reference, first, held_out), config, start, out=tmp_path / form)
+            start = mallows.start(config, first, vocabulary=30)
+            with pytest.raises(ValueError, match="holds a run with another configuration or other data"):
+                run((reference, other, held_out), config, start, out=tmp_path / form)
 
     def test_its_memory_is_in_the_checkpoint(self, world, tmp_path):
         config = TrainConfig.around(0.1, "standard", **SMALL)

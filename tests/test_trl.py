@@ -99,6 +99,15 @@ class TestConstantBeta:
         assert losses(ours, "rewards/margins") == pytest.approx([0, 3 * margin], rel=1e-2)
         assert losses(ours)[1] != pytest.approx(losses(theirs)[1], rel=1e-3)
 
+    @pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+    def test_a_loss_that_sorts_its_batch_takes_no_beta_that_varies(self, world, tmp_path, loss):
+        config = TrainConfig.around(0.1, "standard")
+        theirs = trained(world, tmp_path / "a", loss_type=loss)
+        ours = trained(world, tmp_path / "b", ConstantBeta(0.1), config, loss_type=loss)
+        assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
+        with pytest.raises(ValueError, match=rf"args\.loss_type: came '{loss}', which sorts pairs apart from"):
+            trained(world, tmp_path / "c", TaskBeta(TASKS, 0.1), config, loss_type=loss)
+
 
 class TestBetaThatLearns:
     def test_first_loss_is_the_total_objective(self, world, tmp_path):
@@ -177,6 +186,53 @@ class TestBetaThatLearns:
         trained(world, tmp_path / "b", scaled, config, cls=Scaled, learning_rate=0.0)
         expected = beta.log_ratio.detach() if weight < 1 else torch.zeros(3)
         torch.testing.assert_close(scaled.log_ratio.detach(), expected, rtol=1e-5, atol=1e-8)
+
+    def test_a_step_that_is_not_finite_leaves_beta_as_it_is(self, world, tmp_path):
+        data, bad = trl_dataset(world[2]).to_list(), float("1e38")
+        for row in data:
+            row["ref_entropy"] = bad  # its square is infinite
+        beta = TaskBeta(TASKS, 0.1)
+        config = TrainConfig.around(0.1, "standard", alpha=1.0, beta_learning_rate=1e-2)
+        trained(world, tmp_path, beta, config, data=Dataset.from_list(data), learning_rate=0.0)
+        assert torch.equal(beta.log_ratio, torch.zeros(3))
+
+    def test_any_collator_of_the_trainer(self, world, tmp_path):
+        model, tokenizer, scored = world
+        config = TrainConfig.around(0.1, "standard")
+        seen = []
+
+        class Own(trl.trainer.dpo_trainer.DataCollatorForPreference):
+            def torch_call(self, examples):
+                seen.append(len(examples))
+                return super().torch_call(examples)
+
+        with_own = BetaDPOTrainer(
+            copy.deepcopy(model), ref_model=copy.deepcopy(model), beta=TaskBeta(TASKS, 0.1), config=config,
+            args=arguments(tmp_path / "a"), train_dataset=trl_dataset(scored), processing_class=tokenizer,
+            data_collator=Own(pad_token_id=tokenizer.pad_token_id),
+        )  # fmt: skip
+        with_own.train()
+        assert len(seen) >= 3 and set(seen) == {4}
+        assert losses(with_own) == losses(trained(world, tmp_path / "b", TaskBeta(TASKS, 0.1), config))
+
+    def test_evaluates_on_a_further_set(self, world, tmp_path):
+        data = trl_dataset(world[2])
+        trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"),
+                          precompute_ref_log_probs=True)  # fmt: skip
+        seen = set()
+        trainer.model.register_forward_pre_hook(lambda model, args, given: seen.update(given), with_kwargs=True)
+        found = trainer.evaluate(data.select(range(6)))
+        assert found["eval_loss"] > 0 and found["eval_beta/math"] > 0
+        assert "input_ids" in seen and not seen & set(COLUMNS)  # the model is not given what beta reads
+        with pytest.raises(ValueError, match="eval_dataset: lacks ref_features; expected what trl_dataset returns"):
+            trainer.evaluate(data.remove_columns("ref_features"))
+
+    def test_several_processes_precompute_the_reference_of_a_set_on_disk(self, world, tmp_path, monkeypatch):
+        data = trl_dataset(world[2])
+        trainer = trained(world, tmp_path / "a", TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"))
+        monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+        with pytest.raises(ValueError, match="train_dataset: is in memory; with args"):
+            trainer._precompute_ref_logps(data, "train", 4)
 
     def test_precomputed_reference_gives_the_same(self, world, tmp_path):
         config = TrainConfig.around(0.1, "standard")

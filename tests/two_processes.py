@@ -29,6 +29,8 @@ def main(result: Path, out: str, stop: int) -> None:
 
         module._Checkpoint.save = then_die
     beta = small.network()
+    with torch.no_grad():  # as if each process had drawn its own: the first one's counts
+        next(p for p in beta.parameters() if p.dim() == 2).add_(0.1 * Accelerator().process_index)
     policy, history = small.run(world, config, beta, out=out or None)
     if Accelerator().is_main_process:
         weights = {"policy": policy.state_dict(), "beta": beta.state_dict()}
