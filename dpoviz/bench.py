@@ -436,8 +436,9 @@ def bench(
     The tables of what the model does have beside their numbers the share of the machine's matrix rate that is reached:
     the operations that are needed (`forward_operations`), in each second, over `matrix_rate`.
     """
-    some = scored.select(range(min(len(scored), 4 * batch_size)))
-    prompts = list({tuple(ids): list(ids) for ids in scored["prompt_ids"]}.values())[:8]
+    mixed = scored.shuffle(seed=0)  # of all tasks
+    some = mixed.select(range(min(len(mixed), 4 * batch_size)))
+    prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:8]
     often, seldom = ({"repeats": n, "progress": progress} for n in (repeats, min(repeats, 3)))
     tables = {
         "steps": bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if state.num_processes > 1 and arguments.run not in (_train, _reference):
             raise ValueError(f"came {state.num_processes} processes; expected one: only train and reference share work")
-        with nullcontext() if state.is_main_process else Path(os.devnull).open("w") as nowhere:
-            with redirect_stdout(nowhere) if nowhere else nullcontext():
-                arguments.run(arguments)
+        with nullcontext() if state.is_main_process else redirect_stdout(io.StringIO()):
+            arguments.run(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from inspect import signature
@@ -38,6 +38,9 @@ Tokens = Sequence[Sequence[int]]
 
 _ATTENTION = 2048
 """Tokens a row at which attention is taken to cost as much as all else; it only weighs longer rows against more."""
+
+_FEWER = 5
+"""So many rows fewer are not tried any more."""
 
 
 @dataclass(frozen=True)
@@ -165,32 +168,41 @@ def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, pac
 
 
 def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
-    """Rows of blocks: those of one prompt put together, the longest first, each in the first row that has room.
+    """Rows of blocks: those of one prompt put together; the cheapest of several lengths of a row.
 
-    Rows as long as the longest block are tried, and longer ones, up to all that one prompt has; the cheapest win.
+    Rows as long as the longest block are tried, and longer ones, up to all that one prompt has; then fewer rows, long
+    enough to hold all and a tenth more, as long as they cost less.
     """
     merged: dict[Hashable, _Block] = {}
     for block in blocks:
         before = merged.get(block.name, block)
         merged[block.name] = before._replace(answers=list(dict.fromkeys([*before.answers, *block.answers])))
     room, most = (max(block.length for block in some) for some in (blocks, merged.values()))
-    best: tuple[float, list[list[_Block]]] = (math.inf, [])
-    while True:
-        parts = [part for block in merged.values() for part in _parts(block, room)]
-        rows: list[list[_Block]] = []
-        left: list[int] = []
-        for part in sorted(parts, key=lambda part: -part.length):
-            place = next((i for i, free in enumerate(left) if part.length <= free), len(rows))
-            if place == len(rows):
-                rows.append([])
-                left.append(room)
-            rows[place].append(part)
-            left[place] -= part.length
-        width = room - min(left)
-        best = min(best, (len(rows) * width * (_ATTENTION + width), rows), key=lambda found: found[0])
-        if room >= most:
-            return best[1]
+    best = _fill(merged.values(), room)
+    while room < most:
         room = min(2 * room, most)
+        best = min(best, _fill(merged.values(), room), key=lambda found: found[0])
+    total = sum(block.length for block in merged.values())
+    for count in range(len(best[1]) - 1, max(0, len(best[1]) - _FEWER), -1):
+        for room in (math.ceil(total / count), math.ceil(1.1 * total / count)):
+            if total * (_ATTENTION + room) < best[0]:  # what it costs without any padding
+                best = min(best, _fill(merged.values(), room), key=lambda found: found[0])
+    return best[1]
+
+
+def _fill(blocks: Collection[_Block], room: int) -> tuple[float, list[list[_Block]]]:
+    """What rows of at most so many tokens cost, and the rows: the longest blocks first, each where there is room."""
+    rows: list[list[_Block]] = []
+    left: list[int] = []
+    for part in sorted((part for block in blocks for part in _parts(block, room)), key=lambda part: -part.length):
+        place = next((i for i, free in enumerate(left) if part.length <= free), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[place].append(part)
+        left[place] -= part.length
+    width = room - min(left)
+    return len(rows) * width * (_ATTENTION + width), rows
 
 
 def _parts(block: _Block, room: int) -> Iterator[_Block]:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import random
 import warnings
 from dataclasses import fields
 from unittest import mock
@@ -65,6 +66,18 @@ def llama(make_model):
     return make_model("llama")
 
 
+def partitions(items):
+    """All ways to part a list."""
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for parts in partitions(rest):
+        yield [[first], *parts]
+        for i, part in enumerate(parts):
+            yield [*parts[:i], [first, *part], *parts[i + 1 :]]
+
+
 def plain_causal(self, dtype):
     """What a model would see without the shared-prefix mask: everything that stands before."""
     rows, length = self.segments.shape
@@ -103,8 +116,9 @@ class TestPrefixBatch:
         }
         assert {getattr(batch, field.name).device.type for field in fields(batch)} == {"meta"}
 
-    def test_short_prompts_fill_up_a_row(self):
+    def test_short_prompts_fill_up_a_row(self, monkeypatch):
         prompts, answers = [[3], [5, 6, 7], [4]], [[[8, 2], [9, 2]], [[7, 8, 2], [9, 2]], [[2], [1, 2]]]
+        monkeypatch.setattr(lp, "_ATTENTION", 10)  # 2 rows of 6 cost 12 * 16, one of 11 costs 11 * 21
         batch = prefix_batch(prompts, answers, pad_id=0)
         assert batch.input_ids.tolist() == [[5, 6, 7, 7, 8, 9], [3, 8, 9, 4, 1, 0]]
         assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 0, 1, 0]]
@@ -127,6 +141,32 @@ class TestPrefixBatch:
         # the control: by itself, each has its own row
         apart = prefix_batch(prompts, answers, pad_id=0, packed=False)
         assert apart.input_ids.tolist() == [[3, 8, 9, 0, 0, 0], [5, 6, 7, 7, 8, 9], [4, 1, 0, 0, 0, 0]]
+
+    def test_fewer_rows_where_padding_would_cost_more_than_attention(self, monkeypatch):
+        prompts, answers = [[3], [5, 6, 7], [4]], [[[8, 2], [9, 2]], [[7, 8, 2], [9, 2]], [[2], [1, 2]]]
+        batch = prefix_batch(prompts, answers, pad_id=0)
+        assert batch.input_ids.tolist() == [[5, 6, 7, 7, 8, 9, 3, 8, 9, 4, 1]]
+        assert batch.segments.tolist() == [[0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 8]]
+
+    def test_costs_little_more_than_the_best_of_all_layouts(self, monkeypatch):
+        draw = random.Random(0)
+        some = [[draw.randint(1, 300) for _ in range(draw.randint(2, 6))] for _ in range(60)]
+
+        def cost(rows, width):
+            return rows * width * (lp._ATTENTION + width)
+
+        def over_the_best():
+            found = []
+            for lengths in some:
+                batch = prefix_batch([[i] * n for i, n in enumerate(lengths)], [[[2]]] * len(lengths), 0)
+                best = min(cost(len(parts), max(map(sum, parts))) for parts in partitions(lengths))
+                found.append(cost(*batch.input_ids.shape) / best)
+            assert min(found) >= 1
+            return sum(found) / len(found)
+
+        assert over_the_best() < 1.02
+        monkeypatch.setattr(lp, "_FEWER", 0)
+        assert over_the_best() > 1.05  # the control: rows as long as the longest prompt
 
     def test_what_pairs_share_stands_once(self):
         prompts, answers = [[5, 6], [5, 6]], [[[7, 2], [8, 2]], [[9, 2], [7, 2]]]
