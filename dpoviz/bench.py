@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -430,8 +430,8 @@ def bench(
     samples: int = 4,
     new_tokens: int = 32,
     progress: bool = True,
-) -> dict[str, pd.DataFrame]:
-    """All of them on one model and one set of scored pairs, by name.
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """All of them on one model and one set of scored pairs: a name and a table, each as soon as it is there.
 
     The tables of what the model does have beside their numbers the share of the machine's matrix rate that is reached:
     the operations that are needed (`forward_operations`), in each second, over `matrix_rate`.
@@ -440,17 +440,23 @@ def bench(
     some = mixed.select(range(min(len(mixed), 4 * batch_size)))
     prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:8]
     often, seldom = ({"repeats": n, "progress": progress} for n in (repeats, min(repeats, 3)))
-    tables = {
-        "steps": bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often),
-        "reference": bench_reference(model, tokenizer, some, batch_size=batch_size, **often),
-        "sampling": bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, **seldom),
-    }
-    tables["lengths"], tables["shared prompts"] = bench_batches(model, tokenizer.pad_token_id, **seldom)
     rate = matrix_rate(model.device, model.dtype)
-    for table in tables.values():
-        table["share_of_matrix_rate"] = table.pop("operations") / rate
-    tables |= {"pairs": bench_pairs(progress=progress), "vocabulary": bench_vocabulary(progress=progress)}
-    return tables
+
+    def shared(table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(share_of_matrix_rate=table["operations"] / rate).drop(columns="operations")
+
+    yield "steps", shared(bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often))
+    yield "reference", shared(bench_reference(model, tokenizer, some, batch_size=batch_size, **often))
+    yield (
+        "sampling",
+        shared(bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, **seldom)),
+    )
+    for name, table in zip(
+        ("lengths", "shared prompts"), bench_batches(model, tokenizer.pad_token_id, **seldom), strict=True
+    ):
+        yield name, shared(table)
+    yield "pairs", bench_pairs(progress=progress)
+    yield "vocabulary", bench_vocabulary(progress=progress)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:

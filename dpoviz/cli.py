@@ -402,11 +402,11 @@ def _bench(given: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size: came {given.batch_size}, but there are fewer pairs to train on of {few}")
     if given.data is not None:
         pairs = score(config, loaded, cache_dir=default_cache_dir()).train
-    found = bench(model, tokenizer, pairs, batch_size=given.batch_size, repeats=given.repeats, max_length=limit)
     given.out.mkdir(parents=True, exist_ok=True)
-    for name, table in found.items():
+    settings = {"batch_size": given.batch_size, "repeats": given.repeats, "max_length": limit}
+    for name, table in bench(model, tokenizer, pairs, **settings):
         table.to_csv(given.out / f"{name.replace(' ', '-')}.csv", index=False)
-        print(f"\n{name}\n{table.round(3).to_string(index=False)}")
+        print(f"\n{name}\n{table.round(3).to_string(index=False)}", flush=True)
     print(f"\nas tables: {given.out}")
 
 

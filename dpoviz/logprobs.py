@@ -15,8 +15,10 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from inspect import signature
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -121,16 +123,17 @@ def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, pac
     ]
     rows = _pack(single) if packed else [[block] for block in single]
     width = max(sum(block.length for block in row) for row in rows)
-    input_ids, position_ids = [pad_id] * (len(rows) * width), [0] * (len(rows) * width)
-    segments, prefixes = [-1] * (len(rows) * width), [-1] * (len(rows) * width)
+    input_ids, position_ids = np.full(len(rows) * width, pad_id), np.zeros(len(rows) * width, dtype=np.int64)
+    segments, prefixes = np.full((2, len(rows) * width), -1)
 
     def put(tokens: Sequence[int], at: int, segment: int, prefix: int, position: int) -> int:
         end = at + len(tokens)
-        input_ids[at:end], position_ids[at:end] = tokens, range(position, position + len(tokens))
-        segments[at:end], prefixes[at:end] = [segment] * len(tokens), [prefix] * len(tokens)
+        input_ids[at:end], position_ids[at:end] = tokens, np.arange(position, position + len(tokens))
+        segments[at:end], prefixes[at:end] = segment, prefix
         return end
 
-    predictors, targets, owners, prompt_tokens, prompt_owners = [], [], [], [], []
+    predictors: list[np.ndarray] = []  # of each answer
+    prompt_tokens: list[np.ndarray] = []  # of each prompt
     number_of_prompt: dict[Hashable, int] = {}
     number_of_answer: dict[tuple[Hashable, tuple[int, ...]], int] = {}
     for number, row in enumerate(rows):
@@ -138,33 +141,36 @@ def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, pac
         for name, prompt, own in row:
             prefix, end = segment, put(prompt, at, segment, segment, 0)
             if name not in number_of_prompt:  # its answers may be spread over rows
-                prompt_tokens += range(at, end)
-                prompt_owners += [len(number_of_prompt)] * len(prompt)
+                prompt_tokens.append(np.arange(at, end))
                 number_of_prompt[name] = len(number_of_prompt)
             at = end
             for answer in own:
                 segment += 1
                 # the first token is predicted where the prompt ends, the others where the one before them stands
-                predictors += [end - 1, *range(at, at + len(answer) - 1)]
-                targets += answer
-                owners += [len(number_of_answer)] * len(answer)
+                predictors.append(np.arange(at - 1, at + len(answer) - 1))
+                predictors[-1][0] = end - 1
                 number_of_answer[name, answer] = len(number_of_answer)
                 at = put(answer[:-1], at, segment, prefix, len(prompt))
             segment += 1
-    grid = [torch.tensor(values).view(len(rows), width) for values in (input_ids, segments, prefixes, position_ids)]
+    grid = [torch.from_numpy(own).view(len(rows), width) for own in (input_ids, segments, prefixes, position_ids)]
     return PrefixBatch(
         *grid,
-        predictors=torch.tensor(predictors),
-        targets=torch.tensor(targets),
-        owners=torch.tensor(owners),
+        predictors=torch.from_numpy(np.concatenate(predictors)),
+        targets=torch.from_numpy(np.fromiter(chain.from_iterable(answer for _, answer in number_of_answer), np.int64)),
+        owners=_owners(predictors),
         answers=torch.tensor(
             [[number_of_answer[block.name, tuple(answer)] for answer in own]
              for block, own in zip(single, answers, strict=True)]
         ),
-        prompt_tokens=torch.tensor(prompt_tokens),
-        prompt_owners=torch.tensor(prompt_owners),
+        prompt_tokens=torch.from_numpy(np.concatenate(prompt_tokens)),
+        prompt_owners=_owners(prompt_tokens),
         prompts=torch.tensor([number_of_prompt[block.name] for block in single]),
     )  # fmt: skip
+
+
+def _owners(parts: Sequence[np.ndarray]) -> Tensor:
+    """The number of its part for each element of the parts, one after the other."""
+    return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
 
 
 def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
@@ -194,13 +200,14 @@ def _fill(blocks: Collection[_Block], room: int) -> tuple[float, list[list[_Bloc
     """What rows of at most so many tokens cost, and the rows: the longest blocks first, each where there is room."""
     rows: list[list[_Block]] = []
     left: list[int] = []
-    for part in sorted((part for block in blocks for part in _parts(block, room)), key=lambda part: -part.length):
-        place = next((i for i, free in enumerate(left) if part.length <= free), len(rows))
+    parts = [(part.length, part) for block in blocks for part in _parts(block, room)]
+    for length, part in sorted(parts, key=lambda sized: -sized[0]):
+        place = next((i for i, free in enumerate(left) if length <= free), len(rows))
         if place == len(rows):
             rows.append([])
             left.append(room)
         rows[place].append(part)
-        left[place] -= part.length
+        left[place] -= length
     width = room - min(left)
     return len(rows) * width * (_ATTENTION + width), rows
 

@@ -106,7 +106,7 @@ def test_all_of_it(world, monkeypatch):
 
     monkeypatch.setattr(module, "bench_pairs", partial(bench_pairs, (20, 40)))
     monkeypatch.setattr(module, "bench_vocabulary", partial(bench_vocabulary, (500, 900)))
-    found = bench(*world, batch_size=3, repeats=1, max_length=32, samples=2, new_tokens=4, progress=False)
+    found = dict(bench(*world, batch_size=3, repeats=1, max_length=32, samples=2, new_tokens=4, progress=False))
     of_model = ["steps", "reference", "sampling", "lengths", "shared prompts"]
     assert list(found) == [*of_model, "pairs", "vocabulary"]
     assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())

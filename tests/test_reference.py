@@ -1,5 +1,6 @@
 """The reference's columns against one forward a token; a cache that is met only by what made it."""
 
+import itertools
 import logging
 import math
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 import dpoviz.reference as module
 from dpoviz import entropy, journal
 from dpoviz.entropy import estimate_entropy
+from dpoviz.logprobs import score_answers
 from dpoviz.reference import default_cache_dir, reference_pass
 
 SETTINGS = {"max_length": 16, "max_new_tokens": 4, "entropy_samples": 4, "batch_size": 2, "progress": False}
@@ -149,6 +151,19 @@ class TestColumns:
             assert out[0][name] == out[2][name]
             assert out[0][name] != out[1][name]
         assert out[0]["ref_chosen_entropy"] != out[2]["ref_chosen_entropy"]
+
+    def test_a_prompt_has_the_features_of_its_first_row_to_the_bit(self, model, tokenizer, monkeypatch):
+        """Rows of another batch are summed in another order; here each batch is off by a little more."""
+        own, batches = score_answers, itertools.count()
+
+        def rounded(*args, **kwargs):
+            scores = own(*args, **kwargs)
+            return scores._replace(features=scores.features + 1e-5 * next(batches))
+
+        monkeypatch.setattr("dpoviz.reference.score_answers", rounded)
+        out = reference_pass(model, tokenizer, pairs(), **SETTINGS | {"batch_size": 1})
+        assert next(batches) == len(ROWS)
+        assert out[0]["ref_features"] == out[2]["ref_features"]
 
     def test_entropy_and_features_depend_on_the_prompt_alone(self, model, tokenizer):
         other = [(prompt, rejected, "t s r q") for prompt, _, rejected in ROWS]
