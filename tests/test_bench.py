@@ -35,7 +35,7 @@ TASKS = ("math", "code")
 @pytest.fixture
 def world(make_model, tokenizer):
     model = make_model(dtype=torch.float32, bos_token_id=1)
-    words = [word for word in tokenizer.get_vocab() if not word.startswith("<")]
+    words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("<")]
     rows = []
     for i in range(12):
         parts = [words[(i * 7 + j * 3) % len(words)] for j in range(12)]

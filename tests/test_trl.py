@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 def world(make_model, tokenizer):
     """A model, its tokenizer, and 24 scored pairs."""
     model = make_model(dtype=torch.float32)
-    words = [word for word in tokenizer.get_vocab() if not word.startswith("<")]
+    words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("<")]
     rows = []
     for i in range(24):
         text = " ".join(words[(i * 7 + j * 3) % len(words)] for j in range(12))
