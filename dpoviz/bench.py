@@ -66,7 +66,8 @@ def bench_steps(
         A row per task and contestant: task, who, pairs, tokens (each prompt and answer once), seconds (median), low,
         high, pairs_per_second, operations (a second, of those that are needed), ratio (median over the turns of TRL's
         seconds over its own; NaN without TRL), over_fixed (median over the turns of its own seconds over those of ours
-        with a fixed β), memory (peak over what was held before, MiB), loss.
+        with a fixed β), memory (peak over what was held before, MiB), loss. `ALONE` is a part of a step, for which
+        pairs_per_second, operations and ratio are NaN.
 
     Raises:
         FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
@@ -86,7 +87,8 @@ def bench_steps(
         for who, measured in taken.items():
             seconds = measured.seconds
             peer = taken[PEER].seconds if PEER in taken else []
-            ratios = [a / b for a, b in zip(peer, seconds, strict=False)]
+            ratios = [a / b for a, b in zip(peer, seconds, strict=False)] if who != ALONE else []
+            whole = 1 / statistics.median(seconds) if who != ALONE else float("nan")  # steps a second
             over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
             rows.append(
                 {
@@ -97,8 +99,8 @@ def bench_steps(
                     "seconds": statistics.median(seconds),
                     "low": min(seconds),
                     "high": max(seconds),
-                    "pairs_per_second": batch_size / statistics.median(seconds),
-                    "operations": needed / statistics.median(seconds),
+                    "pairs_per_second": batch_size * whole,
+                    "operations": needed * whole,
                     "ratio": statistics.median(ratios) if ratios else float("nan"),
                     "over_fixed": statistics.median(over),
                     "memory": measured.memory,
