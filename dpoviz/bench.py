@@ -332,7 +332,7 @@ def bench_pairs(
     rows = []
     for count in tqdm(counts, desc="growth with pairs", unit="number", disable=not progress):
         with tempfile.TemporaryDirectory() as folder, _memory(torch.device("cpu")) as peak:
-            path, seconds = Path(folder) / "pairs.jsonl", [time.perf_counter()]
+            path, seconds = Path(folder) / "pairs.jsonl", []
             with path.open("w") as file:
                 for i in range(count):
                     row = {"prompt": f"{i} {text(20)}", "chosen": text(30), "rejected": text(25), "task": "math"}
@@ -342,7 +342,7 @@ def bench_pairs(
                 seconds.append(time.perf_counter())
                 found = part(found)
             seconds.append(time.perf_counter())
-            each = [1e6 * (b - a) / count for a, b in pairwise(seconds[1:])]
+            each = [1e6 * (b - a) / count for a, b in pairwise(seconds)]
             rows.append({"pairs": count, "read": each[0], "tokens": each[1], "batches": each[2], "memory": peak()})
     return pd.DataFrame(rows)
 
