@@ -1,8 +1,8 @@
 r"""Sliders for the notebooks: each function returns a picture that follows its controls.
 
-The picture is a standing object-oriented figure: a moved slider changes the data of its artists, the figure
-is drawn again to PNG, and the bytes go to an image widget. Where no kernel runs, the picture at the defaults
-remains. All explorers work outside a notebook as well: set `controls[...].value`, read `png`.
+The picture is a standing object-oriented figure: a moved slider changes the data of its artists, they are
+drawn again upon the standing axes, and the PNG goes to an image widget. Where no kernel runs, the picture at
+the defaults remains. All explorers work outside a notebook as well: set `controls[...].value`, read `png`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import image as mpl_image
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -48,7 +50,7 @@ class Explorer:
 
     Args:
         figure: drawn once with its own layout, which is frozen afterwards: a picture that keeps still while
-            a slider moves, and a quicker one.
+            a slider moves. Ticks and axis labels, most of the cost, are drawn again only where they changed.
         update: called with the value of every control by name; changes the figure's artists, nothing else.
         controls: ipywidgets by the names that `update` expects.
 
@@ -69,8 +71,8 @@ class Explorer:
         width, _ = self._canvas.get_width_height()
         self._image = widgets.Image(format="png", layout={"width": f"{width}px", "max_width": "100%"})
         self._trouble = widgets.HTML()
+        self._ground: object = None
         self._draw()
-        figure.set_layout_engine("none")
         for control in self.controls.values():
             control.observe(self._redraw, names="value")
         self.widget = widgets.VBox([*self.controls.values(), self._image, self._trouble])
@@ -89,9 +91,36 @@ class Explorer:
         with _DRAWING:
             # read inside the lock: of two callbacks in two threads, the later drawing has the later values
             self._update(**{name: control.value for name, control in self.controls.items()})
+            ground, content = self._layers()
+            if self._ground is None or any(artist.stale for artist in ground):
+                self._canvas.draw()  # lays out, and leaves nothing stale
+                self.figure.set_layout_engine("none")
+                shown = [artist for artist in content if artist.get_visible()]
+                for artist in shown:
+                    artist.set_visible(False)
+                self._canvas.draw()
+                self._ground = self._canvas.copy_from_bbox(self.figure.bbox)
+                for artist in shown:
+                    artist.set_visible(True)
+            self._canvas.restore_region(self._ground)
+            for artist in content:
+                artist.draw(self._canvas.get_renderer())
             out = io.BytesIO()
-            self._canvas.print_png(out, pil_kwargs={"compress_level": 1})  # quick; twice the size does not matter
+            # quickly compressed; twice the size does not matter
+            mpl_image.imsave(out, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
             self._image.value = out.getvalue()
+
+    def _layers(self) -> tuple[list[Artist], list[Artist]]:
+        """The artists that stand, and those drawn anew upon them at each change, lowest first."""
+        axes = self.figure.axes
+        standing = [self.figure.patch, *(part for ax in axes for part in (ax.patch, ax.xaxis, ax.yaxis))]
+        # an empty label is never drawn and always stale
+        labels = [label for ax in axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
+        content: list[Artist] = []
+        for parent in [*axes, self.figure]:
+            moving = [artist for artist in parent.get_children() if artist not in [*standing, *axes]]
+            content += sorted(moving, key=lambda artist: artist.get_zorder())
+        return standing + labels, content
 
     def _redraw(self, _change: object) -> None:
         try:
@@ -183,6 +212,10 @@ def frontier() -> Explorer:
     policy_bars = right.bar(places + 0.2, 0 * places, 0.4, color=_INK, label="π*")
     right.set(ylim=(0, 1), ylabel="probability", xlabel="answer, and its reward")
     right.set_xticks(places, [""] * len(places))
+    # not tick labels: these move
+    under = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
+    names = [right.text(place, -0.03, "", **under) for place in places]
+    right.xaxis.labelpad = 14
     for ax in (left, middle, right):
         ax.legend(frameon=False, loc="upper right")
     says = left.text(0.03, 0.98, "", transform=left.transAxes, va="top")
@@ -204,7 +237,8 @@ def frontier() -> Explorer:
         for bars, logps in ((ref_bars, ref_logps), (policy_bars, policy)):
             for bar, p in zip(bars, logps[0].exp().tolist(), strict=True):
                 bar.set_height(p)
-        right.set_xticklabels([f"{r:.1f}" for r in rewards[0].tolist()])
+        for name, r in zip(names, rewards[0].tolist(), strict=True):
+            name.set_text(f"{r:.1f}")
         says.set_text(f"β* = {beta:.3g}\nKL = {at_kl:.3f}\nE[r] = {at_value:.3f}")
 
     controls = {
