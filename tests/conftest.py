@@ -1,8 +1,13 @@
 """What the tests of the language-model modules share: tiny models and a tokenizer made offline, and a slow oracle."""
 
 import math
+import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, and so do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
