@@ -8,6 +8,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, and so do the processes that they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,6 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+# an example that takes long on a busy machine is no fault
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def _make_model(kind="llama", *, dtype=torch.float64, vocab=30, attention="sdpa", seed=0, eos=2, **config):

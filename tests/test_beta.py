@@ -126,7 +126,6 @@ class TestBeta:
 
 class TestConstantBeta:
     @given(beta0s, st.integers(1, 5))
-    @settings(deadline=None)
     def test_the_same_everywhere(self, beta0, n):
         assert torch.equal(ConstantBeta(beta0)(features(n)), torch.full((n,), beta0))
 
@@ -142,7 +141,6 @@ class TestConstantBeta:
 
 class TestTaskBeta:
     @given(beta0s)
-    @settings(deadline=None)
     def test_starts_at_beta0_exactly(self, beta0):
         assert torch.equal(TaskBeta(TASKS, beta0)(features(3), task=TASKS), torch.full((3,), beta0))
 
@@ -247,7 +245,7 @@ class TestBetaNetwork:
         st.booleans(),
         st.floats(1e-3, 1e6),
     )
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     def test_starts_at_beta0_exactly(self, beta0, n, hidden, batch_norm, training, size):
         net = BetaNetwork(3, beta0=beta0, hidden=hidden, batch_norm=batch_norm).train(training)
         assert torch.equal(net(size * features(n)), torch.full((n,), beta0))
@@ -274,7 +272,7 @@ class TestBetaNetwork:
         assert losses[1] < losses[0]
 
     @given(st.integers(0, 1000), st.floats(1e-3, 1e6), st.floats(0.1, 1e3), beta0s, st.booleans(), st.booleans())
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     def test_stays_positive_and_finite(self, seed, size, weight, beta0, batch_norm, training):
         torch.manual_seed(seed)
         net = BetaNetwork(3, beta0=beta0, hidden=(8, 4), batch_norm=batch_norm).train(training)

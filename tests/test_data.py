@@ -223,7 +223,7 @@ class TestLayouts:
         (pair,) = load_pairs(write({"chosen": chosen, "rejected": rejected, "task": "math"}))
         assert (pair["prompt"], (pair["chosen"], pair["rejected"])) == (prompt, answers)
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.text(alphabet="ab ", min_size=1), st.text(alphabet="ab "), st.text(alphabet="ab "))
     def test_what_texts_share_is_cut_as_trl_cuts_it(self, shared, one, other):
         """The rule of TRL's `extract_prompt`, written out again: the first difference, and not on a blank."""
@@ -429,7 +429,7 @@ def dataset(rows):
 
 
 class TestSplitByGroup:
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(
         rows=st.lists(
             st.tuples(

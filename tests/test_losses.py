@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
@@ -103,7 +103,6 @@ class TestLogRatioDifference:
         torch.testing.assert_close(log_ratio_difference(*logps), rows(2.0, -1.5, 0.7, -3.0), **EXACT)
 
     @given(st.lists(pair, min_size=1, max_size=5), st.floats(-20.0, 20.0))
-    @settings(deadline=None)
     def test_what_the_answers_share_cancels(self, pairs, log_z):
         """log Z(x) of §4.1 is such a thing: one number for both answers of a prompt."""
         pc, pr, rc, rr, _ = rows(*[v for p in pairs for v in p]).view(-1, 5).unbind(1)
@@ -167,7 +166,6 @@ class TestDPOLoss:
         assert (out.margins == 0).all()
 
     @given(st.lists(pair, min_size=1, max_size=6), st.sampled_from(FORMS))
-    @settings(deadline=None)
     def test_equals_the_twin(self, pairs, form):
         *logps, beta = rows(*[v for p in pairs for v in p]).view(-1, 5).unbind(1)
         pc, pr, beta = (values.clone().requires_grad_() for values in (logps[0], logps[1], beta))
@@ -212,7 +210,6 @@ class TestDPOLoss:
         assert logps[2].grad is None and logps[3].grad is None
 
     @given(st.lists(pair, min_size=1, max_size=6))
-    @settings(deadline=None)
     def test_standard_with_beta_is_inverse_with_one_over_beta(self, pairs):
         *logps, beta = rows(*[v for p in pairs for v in p]).view(-1, 5).unbind(1)
         standard, inverse = (
@@ -229,7 +226,6 @@ class TestDPOLoss:
         assert different.tolist() == [True, False, True, True]
 
     @given(st.lists(pair, min_size=1, max_size=6), st.sampled_from(FORMS))
-    @settings(deadline=None)
     def test_rewards_carry_the_beta_of_their_own_prompt(self, pairs, form):
         *logps, beta = rows(*[v for p in pairs for v in p]).view(-1, 5).unbind(1)
         out = dpo_loss(*logps, beta, form=form)

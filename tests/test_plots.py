@@ -204,7 +204,7 @@ class TestPlotBetaByTask:
             assert low < y.min() and y.max() < high
 
     @given(st.lists(st.floats(0.1, 10), min_size=2, max_size=60))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_no_point_hides_another_and_places_repeat(self, beta):
         values = np.array(beta)
         jitter = plots._jitter(values)

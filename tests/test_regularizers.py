@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,7 +75,6 @@ class TestRangePenalty:
         torch.testing.assert_close(penalty, torch.tensor(2.5 / 3, dtype=torch.float64), **EXACT)
 
     @given(st.lists(st.floats(0.1, 2.0), min_size=1, max_size=8))
-    @settings(deadline=None)
     def test_zero_inside_the_range(self, values):
         assert range_penalty(rows(*values), 0.1, 2.0) == 0
 
@@ -209,7 +208,6 @@ class TestTaskConsistencyPenalty:
         torch.testing.assert_close(penalty, torch.tensor(2 / 3, dtype=torch.float64), **EXACT)
 
     @given(st.lists(st.tuples(st.floats(0.01, 10.0), st.integers(0, 2)), min_size=1, max_size=12))
-    @settings(deadline=None)
     def test_is_the_variance_within_tasks(self, pairs):
         beta, task = zip(*pairs, strict=True)
         groups = [[b for b, t in pairs if t == k] for k in set(task)]
@@ -248,7 +246,6 @@ class TestEntropyPenalty:
         torch.testing.assert_close(penalty, torch.tensor(2.5, dtype=torch.float64), **EXACT)
 
     @given(betas, st.floats(0.01, 10.0))
-    @settings(deadline=None)
     def test_zero_on_the_line_and_positive_off_it(self, values, alpha):
         entropy = rows(*values)
         assert entropy_penalty(alpha * entropy, entropy, alpha) == 0

@@ -146,7 +146,7 @@ class TestSummarize:
             lambda rows: all(len({row[i] for row in rows}) > 1 for i in (0, 1))
         )
     )
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_rho_is_scipys_with_ties(self, rows):
         beta, entropy = zip(*rows, strict=True)
         expected = stats.spearmanr(beta, entropy).statistic

@@ -100,7 +100,7 @@ class TestOptimalPolicy:
         torch.testing.assert_close(policy.exp(), f64([[2 / 3, 1 / 3]]), **EXACT)
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_is_the_printed_formula(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, 2, 4, sharpness)
         policy = optimal_policy(ref_logps, rewards, f64([beta, 2 * beta]))
@@ -142,7 +142,7 @@ class TestOptimalPolicy:
         assert (greedy[3].exp() - near[3]).abs().max() > 0.1
 
     @given(seeds, betas, st.floats(-50.0, 50.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_a_reward_for_the_prompt_alone_changes_nothing(self, seed, beta, shift):
         ref_logps, rewards = world(seed)
         policy = optimal_policy(ref_logps, rewards, beta)
@@ -202,7 +202,7 @@ class TestOptimalPolicy:
 
 class TestLogPartition:
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_normalises_the_optimal_policy(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, 3, 5, sharpness)
         log_z = log_partition(ref_logps, rewards, beta)
@@ -242,7 +242,7 @@ class TestKL:
         torch.testing.assert_close(value, expected, **EXACT)
 
     @given(seeds, sharpnesses)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_is_zero_at_the_reference_and_positive_elsewhere(self, seed, sharpness):
         ref_logps, _ = world(seed, sharpness=sharpness)
         assert torch.equal(kl(ref_logps, ref_logps), torch.zeros(4, dtype=torch.float64))
@@ -277,7 +277,7 @@ class TestKLRegularizedObjective:
         torch.testing.assert_close(value, f64(0.25 * (-3 + 2 * math.log(2)) + 0.75 * -2), **EXACT)
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_every_policy_pays_its_distance_from_the_optimal_one(self, seed, sharpness, beta):
         """The cost is −E[β·log Z] + E[β·KL(π‖π*)]: π* minimises it, and nothing else does."""
         ref_logps, rewards = world(seed, sharpness=sharpness)
@@ -316,7 +316,7 @@ class TestDual:
     """§2."""
 
     @given(seeds, sharpnesses, st.floats(0.0, 3.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_is_convex_with_the_unspent_budget_as_its_slope(self, seed, sharpness, epsilon):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         betas = torch.linspace(0.1, 3.0, 30, dtype=torch.float64)
@@ -330,7 +330,7 @@ class TestDual:
             torch.testing.assert_close((ends[1] - ends[0]) / (2 * step), unspent, rtol=0, atol=1e-6)
 
     @given(seeds, st.floats(0.01, 3.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_no_policy_within_the_budget_earns_more(self, seed, beta):
         ref_logps, rewards = world(seed)
         policy = a_policy(seed, ref_logps)
@@ -369,7 +369,7 @@ class TestSolveBeta:
     """§1 and §2: the constrained problem, solved."""
 
     @given(seeds, sharpnesses, st.floats(-12.0, -1e-9), st.booleans(), st.floats(-3.0, 3.0))
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     def test_spends_the_budget_and_primal_is_dual(self, seed, sharpness, log_share, ties, log_size):
         """For every ε below the greedy KL: KL = ε and E[r] = g(β*) to 1e-10, and β* > 0 (slackness)."""
         ref_logps, rewards = world(seed, sharpness=sharpness)
@@ -425,7 +425,7 @@ class TestSolveBeta:
         assert solve_beta(ref_logps, broken, -math.log(0.1) + 1e-9) == 0
 
     @given(seeds, sharpnesses)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_the_last_bits_below_the_greedy_kl(self, seed, sharpness):
         """Best answers that nearly tie, and a budget that only the rounding keeps below the greedy KL."""
         ref_logps, rewards = world(seed, sharpness=sharpness)
@@ -436,7 +436,7 @@ class TestSolveBeta:
         assert abs(float(kl(policy, ref_logps).mean()) - epsilon) < 1e-10
 
     @given(seeds, sharpnesses, st.sampled_from([0.0, 1e-30, 0.1, 3.0]))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_where_all_answers_earn_alike_there_is_nothing_to_buy(self, seed, sharpness, epsilon):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         assert solve_beta(ref_logps, torch.full_like(rewards, 0.1), epsilon) == 0
@@ -449,7 +449,7 @@ class TestSolveBeta:
         assert by_prompt[0] == 0 and (by_prompt[1:] > 0).all()
 
     @given(seeds, st.sampled_from([-100.0, -6.0, -0.3, 6.0, 100.0]), st.floats(-5.0, 5.0))
-    @settings(deadline=None, max_examples=10)
+    @settings(max_examples=10)
     def test_is_in_units_of_the_reward(self, seed, log_size, shift):
         ref_logps, rewards = world(seed, 2, 4)
         beta = solve_beta(ref_logps, rewards, 0.05)
@@ -576,7 +576,7 @@ class TestImplicitReward:
     """§4.1."""
 
     @given(seeds, sharpnesses, betas)
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_reads_back_the_reward_of_the_optimal_policy(self, seed, sharpness, beta):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         own = beta * f64([1.0, 1.5, 2.0, 0.7])
@@ -633,7 +633,7 @@ class TestBradleyTerry:
         torch.testing.assert_close(probabilities, f64([[[0.5, 0.75], [0.25, 0.5]]]), **EXACT)
 
     @given(seeds, st.floats(-20.0, 20.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_a_reward_for_the_prompt_alone_changes_nothing(self, seed, shift):
         _, rewards = world(seed)
         logits = bradley_terry(rewards)
@@ -675,7 +675,7 @@ class TestPopulationLoss:
     """§4.2 and §5, both forms."""
 
     @given(seeds, sharpnesses, st.floats(0.1, 10.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_equals_its_twin(self, form, seed, sharpness, beta):
         ref_logps, rewards = world(seed, 2, 4, sharpness)
         policy, logits = a_policy(seed, ref_logps), bradley_terry(2 * rewards)
@@ -766,7 +766,7 @@ class TestPopulationLoss:
 @pytest.mark.parametrize("form", FORMS)
 class TestPopulationGradientOnPolicy:
     @given(seeds, sharpnesses, st.floats(0.1, 10.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_is_that_of_autograd(self, form, seed, sharpness, beta):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         logits, probs = a_policy(seed, ref_logps).requires_grad_(), f64([0.1, 0.2, 0.3, 0.4])
@@ -792,7 +792,7 @@ class TestPopulationGradientOnPolicy:
 @pytest.mark.parametrize("form", FORMS)
 class TestPopulationGradientOnBeta:
     @given(seeds, sharpnesses, st.floats(0.1, 10.0))
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     def test_is_that_of_autograd(self, form, seed, sharpness, beta):
         ref_logps, rewards = world(seed, sharpness=sharpness)
         policy, probs, preferences = a_policy(seed, ref_logps), f64([0.1, 0.2, 0.3, 0.4]), bradley_terry(rewards)

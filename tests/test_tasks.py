@@ -126,7 +126,7 @@ class TestCode:
         with pytest.raises(ValueError, match="steps"):
             evaluate_expression(nested, {"v": list(range(100))})
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.text(alphabet="x s()[]+-*/%<>=0123456789,forinlemaxsum'\"\\._", max_size=60))
     def test_any_text_ends_in_a_value_or_a_value_error(self, text):
         try:
