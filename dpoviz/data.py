@@ -85,7 +85,7 @@ def load_pairs(
         where not), and `file` where there are several.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file or folder.
         ValueError: records that are no objects, lack a field, hold something else than text or messages, an empty
             answer, two identical answers, a task that is not expected: each named by file, line and field; another
             field whose values are of different types; a preset that is not known; a hub that cannot be reached,
@@ -209,6 +209,8 @@ def _from_hub(name: str, split: str) -> Dataset:
 
 
 def _file(path: Path) -> Iterator[_Row]:
+    if not path.exists():
+        raise FileNotFoundError(f"data: there is no file or folder {path}")
     read = {".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix, _json_lines)
     yield from read(path)
 
@@ -245,8 +247,6 @@ def _json_rows(path: Path) -> Iterator[_Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     try:
         records = pyarrow.parquet.read_table(path).to_pylist()
     except pa.ArrowException as error:
@@ -283,8 +283,11 @@ def _canonical(record: object, task: str | None, tasks: Sequence[str] | None) ->
     for field in FIELDS:
         if field not in record:
             has = ", ".join(map(repr, record)) or "none"
-            hint = "; name the task of the whole source with task=" if field == "task" else ""
-            problems.append(f"field {field!r} is missing; the line has {has}{hint}")
+            if field == "task":
+                hint = "name the task of the whole source with task= (--task)"
+            else:
+                hint = "rename other columns with columns= (--columns)"
+            problems.append(f"field {field!r} is missing; the line has {has}; {hint}")
         elif field != "task" and isinstance(record[field], list):
             problems += [f"field {field!r}: {text}" for text in _wrong_messages(record[field], field)]
         elif not isinstance(record[field], str):

@@ -150,9 +150,10 @@ class TestLoadPairs:
         with pytest.raises(ValueError, match=f"{path}: holds no pairs"):
             load_pairs(path)
 
-    def test_no_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            load_pairs(tmp_path / "none.jsonl")
+    @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.parquet", "none"])
+    def test_no_file(self, name, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"^data: there is no file or folder {tmp_path / name}$"):
+            load_pairs(tmp_path / name)
 
 
 @pytest.mark.skipif("DPOVIZ_DATA" not in os.environ, reason="DPOVIZ_DATA names no folder with the real pairs")
@@ -319,8 +320,10 @@ class TestNames:
             load_pairs(path, columns={"question": "prompt"})
         with pytest.raises(ValueError, match="line 1: field 'task': came 'math', but task='code' names the whole"):
             load_pairs(path, task="code")
-        with pytest.raises(ValueError, match=r"'task' is missing.*name the task of the whole source with task="):
+        with pytest.raises(ValueError, match=r"'task' is missing.*the whole source with task= \(--task\)$"):
             load_pairs(write(without("task")))
+        with pytest.raises(ValueError, match=r"'prompt' is missing.*other columns with columns= \(--columns\)$"):
+            load_pairs(write(without("prompt")))
         with pytest.raises(ValueError, match="preset: came 'none', expected one of gsm8k-solutions"):
             load_pairs(path, preset="none")
         with pytest.raises(ValueError, match="columns: came together with a preset"):
