@@ -36,13 +36,14 @@ def reading(summary: pd.DataFrame) -> list[str]:
         summary: what `table.summarize` returned.
 
     Returns:
-        For each form a sentence or two on the medians of beta, then one on Spearman's rho within each task
-        and pooled, with intervals; at the end, where there are several tasks, the caution on the pooled rho.
+        For each form a sentence or two on the medians of beta and how surely they keep their order, then one on
+        Spearman's rho within each task and pooled, with intervals; at the end, where there are several tasks, the
+        caution on the pooled rho.
 
     Raises:
         ValueError: an empty summary, or missing columns.
     """
-    needed = ["form", "task", "beta_median", "rho", "rho_low", "rho_high"]
+    needed = ["form", "task", "beta_median", "rho", "rho_low", "rho_high", "order_share"]
     missing = [column for column in needed if column not in summary.columns]
     if missing:
         raise ValueError(f"summary: missing columns {missing}, expected those of summarize")
@@ -67,6 +68,9 @@ def _order(form: str, rows: pd.DataFrame) -> str:
     for before, task in pairwise(ranked):
         sign = "<" if _digits(medians[before]) != _digits(medians[task]) else "="
         text += f" {sign} {task} {_digits(medians[task])}"
+    share = rows["order_share"].iloc[0]
+    if not math.isnan(share):
+        text += f"; they keep their order in {100 * share:.0f} % of the bootstrap’s resamples of the prompts"
     if not set(EXPECTED_ORDER) <= set(medians):
         return text + "."
     expected = [float(_digits(medians[task])) for task in EXPECTED_ORDER]

@@ -5,7 +5,8 @@ Tensors end here. What is drawn or reported afterwards is a `pandas.DataFrame` w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -119,8 +120,10 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.D
     Returns:
         A row per form and task, and one per form over all tasks (`task` "all"): form, task, n (prompts),
         beta_median, beta_q1, beta_q3, scale_median, ref_entropy_mean (nats per token), rho, rho_low,
-        rho_high. Forms come as "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name, "all" last.
-        rho and its interval are NaN where beta or the entropy is constant, or prompts are fewer than three.
+        rho_high, order_share. Forms come as "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name,
+        "all" last. rho and its interval are NaN where beta or the entropy is constant, or prompts are fewer than
+        three. order_share, the same in all rows of a form, is the share of resamples of each task's prompts in which
+        the medians of beta keep the order of beta_median, ties not; NaN with one task, or a task of one prompt.
 
     Raises:
         ValueError: an empty table, missing columns, a prompt that is twice in its form, seed and task, a task
@@ -139,10 +142,35 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.D
     for form, of_form in table.groupby("form"):  # sorted: inverse before standard
         known = [task for task in EXPECTED_ORDER if (of_form["task"] == task).any()]
         others = sorted(set(of_form["task"]) - set(known))
-        for task in [*known, *others]:
-            rows.append({"form": form, "task": task} | _summary(of_form[of_form["task"] == task], n_boot, seed))
-        rows.append({"form": form, "task": POOLED} | _summary(of_form, n_boot, seed))
+        groups = {task: of_form[of_form["task"] == task] for task in [*known, *others]}
+        share = _order_share(groups.values(), n_boot, seed)
+        for task, group in (groups | {POOLED: of_form}).items():
+            rows.append({"form": form, "task": task} | _summary(group, n_boot, seed) | {"order_share": share})
     return pd.DataFrame(rows)
+
+
+def _order_share(groups: Collection[pd.DataFrame], n_boot: int, seed: int) -> float:
+    """In which share of resamples the groups' medians of beta stand in their order again, the lowest first."""
+    if len(groups) < 2 or min(group["prompt"].nunique() for group in groups) < 2:
+        return np.nan
+    rng = np.random.default_rng(seed)
+    rising = []
+    for group in sorted(groups, key=lambda group: group["beta"].median()):
+        beta = group.pivot(index="prompt", columns="seed", values="beta").to_numpy()  # NaN where not in a seed
+        rising.append(_resampled(partial(_medians, beta), len(beta), n_boot, rng))
+    return float((np.diff(rising, axis=0) > 0).all(axis=0).mean())
+
+
+def _medians(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    return np.nanmedian(values[drawn].reshape(len(drawn), -1), axis=1)
+
+
+def _resampled(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, rng: np.random.Generator
+) -> np.ndarray:
+    """A statistic of n_boot resamples of n rows; it takes their numbers, (resamples, n): a hundred, for memory."""
+    sizes = [min(100, n_boot - done) for done in range(0, n_boot, 100)]
+    return np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
 
 
 def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
@@ -245,10 +273,7 @@ def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: 
     estimate = float(rho(np.arange(n)))
     if n < 3 or np.isnan(estimate):
         return np.nan, np.nan, np.nan
-    rng = np.random.default_rng(seed)
-    # a hundred at a time, for memory
-    sizes = [min(100, n_boot - done) for done in range(0, n_boot, 100)]
-    boot = np.concatenate([rho(rng.integers(n, size=(size, n))) for size in sizes])
+    boot = _resampled(rho, n, n_boot, np.random.default_rng(seed))
     # not scipy.stats.bootstrap: a resample of one prompt again and again has no rho, and one such makes its
     # interval NaN; the others still say how far rho scatters
     low, high = np.nanquantile(boot, [0.025, 0.975])

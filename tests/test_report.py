@@ -15,14 +15,15 @@ from matplotlib.figure import Figure
 from dpoviz.report import FIGURES, reading, write_report
 from dpoviz.table import beta_table, summarize
 
+KEPT = "they keep their order in 85 % of the bootstrap’s resamples of the prompts"
 NASTY = '</pre><script>alert("1 < 2 & 3")</script>'
 
 
-def summary(medians: dict[str, float], form: str = "inverse", rho=(0.5, 0.1, 0.75)) -> pd.DataFrame:
+def summary(medians: dict[str, float], form: str = "inverse", rho=(0.5, 0.1, 0.75), share=0.846) -> pd.DataFrame:
     """As `summarize` makes it: a row a task, and the pooled one with the opposite rho."""
-    rows = [(form, task, 40, median, *rho) for task, median in medians.items()]
-    rows.append((form, "all", 40 * len(medians), 1.0, -rho[0], -rho[2], -rho[1]))
-    return pd.DataFrame(rows, columns=["form", "task", "n", "beta_median", "rho", "rho_low", "rho_high"])
+    rows = [(form, task, 40, median, *rho, share) for task, median in medians.items()]
+    rows.append((form, "all", 40 * len(medians), 1.0, -rho[0], -rho[2], -rho[1], share))
+    return pd.DataFrame(rows, columns=["form", "task", "n", "beta_median", "rho", "rho_low", "rho_high", "order_share"])
 
 
 class TestReading:
@@ -40,14 +41,18 @@ class TestReading:
     def test_order_of_the_medians(self, medians, order, verdict):
         names = ("math", "code", "dialogue")
         assert reading(summary(dict(zip(names, medians, strict=True))))[0] == (
-            f"inverse form: median β is {order}. The order math < code < dialogue that the derivation expects "
+            f"inverse form: median β is {order}; {KEPT}. The order math < code < dialogue that the derivation expects "
             f"(§5.1.2) {verdict}."
         )
 
     def test_no_verdict_without_the_three_tasks(self):
         assert reading(summary({"math": 1.0, "poetry": 0.5}))[0] == (
-            "inverse form: median β is poetry 0.500 < math 1.00."
+            f"inverse form: median β is poetry 0.500 < math 1.00; {KEPT}."
         )
+
+    def test_a_share_that_is_not_known_is_not_said(self):
+        for medians, order in (({"math": 1.0}, "math 1.00"), ({"math": 1.0, "code": 2.0}, "math 1.00 < code 2.00")):
+            assert reading(summary(medians, share=float("nan")))[0] == f"inverse form: median β is {order}."
 
     def test_rho_within_each_task_and_pooled(self):
         assert reading(summary({"math": 1.0, "code": 2.0}))[1] == (

@@ -140,6 +140,45 @@ class TestSummarize:
         assert row["scale_median"] == pytest.approx(statistics.median(1 / b for b in beta), **EXACT)
         assert row["ref_entropy_mean"] == pytest.approx(statistics.fmean(entropy), **EXACT)
 
+    @pytest.mark.parametrize(
+        ("code", "math", "share"),
+        [
+            ([1.0, 2.0], 1.4, 3 / 4),  # two of two: the median is 1, 1.5 or 2 with 1/4, 1/2, 1/4
+            ([1.0, 2.0, 3.0], 1.5, 20 / 27),  # three of three: it is 1 in 7 cases of 27, 2 in 13, 3 in 7
+            ([1.0, 2.0, 3.0], 2.5, 20 / 27),  # code is the lower one
+            ([1.0, 1.0], 2.0, 1.0),
+            ([2.0, 2.0], 2.0, 0.0),  # a tie is no order
+        ],
+    )
+    def test_how_surely_the_medians_keep_their_order(self, code, math, share):
+        beta = [*code, math, math]
+        table = made(beta, [1.0] * len(beta), task=["code"] * len(code) + ["math"] * 2)
+        alone = made([1.0, 2.0, 3.0], [1.0] * 3, form="standard", task=["code", "code", "math"])
+        got = summarize(pd.concat([table, alone]), n_boot=20_000)
+        # 20000 resamples: standard error 0.003, four of these
+        assert got["order_share"][:3].tolist() == pytest.approx([share] * 3, abs=0.012)
+        assert got["order_share"][3:].isna().all()  # one prompt says nothing
+
+    def test_one_task_has_no_order(self):
+        assert summarize(made([1.0, 2.0], [1.0, 1.0]))["order_share"].isna().all()
+
+    def test_three_tasks_are_one_order(self):
+        beta = [1.0, 1.1, 2.0, 2.1, 0.1, 10.0]  # dialogue's median is 0.1, 5.05 or 10: above the others with 3/4
+        table = made(beta, [1.0] * 6, task=["math", "math", "code", "code", "dialogue", "dialogue"])
+        assert summarize(table, n_boot=20_000)["order_share"].unique() == pytest.approx([0.75], abs=0.012)
+
+    @pytest.mark.parametrize(
+        ("later", "math", "share"),
+        [
+            ([9.0, 10.0], 5.2, 3 / 4),  # the medians are 5, 5.5 and 6; apart, 1, 1, 9, 10 could be drawn as well
+            ([9.0], 3.0, 3 / 4),  # p1 is in the first seed alone: 5, 2 and 2, against the whole's 2
+        ],
+    )
+    def test_a_prompts_seeds_are_drawn_together(self, later, math, share):
+        code = [made(beta, [1.0] * len(beta), seed=seed, task="code") for seed, beta in enumerate([[1.0, 2.0], later])]
+        table = pd.concat([*code, made([math, math], [1.0, 1.0])])
+        assert summarize(table, n_boot=20_000)["order_share"].unique() == pytest.approx([share], abs=0.012)
+
     # few distinct values, so that ties are common
     @given(
         st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=3, max_size=12).filter(
