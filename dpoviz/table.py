@@ -123,7 +123,8 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.D
         rho_high, order_share. Forms come as "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name,
         "all" last. rho and its interval are NaN where beta or the entropy is constant, or prompts are fewer than
         three. order_share, the same in all rows of a form, is the share of resamples of each task's prompts in which
-        the medians of beta keep the order of beta_median, ties not; NaN with one task, or a task of one prompt.
+        the medians of beta keep the order of beta_median, ties not, and says nothing of another training; it is NaN
+        with one task, or a task of one prompt.
 
     Raises:
         ValueError: an empty table, missing columns, a prompt that is twice in its form, seed and task, a task

@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from dpoviz.report import FIGURES, reading, write_report
 from dpoviz.table import beta_table, summarize
 
-KEPT = "they keep their order in 85 % of the bootstrap’s resamples of the prompts"
+KEPT = (
+    "Over resampled prompts the medians keep their order in 85 % of cases; what another seed, or another rounding of "
+    "the training, would do is not in that."
+)
 NASTY = '</pre><script>alert("1 < 2 & 3")</script>'
 
 
@@ -41,13 +44,13 @@ class TestReading:
     def test_order_of_the_medians(self, medians, order, verdict):
         names = ("math", "code", "dialogue")
         assert reading(summary(dict(zip(names, medians, strict=True))))[0] == (
-            f"inverse form: median β is {order}; {KEPT}. The order math < code < dialogue that the derivation expects "
-            f"(§5.1.2) {verdict}."
+            f"inverse form: median β is {order}. The order math < code < dialogue that the derivation expects "
+            f"(§5.1.2) {verdict}. {KEPT}"
         )
 
     def test_no_verdict_without_the_three_tasks(self):
         assert reading(summary({"math": 1.0, "poetry": 0.5}))[0] == (
-            f"inverse form: median β is poetry 0.500 < math 1.00; {KEPT}."
+            f"inverse form: median β is poetry 0.500 < math 1.00. {KEPT}"
         )
 
     def test_a_share_that_is_not_known_is_not_said(self):
