@@ -1,38 +1,55 @@
 """Direct Preference Optimization with an input-dependent beta: derived, trained and drawn."""
 
-from dpoviz.beta import BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
-from dpoviz.data import load_pairs, split_by_group
-from dpoviz.entropy import estimate_entropy
-from dpoviz.losses import DPOOutput, TotalLoss, dpo_loss, gradients_on_beta, total_loss
-from dpoviz.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
-from dpoviz.reference import reference_pass
-from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
-from dpoviz.table import beta_table, summarize
-from dpoviz.train import TrainConfig
+from __future__ import annotations
 
-__all__ = [
-    "BetaNetwork",
-    "ConstantBeta",
-    "DPOOutput",
-    "EntropyBeta",
-    "TaskBeta",
-    "TotalLoss",
-    "TrainConfig",
-    "beta_table",
-    "dpo_loss",
-    "entropy_penalty",
-    "estimate_entropy",
-    "gradients_on_beta",
-    "load_pairs",
-    "plot_beta_by_task",
-    "plot_beta_gradients",
-    "plot_beta_vs_entropy",
-    "plot_training",
-    "range_penalty",
-    "reference_pass",
-    "smoothness_penalty",
-    "split_by_group",
-    "summarize",
-    "task_consistency_penalty",
-    "total_loss",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOMES = {
+    "losses": ("DPOOutput", "TotalLoss", "dpo_loss", "gradients_on_beta", "total_loss"),
+    "regularizers": ("entropy_penalty", "range_penalty", "smoothness_penalty", "task_consistency_penalty"),
+    "beta": ("Beta", "BetaNetwork", "ConstantBeta", "EntropyBeta", "TaskBeta"),
+    "data.records": ("as_chat", "load_pairs", "split_by_group"),
+    "data.tokens": ("tokenize_pairs",),
+    "lm.models": ("add_lora", "load_lm", "tiny_lm", "tiny_tokenizer"),
+    "lm.scoring": ("score_answers",),
+    "lm.sampling": ("sample_answers",),
+    "lm.entropy": ("estimate_entropy",),
+    "lm.reference": ("reference_pass",),
+    "training.config": ("TrainConfig",),
+    "training.loop": ("train",),
+    "analysis.tables": ("beta_table", "summarize"),
+    "analysis.plots": ("plot_beta_by_task", "plot_beta_gradients", "plot_beta_vs_entropy", "plot_training"),
+}
+"""The public names, by the module that defines each. A module is imported when one of its names is first used."""
+
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dpoviz' has no attribute {name!r}")
+    return getattr(import_module(f"dpoviz.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+if TYPE_CHECKING:  # what editors and type checkers read
+    from dpoviz.analysis.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
+    from dpoviz.analysis.tables import beta_table, summarize
+    from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
+    from dpoviz.data.records import as_chat, load_pairs, split_by_group
+    from dpoviz.data.tokens import tokenize_pairs
+    from dpoviz.lm.entropy import estimate_entropy
+    from dpoviz.lm.models import add_lora, load_lm, tiny_lm, tiny_tokenizer
+    from dpoviz.lm.reference import reference_pass
+    from dpoviz.lm.sampling import sample_answers
+    from dpoviz.lm.scoring import score_answers
+    from dpoviz.losses import DPOOutput, TotalLoss, dpo_loss, gradients_on_beta, total_loss
+    from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
+    from dpoviz.training.config import TrainConfig
+    from dpoviz.training.loop import train

@@ -21,7 +21,7 @@ _LOG_BOUND = 20.0  # beta / beta0 stays in e^±20: far beyond any use, and far i
 def _require_positive(name: str, value: float) -> None:
     # plain numbers only: they are written to config.json
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: came {value!r}, expected a positive finite number")
+        raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
 
 
 def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
@@ -68,7 +68,7 @@ class Beta(nn.Module, PyTorchModelHubMixin):
 def _require_features(x: Tensor, width: int | None = None) -> None:
     if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or (width is not None and x.shape[1] != width):
         expected = "(B, D)" if width is None else f"(B, {width})"
-        raise ValueError(f"x: came a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
+        raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
     if not torch.isfinite(x).all():
         rows = (~torch.isfinite(x)).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(f"x: not finite in rows {rows}, expected finite features")
@@ -114,7 +114,7 @@ class TaskBeta(Beta):
         _require_positive("beta0", beta0)
         names = isinstance(tasks, (list, tuple)) and all(isinstance(name, str) for name in tasks)
         if not names or not tasks or len(set(tasks)) != len(tasks):
-            raise ValueError(f"tasks: came {tasks!r}, expected a list of different names, at least one")
+            raise ValueError(f"tasks: got {tasks!r}, expected a list of different names, at least one")
         self.tasks = tuple(tasks)
         self.beta0 = beta0
         self.log_ratio = nn.Parameter(torch.zeros(len(tasks)))  # (tasks,) log(beta / beta0)
@@ -128,16 +128,16 @@ class TaskBeta(Beta):
     def _index(self, task: Sequence[str] | Tensor | None, batch: int) -> Tensor:
         if isinstance(task, Tensor):
             if task.is_floating_point() or task.shape != (batch,):
-                raise ValueError(f"task: came {task.dtype} of shape {tuple(task.shape)}, expected integers ({batch},)")
+                raise ValueError(f"task: got {task.dtype} of shape {tuple(task.shape)}, expected integers ({batch},)")
             if task.min() < 0 or task.max() >= len(self.tasks):
-                raise ValueError(f"task: came {task.unique().tolist()}, expected 0 to {len(self.tasks) - 1}")
+                raise ValueError(f"task: got {task.unique().tolist()}, expected 0 to {len(self.tasks) - 1}")
             return task.to(self.log_ratio.device, torch.int64)
         if task is None or isinstance(task, str) or len(task) != batch:
-            came = repr(task) if task is None or isinstance(task, str) else f"{len(task)} entries"
-            raise ValueError(f"task: came {came}, expected {batch} of {list(self.tasks)}, one per row")
+            got = repr(task) if task is None or isinstance(task, str) else f"{len(task)} entries"
+            raise ValueError(f"task: got {got}, expected {batch} of {list(self.tasks)}, one per row")
         unknown = sorted({str(name) for name in task if name not in self.tasks})
         if unknown:
-            raise ValueError(f"task: came {unknown}, expected one of {list(self.tasks)}")
+            raise ValueError(f"task: got {unknown}, expected one of {list(self.tasks)}")
         return torch.tensor([self.tasks.index(name) for name in task], device=self.log_ratio.device)
 
 
@@ -162,7 +162,7 @@ class EntropyBeta(Beta):
         _require_positive("beta_min", beta_min)
         _require_positive("beta_max", beta_max)
         if beta_min >= beta_max:
-            raise ValueError(f"beta_min, beta_max: came {beta_min}, {beta_max}, expected beta_min < beta_max")
+            raise ValueError(f"beta_min, beta_max: got {beta_min}, {beta_max}, expected beta_min < beta_max")
         self.alpha, self.beta_min, self.beta_max = alpha, beta_min, beta_max
 
     def forward(
@@ -170,8 +170,8 @@ class EntropyBeta(Beta):
     ) -> Tensor:
         _require_features(x)
         if ref_entropy is None or ref_entropy.shape != (len(x),):
-            came = None if ref_entropy is None else f"shape {tuple(ref_entropy.shape)}"
-            raise ValueError(f"ref_entropy: came {came}, expected shape ({len(x)},), one per row of x")
+            got = None if ref_entropy is None else f"shape {tuple(ref_entropy.shape)}"
+            raise ValueError(f"ref_entropy: got {got}, expected shape ({len(x)},), one per row of x")
         if not torch.isfinite(ref_entropy).all():
             rows = (~torch.isfinite(ref_entropy)).nonzero().flatten().tolist()
             raise ValueError(f"ref_entropy: not finite in rows {rows}, expected finite entropies")
@@ -218,7 +218,7 @@ class BetaNetwork(Beta):
         _require_positive("beta0", beta0)
         for name, width in [("in_features", in_features), *(("hidden", width) for width in hidden)]:
             if not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name}: came {width!r}, expected a positive integer")
+                raise ValueError(f"{name}: got {width!r}, expected a positive integer")
         self.in_features = in_features
         self.beta0 = beta0
         widths = [in_features, *hidden]
@@ -253,7 +253,7 @@ class BetaNetwork(Beta):
         """
         _require_features(x, self.in_features)
         if len(x) < 2:
-            raise ValueError("x: came 1 row, expected at least 2: one has no variance")
+            raise ValueError("x: got 1 row, expected at least 2: one has no variance")
         z = x.to(self.layers[-1].weight.dtype)
         for layer in self.layers:
             if isinstance(layer, _BatchNorm):

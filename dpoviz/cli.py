@@ -14,22 +14,30 @@ from pathlib import Path
 
 import torch
 
-from dpoviz.bench import bench
-from dpoviz.compare import BASELINE, CompareConfig, compare, job_table
-from dpoviz.demo import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
-from dpoviz.entropy import summarize_estimators
-from dpoviz.forecast import forecast
+from dpoviz.analysis.plots import plot_entropy_estimators
+from dpoviz.analysis.report import reading, reading_of_accuracy
+from dpoviz.experiments.bench import bench
+from dpoviz.experiments.comparison import BASELINE, CompareConfig, compare, job_table
+from dpoviz.experiments.comparison_report import effects_as_text, reading_of_effects, write_comparison
+from dpoviz.experiments.folder import (
+    accuracy_as_text,
+    as_text,
+    claim,
+    entropy_as_text,
+    report,
+    require_unclaimed,
+    write,
+)
+from dpoviz.experiments.generate import sample_pairs, write_pairs
+from dpoviz.experiments.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
+from dpoviz.experiments.small import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
+from dpoviz.experiments.time_estimate import forecast
+from dpoviz.lm.entropy import summarize_estimators
+from dpoviz.lm.models import load_lm
+from dpoviz.lm.processes import processes
+from dpoviz.lm.reference import default_cache_dir
 from dpoviz.losses import FORMS
-from dpoviz.methods import METHODS
-from dpoviz.models import load_lm
-from dpoviz.onpolicy import sample_pairs, write_pairs
-from dpoviz.plots import plot_entropy_estimators
-from dpoviz.processes import processes
-from dpoviz.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
-from dpoviz.reference import default_cache_dir
-from dpoviz.report import reading, reading_of_accuracy
-from dpoviz.results import accuracy_as_text, as_text, claim, entropy_as_text, report, require_unclaimed, write
-from dpoviz.results_compare import effects_as_text, reading_of_effects, write_comparison
+from dpoviz.training.methods import METHODS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = processes()
     try:
         if state.num_processes > 1 and arguments.run not in (_train, _reference):
-            raise ValueError(f"came {state.num_processes} processes; expected one: only train and reference share work")
+            raise ValueError(f"got {state.num_processes} processes; expected one: only train and reference share work")
         with nullcontext() if state.is_main_process else redirect_stdout(io.StringIO()):
             arguments.run(arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -207,7 +215,7 @@ def _numbers(parser: argparse.ArgumentParser, default: RealConfig, **options: st
 
 def _demo(given: argparse.Namespace) -> None:
     if given.seed < 0:
-        raise ValueError(f"--seed: came {given.seed}, expected at least 0")
+        raise ValueError(f"--seed: got {given.seed}, expected at least 0")
     config, out = DemoConfig.default(given.seed, fast=given.fast), given.out
     claim(out, {"command": "demo", **asdict(config)})
     demo = run_demo(config, out=out, cache_dir=default_cache_dir())
@@ -242,7 +250,7 @@ def _config(given: argparse.Namespace) -> RealConfig:
     settings = {name: getattr(given, name) for name in RealConfig.__dataclass_fields__ if hasattr(given, name)}
     wrong = [pair for pair in given.columns if pair.count("=") != 1]
     if wrong:
-        raise ValueError(f"--columns: came {wrong}, expected pairs such as question=prompt")
+        raise ValueError(f"--columns: got {wrong}, expected pairs such as question=prompt")
     settings["columns"] = dict(pair.split("=") for pair in given.columns)
     return RealConfig(**{**settings, "data": tuple(given.data), "chat": tuple(given.chat)})
 
@@ -352,7 +360,7 @@ def _compare(given: argparse.Namespace) -> None:
         settings["contenders"] = tuple(dict.fromkeys([BASELINE, *given.contenders]))
     config = CompareConfig.fast(**settings) if given.fast else CompareConfig(**settings)
     if given.workers is not None and given.workers < 1:
-        raise ValueError(f"--workers: came {given.workers}, expected at least 1")
+        raise ValueError(f"--workers: got {given.workers}, expected at least 1")
     out = given.out
     claim(out, {"command": "compare", **asdict(config)})
     job_table(config).to_csv(out / "jobs.csv")
@@ -387,7 +395,7 @@ def _sample(given: argparse.Namespace) -> None:
 
 def _bench(given: argparse.Namespace) -> None:
     if given.repeats < 1 or given.batch_size < 1:
-        raise ValueError(f"--repeats, --batch-size: came {given.repeats}, {given.batch_size}, expected at least 1")
+        raise ValueError(f"--repeats, --batch-size: got {given.repeats}, {given.batch_size}, expected at least 1")
     if given.data is None:
         world = small_world(WorldConfig(seed=given.seed), cache_dir=default_cache_dir())
         model, tokenizer, pairs = world.reference, world.tokenizer, world.train
@@ -399,7 +407,7 @@ def _bench(given: argparse.Namespace) -> None:
     model.to(getattr(torch, given.dtype))
     few = [task for task, n in Counter(pairs["task"]).items() if n < given.batch_size]
     if few:
-        raise ValueError(f"--batch-size: came {given.batch_size}, but there are fewer pairs to train on of {few}")
+        raise ValueError(f"--batch-size: got {given.batch_size}, but there are fewer pairs to train on of {few}")
     if given.data is not None:
         pairs = score(config, loaded, cache_dir=default_cache_dir()).train
     given.out.mkdir(parents=True, exist_ok=True)

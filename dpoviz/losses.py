@@ -44,13 +44,13 @@ def scale(beta: float | Tensor, form: Form) -> float | Tensor:
         ValueError: `form` is neither; `beta` is not a positive finite number nor a floating (B,) of them.
     """
     if form not in ("inverse", "standard"):
-        raise ValueError(f"form: came {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
+        raise ValueError(f"form: got {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
     if isinstance(beta, Tensor):
         require_rows("beta", beta)
         if not (beta > 0).all():
             raise ValueError(f"beta: not positive in rows {(beta <= 0).nonzero().flatten().tolist()}, expected > 0")
     elif isinstance(beta, bool) or not isinstance(beta, Real) or not 0 < beta < math.inf:
-        raise ValueError(f"beta: came {beta!r}, expected a positive finite number or a tensor of shape (B,)")
+        raise ValueError(f"beta: got {beta!r}, expected a positive finite number or a tensor of shape (B,)")
     return 1 / beta if form == "inverse" else beta
 
 
@@ -168,7 +168,7 @@ class TotalLoss:
 def _require_weights(**weights: float) -> None:
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: came {weight!r}, expected a finite number, at least 0 (0 switches it off)")
+            raise ValueError(f"{name}: got {weight!r}, expected a finite number, at least 0 (0 switches it off)")
 
 
 def _require_inputs(weight: str, **inputs: object) -> None:
@@ -245,7 +245,7 @@ def total_loss(
     else:
         require_rows("weight", weight, len(beta))
         if (weight < 0).any() or not weight.any():
-            raise ValueError(f"weight: came {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
+            raise ValueError(f"weight: got {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
         mean = (weight * dpo.losses).sum() / weight.sum()
     terms = {"dpo": mean, "range": zero, "smoothness": zero, "entropy": zero}
     squared_gradients = torch.zeros_like(beta)
@@ -254,7 +254,7 @@ def total_loss(
     if lambda_smoothness > 0:
         _require_inputs("lambda_smoothness", beta_fn=beta_fn, x=x)
         if len(x) != len(beta):
-            raise ValueError(f"x: came {len(x)} rows, expected {len(beta)}, one per row of beta")
+            raise ValueError(f"x: got {len(x)} rows, expected {len(beta)}, one per row of beta")
         squared_gradients = lambda_smoothness * squared_gradient_norms(beta_fn, x)
         terms["smoothness"] = squared_gradients.mean()
     if lambda_consistency > 0:

@@ -25,13 +25,13 @@ def require_rows(name: str, values: Tensor, batch: int | None = None) -> None:
         ValueError: not a floating tensor, not (B,), no rows, another B, or non-finite rows (which it lists).
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        came = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: came {came}, expected a floating tensor of shape (B,)")
+        got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: got {got}, expected a floating tensor of shape (B,)")
     if values.ndim != 1 or len(values) == 0 or (batch is not None and len(values) != batch):
         expected = "(B,) with B at least 1" if batch is None else f"({batch},)"
         # (B, 1) is what a linear layer returns; against (B,) it would broadcast to (B, B) without a word
         hint = "; drop the last axis with .squeeze(-1)" if values.ndim == 2 and values.shape[1] == 1 else ""
-        raise ValueError(f"{name}: came shape {tuple(values.shape)}, expected {expected}{hint}")
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {expected}{hint}")
     if not torch.isfinite(values).all():
         rows = (~torch.isfinite(values)).nonzero().flatten().tolist()
         raise ValueError(f"{name}: not finite in rows {rows}, expected finite numbers")
@@ -58,7 +58,7 @@ def range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
     require_rows("beta", beta)
     if not 0 < beta_min < beta_max < math.inf:
         raise ValueError(
-            f"beta_min, beta_max: came {beta_min}, {beta_max}, expected 0 < beta_min < beta_max, both finite"
+            f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max, both finite"
         )
     return (torch.relu(beta - beta_max) + torch.relu(beta_min - beta)).mean()
 
@@ -100,7 +100,7 @@ def squared_gradient_norms(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Te
         ValueError: `x` is not (B, D) and floating, or `beta_fn` does not return (B,) finite numbers.
     """
     if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x: came a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating (B, D)")
+        raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating (B, D)")
     with _evaluation_mode(beta_fn), torch.enable_grad():
         x = x.detach().requires_grad_()
         beta = beta_fn(x)
@@ -134,13 +134,13 @@ def _task_index(task: Tensor | Sequence[str], batch: int) -> Tensor:
     if isinstance(task, Tensor):
         if task.is_floating_point() or task.shape != (batch,):
             raise ValueError(
-                f"task: came {task.dtype} of shape {tuple(task.shape)}, expected integers of shape ({batch},)"
+                f"task: got {task.dtype} of shape {tuple(task.shape)}, expected integers of shape ({batch},)"
             )
         return torch.unique(task, return_inverse=True)[1]
     # a single name is a sequence of letters, and one of B letters would pass for B tasks
     if isinstance(task, str) or len(task) != batch or not all(isinstance(name, str) for name in task):
-        came = repr(task) if isinstance(task, str) else f"{len(task)} entries"
-        raise ValueError(f"task: came {came}, expected {batch} names, one per row, or an integer tensor")
+        got = repr(task) if isinstance(task, str) else f"{len(task)} entries"
+        raise ValueError(f"task: got {got}, expected {batch} names, one per row, or an integer tensor")
     number = {name: i for i, name in enumerate(dict.fromkeys(task))}
     return torch.tensor([number[name] for name in task])
 
@@ -192,5 +192,5 @@ def entropy_penalty(beta: Tensor, ref_entropy: Tensor, alpha: float) -> Tensor:
     require_rows("beta", beta)
     require_rows("ref_entropy", ref_entropy, len(beta))
     if isinstance(alpha, Tensor) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha: came {alpha!r}, expected a positive finite number")
+        raise ValueError(f"alpha: got {alpha!r}, expected a positive finite number")
     return (beta - alpha * ref_entropy.detach()).square().mean()

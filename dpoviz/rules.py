@@ -148,7 +148,7 @@ class BetaDPO(Rule):
         h = _rows("h", seen.h, len(seen.x))
         filters = self.keep < 1
         if filters and len(h) < 2:
-            raise ValueError("h: came 1 pair, expected at least 2, which have a spread; or set keep=1")
+            raise ValueError("h: got 1 pair, expected at least 2, which have a spread; or set keep=1")
         if self.training:
             self.mean.lerp_(h.mean().to(self.mean.dtype), 1 - self.momentum)
             if filters:
@@ -207,7 +207,7 @@ class EpsilonDPO(Rule):
     def forward(self, seen: Seen) -> Weighed:
         direction = _rows("direction", seen.direction, len(seen.x))
         if not torch.isin(direction, direction.new_tensor([-1, 0, 1])).all():
-            raise ValueError(f"direction: came {direction.unique().tolist()}, expected -1, 0 or 1")
+            raise ValueError(f"direction: got {direction.unique().tolist()}, expected -1, 0 or 1")
         beta = self.current / (1 + self.epsilon * direction)
         if self.training:
             self.current.copy_(_hold(beta.mean(), self.beta0))
@@ -270,7 +270,7 @@ class MallowsPO(Rule):
         slack = 1e-4  # a sum over a vocabulary in float32 may round past log V
         if entropy.min() < -slack or entropy.max() > 1 + slack:
             raise ValueError(
-                f"answer_entropy: came {entropy.min():.4g} to {entropy.max():.4g}, expected 0 to 1; divide nats per "
+                f"answer_entropy: got {entropy.min():.4g} to {entropy.max():.4g}, expected 0 to 1; divide nats per "
                 "token by the log of the vocabulary's size"
             )
         return self.c * (-entropy.clamp(0.001, 0.999).log()) ** self.sign
@@ -377,7 +377,7 @@ class DualKL(Rule):
             return torch.zeros(batch, dtype=torch.int64, device=self.current.device)
         unknown = sorted(set(task) - set(self.tasks))
         if unknown or len(task) != batch:
-            raise ValueError(f"task: came {len(task)} rows, {unknown} unknown; expected {batch} of {list(self.tasks)}")
+            raise ValueError(f"task: got {len(task)} rows, {unknown} unknown; expected {batch} of {list(self.tasks)}")
         return torch.tensor([self.tasks.index(name) for name in task], device=self.current.device)
 
     def _measured(self, kl: Mapping[str, float]) -> Tensor:
@@ -385,7 +385,7 @@ class DualKL(Rule):
         names = self.tasks or tuple(kl)
         missing = [name for name in names if not math.isfinite(kl.get(name, math.nan))]
         if missing or not names:
-            raise ValueError(f"kl: came {dict(kl)}, expected a finite KL for {missing or 'at least one task'}")
+            raise ValueError(f"kl: got {dict(kl)}, expected a finite KL for {missing or 'at least one task'}")
         values = self.current.new_tensor([kl[name] for name in names])
         return values if self.tasks else values.mean(dim=0, keepdim=True)
 
@@ -485,7 +485,7 @@ class Lookup(Rule):
 
 def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name}: came {value!r}, expected {expected}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -496,9 +496,9 @@ def _require_positive(name: str, value: float) -> None:
 def _rows(name: str, values: Tensor | None, batch: int) -> Tensor:
     """One finite number a row, in float32 or better, without a gradient."""
     if values is None:
-        raise ValueError(f"{name}: came None, expected shape ({batch},): this rule looks at it")
+        raise ValueError(f"{name}: got None, expected shape ({batch},): this rule looks at it")
     if values.shape != (batch,) or batch == 0:
-        raise ValueError(f"{name}: came shape {tuple(values.shape)}, expected ({batch},), one per row of x, B ≥ 1")
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected ({batch},), one per row of x, B ≥ 1")
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     if not torch.isfinite(values).all():
         rows = (~torch.isfinite(values)).nonzero().flatten().tolist()
@@ -513,8 +513,8 @@ def _hold(beta: Tensor, beta0: float) -> Tensor:
 def _hashes(x: Tensor, seed: int = 0) -> list[int]:
     """63 bits of each row's features, alike in every run; equal features have equal bits."""
     if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or not torch.isfinite(x).all():
-        came = f"a {x.dtype} tensor of shape {tuple(x.shape)}"
-        raise ValueError(f"x: came {came}, expected floating (B, D), B ≥ 1, and finite")
+        got = f"a {x.dtype} tensor of shape {tuple(x.shape)}"
+        raise ValueError(f"x: got {got}, expected floating (B, D), B ≥ 1, and finite")
     # -0.0 equals 0.0 but has other bytes; the sum has none of it
     rows = (x.detach().cpu().float() + 0.0).numpy()
     salt = seed.to_bytes(16, "little")

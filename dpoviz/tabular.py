@@ -31,10 +31,10 @@ _NORMALISED = 1e-9
 def _require_table(name: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Refuse anything but a float64 table without nan, of the shape expected; None takes any (X, Y)."""
     if not isinstance(values, Tensor) or values.dtype != torch.float64:
-        came = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: came {came}, expected a torch.float64 tensor")
+        got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: got {got}, expected a torch.float64 tensor")
     if (shape is None and (values.ndim != 2 or 0 in values.shape)) or (shape is not None and values.shape != shape):
-        raise ValueError(f"{name}: came shape {tuple(values.shape)}, expected {shape or '(X, Y), neither of them 0'}")
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {shape or '(X, Y), neither of them 0'}")
     if torch.isnan(values).any():
         raise ValueError(f"{name}: nan in rows {_rows_where(torch.isnan(values))}, expected numbers")
 
@@ -74,14 +74,14 @@ def _per_prompt(name: str, value: float | Tensor, prompts: int, *, also: tuple[f
     elif isinstance(value, Real) and not isinstance(value, bool):
         values = torch.full((prompts,), float(value), dtype=torch.float64)
     else:
-        raise ValueError(f"{name}: came {value!r}, expected a number or a float64 tensor of shape ({prompts},)")
+        raise ValueError(f"{name}: got {value!r}, expected a number or a float64 tensor of shape ({prompts},)")
     good = (values > 0) & torch.isfinite(values)
     for limit in also:
         good = good | (values == limit)
     if not good.all():
         allowed = "".join(f" or {limit}" for limit in also)
         raise ValueError(
-            f"{name}: came {values[~good].tolist()} in rows {_rows_where(~good)}, "
+            f"{name}: got {values[~good].tolist()} in rows {_rows_where(~good)}, "
             f"expected positive finite numbers{allowed}"
         )
     return values
@@ -92,7 +92,7 @@ def _prompt_weights(prompt_probs: Tensor | None, prompts: int) -> Tensor:
         return torch.full((prompts,), 1 / prompts, dtype=torch.float64)
     _require_finite("prompt_probs", prompt_probs, (prompts,))
     if (prompt_probs < 0).any() or abs(float(prompt_probs.sum()) - 1) > _NORMALISED:
-        raise ValueError(f"prompt_probs: came {prompt_probs.tolist()}, expected probabilities that sum to 1")
+        raise ValueError(f"prompt_probs: got {prompt_probs.tolist()}, expected probabilities that sum to 1")
     return prompt_probs
 
 
@@ -342,11 +342,11 @@ def solve_beta(
     rewards = rewards.detach()
     if not per_prompt:
         if isinstance(epsilon, Tensor):
-            raise ValueError("epsilon: came a tensor, expected one number; per_prompt=True takes a budget for each")
+            raise ValueError("epsilon: got a tensor, expected one number; per_prompt=True takes a budget for each")
         budget = float(_per_prompt("epsilon", epsilon, 1, also=(0.0,)))
         return _multiplier(ref_logps, rewards, budget, _prompt_weights(prompt_probs, prompts))
     if prompt_probs is not None:
-        raise ValueError("prompt_probs: came with per_prompt=True, expected None; each prompt has its own budget")
+        raise ValueError("prompt_probs: got with per_prompt=True, expected None; each prompt has its own budget")
     budgets = _per_prompt("epsilon", epsilon, prompts, also=(0.0,)).tolist()
     alone = torch.ones(1, dtype=torch.float64)
     betas = [_multiplier(ref_logps[i : i + 1], rewards[i : i + 1], budgets[i], alone) for i in range(prompts)]
@@ -407,7 +407,7 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
     _require_logps("ref_logps", ref_logps)
     prompts, answers = ref_logps.shape
     if answers < 2:
-        raise ValueError("ref_logps: came 1 answer per prompt, expected at least 2, to compare")
+        raise ValueError("ref_logps: got 1 answer per prompt, expected at least 2, to compare")
     _require_finite("preference_logits", preference_logits, (prompts, answers, answers))
     # y beats y' as often as y' is beaten by y, up to the rounding of differences
     wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())
@@ -431,7 +431,7 @@ def _pair_logps(ref_logps: Tensor, preference_logits: Tensor) -> Tensor:
 
 def _scale(beta: Tensor, form: Form) -> Tensor:
     if form not in ("inverse", "standard"):
-        raise ValueError(f"form: came {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
+        raise ValueError(f"form: got {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
     return 1 / beta if form == "inverse" else beta
 
 
@@ -635,7 +635,7 @@ def sample_pairs(
     """
     _require_preferences(ref_logps, preference_logits)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count: came {count!r}, expected a positive integer")
+        raise ValueError(f"count: got {count!r}, expected a positive integer")
     weights = _prompt_weights(prompt_probs, len(ref_logps))
     probs = weights[:, None, None] * _pair_logps(ref_logps, preference_logits).exp()
     drawn = torch.multinomial(probs.flatten(), count, replacement=True, generator=generator)

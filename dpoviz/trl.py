@@ -18,7 +18,8 @@ from trl import DPOTrainer
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
 from dpoviz.losses import scale
 from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
-from dpoviz.train import TrainConfig, adamw, calibrate_alpha
+from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.loop import adamw
 
 COLUMNS = ("task", "ref_entropy", "ref_features")
 """What beta(x) and its regularisers read beside a pair; `reference_pass` makes them."""
@@ -121,12 +122,12 @@ class BetaDPOTrainer(DPOTrainer):
         self.learns = any(p.requires_grad for p in beta.parameters())
         if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
-                raise ValueError("config.alpha: came None, expected a number, as a stream is not read before")
+                raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
             self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         sorting = [name for name in self.loss_types if name.startswith("aot")]
         if sorting and not isinstance(beta, ConstantBeta):
-            raise ValueError(f"args.loss_type: came {sorting[0]!r}, which sorts pairs apart from their beta; expected "
+            raise ValueError(f"args.loss_type: got {sorting[0]!r}, which sorts pairs apart from their beta; expected "
                              "another, or a ConstantBeta")  # fmt: skip
         if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
             raise ValueError("args.fp16: expected bf16 or float32 under DeepSpeed, which scales the loss out of sight")

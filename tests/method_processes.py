@@ -7,8 +7,8 @@ from pathlib import Path
 import test_methods as methods
 from test_train import SMALL, run, small_model, small_pairs, weights
 
-from dpoviz.processes import processes
-from dpoviz.train import TrainConfig
+from dpoviz.lm.processes import processes
+from dpoviz.training.config import TrainConfig
 
 
 def main(result: Path) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from dpoviz import models, tasks
-from dpoviz.entropy import estimate_entropy
-from dpoviz.evaluate import evaluate_policy
-from dpoviz.processes import processes
-from dpoviz.reference import reference_pass
-from dpoviz.stages import log_ratio_differences
+from dpoviz.analysis.evaluate import evaluate_policy
+from dpoviz.data import tasks
+from dpoviz.lm import models
+from dpoviz.lm.entropy import estimate_entropy
+from dpoviz.lm.processes import processes
+from dpoviz.lm.reference import reference_pass
+from dpoviz.training.stages import log_ratio_differences
 
 
 def main(result: Path, cache: Path) -> None:

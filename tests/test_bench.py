@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dpoviz.bench import (
+from dpoviz.experiments.bench import (
     ALONE,
     LEARNED,
     OURS,
@@ -24,9 +24,9 @@ from dpoviz.bench import (
     forward_operations,
     matrix_rate,
 )
-from dpoviz.logprobs import score_answers
+from dpoviz.lm.reference import reference_pass
+from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import dpo_loss
-from dpoviz.reference import reference_pass
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 TASKS = ("math", "code")
@@ -83,7 +83,7 @@ def test_in_half_precision(world):
 
 
 def test_other_work_is_refused(world, monkeypatch):
-    import dpoviz.bench as module
+    import dpoviz.experiments.bench as module
 
     def slipped(*args, **more):
         found = dpo_loss(*args, **more)
@@ -105,7 +105,7 @@ def test_a_peer_that_scores_other_tokens_is_refused(world):
 
 
 def test_all_of_it(world, monkeypatch):
-    import dpoviz.bench as module
+    import dpoviz.experiments.bench as module
 
     monkeypatch.setattr(module, "bench_pairs", partial(bench_pairs, (20, 40)))
     monkeypatch.setattr(module, "bench_vocabulary", partial(bench_vocabulary, (500, 900)))
@@ -120,7 +120,7 @@ def test_all_of_it(world, monkeypatch):
 
 
 def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):
-    import dpoviz.bench as module
+    import dpoviz.experiments.bench as module
 
     model, laid_out = make_model(dtype=torch.float32), []
 

@@ -107,10 +107,10 @@ class TestBeta:
     @pytest.mark.parametrize(
         ("x", "message"),
         [
-            (torch.ones(3), r"x: came a torch.float32 tensor of shape \(3,\)"),
-            (torch.ones(2, 3, 1), "x: came"),
-            (torch.ones(0, 3), "x: came"),
-            (torch.ones(6, 3, dtype=torch.int64), r"x: came a torch.int64"),
+            (torch.ones(3), r"x: got a torch.float32 tensor of shape \(3,\)"),
+            (torch.ones(2, 3, 1), "x: got"),
+            (torch.ones(0, 3), "x: got"),
+            (torch.ones(6, 3, dtype=torch.int64), r"x: got a torch.int64"),
             (
                 torch.ones(6, 3).index_fill(0, torch.tensor([1, 4]), math.nan),
                 r"x: not finite in rows \[1, 4\]",
@@ -135,7 +135,7 @@ class TestConstantBeta:
 
     @pytest.mark.parametrize("beta0", BAD_POSITIVES)
     def test_refuses_beta0(self, beta0):
-        with pytest.raises(ValueError, match="beta0: came"):
+        with pytest.raises(ValueError, match="beta0: got"):
             ConstantBeta(beta0)
 
 
@@ -171,17 +171,17 @@ class TestTaskBeta:
     @pytest.mark.parametrize(
         ("task", "message"),
         [
-            (None, "task: came None"),
-            ("abc", "task: came 'abc'"),
-            (["math"], "task: came 1 entries, expected 3"),
+            (None, "task: got None"),
+            ("abc", "task: got 'abc'"),
+            (["math"], "task: got 1 entries, expected 3"),
             (
                 ["math", "poetry", "code"],
-                r"task: came \['poetry'\], expected one of \['math', 'code', 'dialogue'\]",
+                r"task: got \['poetry'\], expected one of \['math', 'code', 'dialogue'\]",
             ),
-            (torch.tensor([0, 1, 3]), r"task: came \[0, 1, 3\], expected 0 to 2"),
-            (torch.tensor([0, -1, 2]), "task: came"),
-            (torch.tensor([0.0, 1.0, 2.0]), r"task: came torch\.float32"),
-            (torch.tensor([[0], [1], [2]]), "task: came"),
+            (torch.tensor([0, 1, 3]), r"task: got \[0, 1, 3\], expected 0 to 2"),
+            (torch.tensor([0, -1, 2]), "task: got"),
+            (torch.tensor([0.0, 1.0, 2.0]), r"task: got torch\.float32"),
+            (torch.tensor([[0], [1], [2]]), "task: got"),
         ],
     )
     def test_refuses_tasks_of_a_batch(self, task, message):
@@ -190,12 +190,12 @@ class TestTaskBeta:
 
     @pytest.mark.parametrize("tasks", [[], "math", ["math", "math"], ["math", 1], {"math": 1}])
     def test_refuses_names(self, tasks):
-        with pytest.raises(ValueError, match="tasks: came"):
+        with pytest.raises(ValueError, match="tasks: got"):
             TaskBeta(tasks, 0.5)
 
     @pytest.mark.parametrize("beta0", BAD_POSITIVES)
     def test_refuses_beta0(self, beta0):
-        with pytest.raises(ValueError, match="beta0: came"):
+        with pytest.raises(ValueError, match="beta0: got"):
             TaskBeta(TASKS, beta0)
 
 
@@ -212,9 +212,9 @@ class TestEntropyBeta:
     @pytest.mark.parametrize(
         ("entropy", "message"),
         [
-            (None, "ref_entropy: came None"),
-            (torch.ones(5), r"ref_entropy: came shape \(5,\)"),
-            (torch.ones(6, 1), r"ref_entropy: came shape \(6, 1\)"),
+            (None, "ref_entropy: got None"),
+            (torch.ones(5), r"ref_entropy: got shape \(5,\)"),
+            (torch.ones(6, 1), r"ref_entropy: got shape \(6, 1\)"),
             (torch.tensor([1, 2, math.nan, 4, 5, math.inf]), r"ref_entropy: not finite in rows \[2, 5\]"),
         ],
     )
@@ -225,10 +225,10 @@ class TestEntropyBeta:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"alpha": 0}, "alpha: came 0"),
-            ({"beta_min": -1.0}, "beta_min: came"),
-            ({"beta_max": math.inf}, "beta_max: came"),
-            ({"beta_min": 2.0}, "beta_min, beta_max: came 2.0, 2.0"),
+            ({"alpha": 0}, "alpha: got 0"),
+            ({"beta_min": -1.0}, "beta_min: got"),
+            ({"beta_max": math.inf}, "beta_max: got"),
+            ({"beta_min": 2.0}, "beta_min, beta_max: got 2.0, 2.0"),
         ],
     )
     def test_refuses_settings(self, changed, message):
@@ -341,15 +341,15 @@ class TestBetaNetwork:
 
     @pytest.mark.parametrize("shape", [(6, 2), (6, 4), (6,)])
     def test_refuses_another_width(self, shape):
-        with pytest.raises(ValueError, match=r"x: came .*, expected floating \(B, 3\)"):
+        with pytest.raises(ValueError, match=r"x: got .*, expected floating \(B, 3\)"):
             trained_network()(torch.ones(shape))
 
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"in_features": 0}, "in_features: came 0"),
-            ({"in_features": 2.5}, "in_features: came 2.5"),
-            ({"hidden": (8, -1)}, "hidden: came -1"),
+            ({"in_features": 0}, "in_features: got 0"),
+            ({"in_features": 2.5}, "in_features: got 2.5"),
+            ({"hidden": (8, -1)}, "hidden: got -1"),
         ],
     )
     def test_refuses_widths(self, changed, message):
@@ -358,7 +358,7 @@ class TestBetaNetwork:
 
     @pytest.mark.parametrize("beta0", BAD_POSITIVES)
     def test_refuses_beta0(self, beta0):
-        with pytest.raises(ValueError, match="beta0: came"):
+        with pytest.raises(ValueError, match="beta0: got"):
             BetaNetwork(3, beta0=beta0)
 
 
@@ -397,7 +397,7 @@ class TestCalibrate:
 
     def test_refuses_what_has_no_statistics(self):
         net = trained_network()
-        with pytest.raises(ValueError, match="x: came 1 row, expected at least 2"):
+        with pytest.raises(ValueError, match="x: got 1 row, expected at least 2"):
             net.calibrate(features(1))
         with pytest.raises(ValueError, match=r"expected floating \(B, 3\)"):
             net.calibrate(torch.ones(4, 2))

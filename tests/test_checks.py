@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpoviz import checks, losses, regularizers
-from dpoviz.checks import (
+from dpoviz import losses, regularizers
+from dpoviz.learn import checks
+from dpoviz.learn.checks import (
     Verdict,
     check_beta_gradient,
     check_completion_logps,

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-import dpoviz.compare as module
+import dpoviz.experiments.comparison as module
+from dpoviz.analysis.statistics import effect, holm
 from dpoviz.cli import main
-from dpoviz.compare import (
+from dpoviz.data.tasks import TASKS, preference_probability
+from dpoviz.experiments.comparison import (
     BUDGETS,
     CONTENDERS,
     CompareConfig,
@@ -28,11 +30,9 @@ from dpoviz.compare import (
     run_job,
     turn_labels,
 )
-from dpoviz.frontier import effect, holm
-from dpoviz.methods import METHODS
-from dpoviz.results_compare import TABLES as RESULT_TABLES
-from dpoviz.results_compare import best_as_text, effects_as_text, reading_of_effects, write_comparison
-from dpoviz.tasks import TASKS, preference_probability
+from dpoviz.experiments.comparison_report import TABLES as RESULT_TABLES
+from dpoviz.experiments.comparison_report import best_as_text, effects_as_text, reading_of_effects, write_comparison
+from dpoviz.training.methods import METHODS
 
 SOME = ("constant", "network standard", "calibrated inverse", "shuffled, standard", "beta-dpo", "dual-kl-task")
 
@@ -86,11 +86,11 @@ class TestJobs:
 
     @pytest.mark.parametrize(
         ("settings", "said"),
-        [({"contenders": ("constant", "luck")}, r"contenders: came \['luck'\]"),
+        [({"contenders": ("constant", "luck")}, r"contenders: got \['luck'\]"),
          ({"contenders": ("network standard",)}, "expected 'constant' among them"), ({"seeds": 2}, "at least 3"),
-         ({"noise": (0.5,)}, "below 0.5"), ({"tuning_noise": 0.1}, "tuning_noise: came 0.1"),
-         ({"scales": ()}, "scales: came"),
-         ({"constants": (1, 1)}, "constants: came")],
+         ({"noise": (0.5,)}, "below 0.5"), ({"tuning_noise": 0.1}, "tuning_noise: got 0.1"),
+         ({"scales": ()}, "scales: got"),
+         ({"constants": (1, 1)}, "constants: got")],
     )  # fmt: skip
     def test_refused(self, settings, said):
         with pytest.raises(ValueError, match=said):
@@ -148,7 +148,7 @@ class TestRuns:
 
     def test_no_such_row(self, done, cache):
         config, out = done
-        with pytest.raises(ValueError, match=f"only: came {len(jobs(config))}, expected a row from 0"):
+        with pytest.raises(ValueError, match=f"only: got {len(jobs(config))}, expected a row from 0"):
             compare(config, out, cache_dir=cache, only=len(jobs(config)))
 
     def test_the_shuffled_control_has_the_networks_betas(self, done):
@@ -380,8 +380,8 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("options", "said"),
-        [(["--contenders", "luck"], "luck"), (["--workers", "0"], "--workers: came 0"),
-         (["--only", "-1"], "only: came -1")],
+        [(["--contenders", "luck"], "luck"), (["--workers", "0"], "--workers: got 0"),
+         (["--only", "-1"], "only: got -1")],
     )  # fmt: skip
     def test_refused(self, tmp_path, capsys, options, said):
         assert main(["compare", "--fast", "--out", str(tmp_path / "o"), *options]) == 2

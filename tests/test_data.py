@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-import dpoviz.data as module
-from dpoviz.data import _with_prompt, as_chat, digest, load_pairs, split_by_group, token_counts, tokenize_pairs
+import dpoviz.data.records as module
+from dpoviz.data import tokens
+from dpoviz.data.records import _with_prompt, as_chat, load_pairs, split_by_group
+from dpoviz.data.tokens import digest, token_counts, tokenize_pairs
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -61,20 +63,20 @@ class TestLoadPairs:
         [
             ('{"prompt" "a"}', r"not JSON \(Expecting ':' delimiter at character 10\)"),
             (b'{"prompt": "\xff"}', r"not UTF-8 \(invalid start byte at byte 12\)"),
-            ("[1, 2]", "came a JSON list, expected an object with prompt, chosen, rejected, task"),
-            ("3", "came a JSON int, expected an object"),
+            ("[1, 2]", "got a JSON list, expected an object with prompt, chosen, rejected, task"),
+            ("3", "got a JSON int, expected an object"),
             ("{}", "field 'prompt' is missing; the line has none"),
             *((without(f), f"field '{f}' is missing; the line has '") for f in GOOD),
-            *(({**GOOD, f: 5}, f"field '{f}': came int, expected text") for f in GOOD),
-            *(({**GOOD, f: None}, f"field '{f}': came NoneType, expected text") for f in GOOD),
+            *(({**GOOD, f: 5}, f"field '{f}': got int, expected text") for f in GOOD),
+            *(({**GOOD, f: None}, f"field '{f}': got NoneType, expected text") for f in GOOD),
             *(({**GOOD, f: " \n\t"}, f"field '{f}' is empty") for f in GOOD),
             (
                 {**GOOD, "chosen": [{"role": "user", "content": "a"}]},
-                "field 'chosen': came the user's message, expected",
+                "field 'chosen': got the user's message, expected",
             ),
-            ({**GOOD, "group": 7}, "field 'group': came int, expected text"),
+            ({**GOOD, "group": 7}, "field 'group': got int, expected text"),
             ({**GOOD, "rejected": "2"}, "fields 'chosen' and 'rejected' are identical"),
-            ({**GOOD, "task": "poetry"}, "field 'task': came 'poetry', expected one of math, code"),
+            ({**GOOD, "task": "poetry"}, "field 'task': got 'poetry', expected one of math, code"),
         ],
     )
     def test_a_bad_line_is_named_by_file_line_and_field(self, write, bad, message):
@@ -272,14 +274,14 @@ class TestLayouts:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"prompt": []}, "field 'prompt': came no messages"),
+            ({"prompt": []}, "field 'prompt': got no messages"),
             (
                 {"prompt": [{"content": "a"}]},
-                "field 'prompt': message 1: came .*expected an object with role and content",
+                "field 'prompt': message 1: got .*expected an object with role and content",
             ),
             (
                 {"prompt": [{"role": "narrator", "content": "a"}]},
-                "message 1: came the role 'narrator', expected one of",
+                "message 1: got the role 'narrator', expected one of",
             ),
             ({"prompt": [{"role": "user", "content": " "}]}, "message 1: its content is empty"),
             ({"prompt": [{"role": "user", "content": None}]}, "message 1: its content is no text"),
@@ -287,10 +289,10 @@ class TestLayouts:
                 {"prompt": [USER, assistant("a")]},
                 "field 'prompt': ends with the assistant's message, expected the user",
             ),
-            ({"chosen": [USER]}, "field 'chosen': came the user's message, expected an answer"),
+            ({"chosen": [USER]}, "field 'chosen': got the user's message, expected an answer"),
             (
                 {"chosen": [assistant("a"), assistant("b")]},
-                "field 'chosen': came 2 messages, expected an answer of one",
+                "field 'chosen': got 2 messages, expected an answer of one",
             ),
             ({"rejected": [assistant("Yes.")]}, "are identical"),
         ],
@@ -312,26 +314,26 @@ class TestNames:
 
     def test_refused(self, write):
         path = write(GOOD)
-        with pytest.raises(ValueError, match="columns: came \\['answer'\\] as our names, expected some of prompt"):
+        with pytest.raises(ValueError, match="columns: got \\['answer'\\] as our names, expected some of prompt"):
             load_pairs(path, columns={"a": "answer"})
         with pytest.raises(ValueError, match=r"two of .* become one"):
             load_pairs(path, columns={"a": "prompt", "b": "prompt"})
         with pytest.raises(ValueError, match=f"{path}, line 1: .*question; the record has prompt"):
             load_pairs(path, columns={"question": "prompt"})
-        with pytest.raises(ValueError, match="line 1: field 'task': came 'math', but task='code' names the whole"):
+        with pytest.raises(ValueError, match="line 1: field 'task': got 'math', but task='code' names the whole"):
             load_pairs(path, task="code")
         with pytest.raises(ValueError, match=r"'task' is missing.*the whole source with task= \(--task\)$"):
             load_pairs(write(without("task")))
         with pytest.raises(ValueError, match=r"'prompt' is missing.*other columns with columns= \(--columns\)$"):
             load_pairs(write(without("prompt")))
-        with pytest.raises(ValueError, match="preset: came 'none', expected one of gsm8k-solutions"):
+        with pytest.raises(ValueError, match="preset: got 'none', expected one of gsm8k-solutions"):
             load_pairs(path, preset="none")
-        with pytest.raises(ValueError, match="columns: came together with a preset"):
+        with pytest.raises(ValueError, match="columns: given together with a preset"):
             load_pairs(path, preset="orca", columns={"a": "prompt"})
 
     def test_files_that_are_not_what_their_name_says(self, tmp_path):
         for name, content, message in [
-            ("a.json", '{"prompt": 1}', "came a JSON dict, expected a list"),
+            ("a.json", '{"prompt": 1}', "got a JSON dict, expected a list"),
             ("b.json", '{"a": 1}\n{"a": 2}', "not JSON .*JSON Lines are named .jsonl"),
             ("c.parquet", "PAR", "not Parquet"),
         ]:
@@ -341,14 +343,14 @@ class TestNames:
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .parquet"):
             load_pairs(tmp_path / "empty")
-        with pytest.raises(ValueError, match="split: came 'test', expected one of train"):
+        with pytest.raises(ValueError, match="split: got 'test', expected one of train"):
             load_pairs(DatasetDict(train=Dataset.from_list([GOOD])), split="test")
 
     @pytest.mark.parametrize("setting", ["1", ""])
     def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
         """In a process of its own, because the hub's client reads its setting when it is imported."""
         program = (
-            "import time; from dpoviz.data import load_pairs\n"
+            "import time; from dpoviz import load_pairs\n"
             "begin = time.perf_counter()\n"
             "try: load_pairs('nobody/no-such-set')\n"
             "except ValueError as error: print(time.perf_counter() - begin, error)"
@@ -372,7 +374,7 @@ class TestAsChat:
         assert as_chat(load_pairs(write(GOOD)), ["math"])["messages"][0][0]["content"] == GOOD["prompt"]
 
     def test_refuses_a_task_that_is_not_there(self, write):
-        with pytest.raises(ValueError, match="chat: came poetry, expected tasks of the pairs: math"):
+        with pytest.raises(ValueError, match="chat: got poetry, expected tasks of the pairs: math"):
             as_chat(load_pairs(write(GOOD)), ["poetry", "math"])
 
 
@@ -492,7 +494,7 @@ class TestSplitByGroup:
 
     @pytest.mark.parametrize("held_out", [0, 1, -0.1, 1.5, float("nan")])
     def test_no_share(self, held_out):
-        with pytest.raises(ValueError, match=f"held_out: came {held_out}, expected a share between 0 and 1"):
+        with pytest.raises(ValueError, match=f"held_out: got {held_out}, expected a share between 0 and 1"):
             split_by_group(dataset([("a", None, "t"), ("b", None, "t")]), held_out, 0)
 
     def test_a_task_of_one_group(self):
@@ -529,7 +531,7 @@ class TestTokenizePairs:
             module, "encode_prompts", lambda *args, own=module.encode_prompts: seen.append(args[0]) or own(*args)
         )
         assert tokenize_pairs(once, tokenizer, max_length=6)[:] == once[:]
-        assert sum(map(len, seen)) == module._CHECKED < len(once)
+        assert sum(map(len, seen)) == tokens._CHECKED < len(once)
         with pytest.raises(ValueError, match=r"20 of 40 pairs are over max_length = 5 tokens"):
             tokenize_pairs(once, tokenizer, max_length=5)
 
@@ -568,7 +570,7 @@ class TestTokenizePairs:
             tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=4)
 
     def test_too_long_is_dropped_counted_and_named(self, tokenizer, caplog):
-        with caplog.at_level(logging.WARNING, logger="dpoviz.data"):
+        with caplog.at_level(logging.WARNING, logger="dpoviz.data.tokens"):
             out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=5, too_long="drop")
         assert out["line"][:] == [1]
         (record,) = caplog.records
@@ -599,7 +601,7 @@ class TestTokenizePairs:
             tokenize_pairs(pairs, tokenizer, max_length=9)
 
     def test_an_unknown_policy_for_long_pairs(self, tokenizer):
-        with pytest.raises(ValueError, match="too_long: came 'cut', expected 'refuse' or 'drop'"):
+        with pytest.raises(ValueError, match="too_long: got 'cut', expected 'refuse' or 'drop'"):
             tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9, too_long="cut")
 
 

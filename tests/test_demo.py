@@ -17,12 +17,12 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpoviz import tasks
+from dpoviz.analysis.tables import COLUMNS
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
-from dpoviz.demo import FORMS, DemoConfig, demo_folder, small_world
-from dpoviz.stages import held_out_table
-from dpoviz.table import COLUMNS
+from dpoviz.data import tasks
+from dpoviz.experiments.small import FORMS, DemoConfig, demo_folder, small_world
+from dpoviz.training.stages import held_out_table
 
 COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]
 
@@ -165,7 +165,7 @@ class TestAgain:
 class TestBadInput:
     def test_negative_seed(self, tmp_path, capsys):
         assert main(["demo", "--seed", "-1", "--out", str(tmp_path / "run")]) == 2
-        assert "--seed: came -1, expected at least 0" in capsys.readouterr().err
+        assert "--seed: got -1, expected at least 0" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
     def test_out_is_a_file(self, tmp_path, capsys):

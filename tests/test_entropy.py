@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-import dpoviz.entropy as module
-from dpoviz import journal
-from dpoviz.entropy import _ratio, estimate_entropy, summarize_estimators
+import dpoviz.lm.entropy as module
+from dpoviz.lm import cache as journal
+from dpoviz.lm.entropy import _ratio, estimate_entropy, summarize_estimators
 
 EOS, LIMIT = 0, 3
 
@@ -179,7 +179,7 @@ class TestEstimateEntropy:
 
     @pytest.mark.parametrize("samples", [1, 0])
     def test_too_few_samples(self, model, samples):
-        with pytest.raises(ValueError, match=f"samples: came {samples}, expected at least 2"):
+        with pytest.raises(ValueError, match=f"samples: got {samples}, expected at least 2"):
             estimate(model, [[1, 2]], samples)
 
 
@@ -320,7 +320,7 @@ class TestKeep:
         other = make_model("llama", vocab=4, eos=EOS, seed=4, initializer_range=0.25)
         estimate(other, self.PROMPTS, 5, batch_size=2, keep=tmp_path)
         assert len(draws) == 4
-        monkeypatch.setattr(journal.inspect, "getsource", lambda source: f"another {source.__name__}")
+        monkeypatch.setattr(journal, "code_digest", lambda name: "another")
         run()
         assert len(draws) == 8
 
@@ -394,7 +394,7 @@ class TestSummarizeEstimators:
         ("change", "message"),
         [
             (lambda t: t.drop(columns="task"), r"no columns \['task'\]"),
-            (lambda t: t.iloc[:0], "came 0 rows"),
+            (lambda t: t.iloc[:0], "got 0 rows"),
             (lambda t: t.assign(entropy=float("nan")), "entropy is not finite"),
         ],
     )

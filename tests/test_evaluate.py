@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dpoviz.evaluate as module
-from dpoviz.evaluate import MEASURES, calibration, evaluate_policy, reliability, summarize_evaluation
-from dpoviz.tasks import Problem
+import dpoviz.analysis.evaluate as module
+from dpoviz.analysis.evaluate import MEASURES, calibration, evaluate_policy, reliability, summarize_evaluation
+from dpoviz.data.tasks import Problem
 
 EOS, LIMIT, VOCAB = 2, 2, 24
 A, B = Problem("math", "a b", ""), Problem("code", "c", "")
@@ -110,7 +110,7 @@ class TestAgainstTheTwin:
         pd.testing.assert_frame_equal(whole, again)
 
     def test_refused(self, models, tokenizer):
-        with pytest.raises(ValueError, match="problems: came none"):
+        with pytest.raises(ValueError, match="problems: got none"):
             evaluated(models, tokenizer, [])
 
 
@@ -127,7 +127,7 @@ class TestSummary:
 
     def test_a_single_prompt_has_no_error(self):
         table = pd.DataFrame([{"task": "math", **dict.fromkeys(MEASURES, 0.0)}])
-        with pytest.raises(ValueError, match=r"came \{'math': 1\} prompts, expected at least 2"):
+        with pytest.raises(ValueError, match=r"got \{'math': 1\} prompts, expected at least 2"):
             summarize_evaluation(table)
 
 
@@ -149,8 +149,8 @@ class TestCalibration:
 
     @pytest.mark.parametrize(
         ("predicted", "truth", "said"),
-        [([0.5], [0.5, 0.5], "came shapes"), ([], [], "came shapes"), ([1.2], [1.0], "predicted: came 1.2"),
-         ([0.5], [np.nan], "truth: came nan")],
+        [([0.5], [0.5, 0.5], "got shapes"), ([], [], "got shapes"), ([1.2], [1.0], "predicted: got 1.2"),
+         ([0.5], [np.nan], "truth: got nan")],
     )  # fmt: skip
     def test_refused(self, predicted, truth, said):
         with pytest.raises(ValueError, match=said):

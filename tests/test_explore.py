@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dpoviz import explore
-from dpoviz.explore import Explorer
+from dpoviz.learn import sliders as explore
+from dpoviz.learn.sliders import Explorer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from dpoviz import forecast as module
-from dpoviz.forecast import forecast
+from dpoviz.experiments import time_estimate as module
+from dpoviz.experiments.time_estimate import forecast
 
 
 def pairs(*lengths):

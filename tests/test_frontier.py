@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from dpoviz.frontier import Curve, detectable_mean, effect, holm
+from dpoviz.analysis.statistics import Curve, detectable_mean, effect, holm
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=4, max_size=4)
 
@@ -89,7 +89,7 @@ class TestEffect:
 
     @pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, math.nan], [[1.0], [2.0], [3.0]]])
     def test_refused(self, values):
-        with pytest.raises(ValueError, match="values: came"):
+        with pytest.raises(ValueError, match="values: got"):
             effect(values)
 
     def test_what_could_have_been_found(self):

@@ -1,14 +1,16 @@
 """What is read is what was written; what was damaged is noticed; a name changes with all that it stands for."""
 
 import logging
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from dpoviz import journal as module
-from dpoviz.journal import Journal, fingerprint
+from dpoviz.lm import cache as module
+from dpoviz.lm.cache import Journal, fingerprint
 
 BATCH = {"prompts": np.array(["one", "two"]), "numbers": np.array([[0.1, -np.pi], [1e-300, np.inf]])}
 
@@ -90,7 +92,7 @@ class TestFingerprint:
         return make_model("llama", dtype=torch.float32)
 
     @staticmethod
-    def of(model, facts=("x", {"seed": 0}), code=(module,)):
+    def of(model, facts=("x", {"seed": 0}), code="dpoviz.lm.cache"):
         return fingerprint(model, facts, code)
 
     def test_the_same_for_another_object_wherever_it_came_from(self, model, make_model):
@@ -101,9 +103,9 @@ class TestFingerprint:
     def test_another_for_a_weight_a_type_a_configuration_facts_or_code(self, model, make_model, monkeypatch):
         seen = {self.of(model)}
         seen.add(self.of(model, ("x", {"seed": 1})))
-        seen.add(self.of(model, code=(module, logging)))
+        seen.add(self.of(model, code="dpoviz.lm.entropy"))
         with monkeypatch.context() as patch:
-            patch.setattr(module.inspect, "getsource", lambda source: "changed")
+            patch.setattr(module, "code_digest", lambda name: "changed")
             seen.add(self.of(model))
         seen.add(self.of(make_model("llama", dtype=torch.bfloat16)))
         model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 500.0}
@@ -125,3 +127,28 @@ class TestFingerprint:
             assert self.of(adapted) == off
         assert len({plain, on, off}) == 3
         assert self.of(adapted) == on
+
+
+class TestSources:
+    """A key that lacks a module would let an old result pass for a new one."""
+
+    @pytest.mark.parametrize("name", ["lm.entropy", "lm.reference", "experiments.small", "experiments.real"])
+    def test_hold_all_that_an_import_loads(self, name):
+        code = (
+            f"import sys, dpoviz.{name}; from dpoviz.lm.cache import sources; "
+            f"loaded = {{m for m in sys.modules if m.startswith('dpoviz.') and hasattr(sys.modules[m], '__file__')}}; "
+            f"rooms = {{m for m in loaded if hasattr(sys.modules[m], '__path__')}}; "
+            f"print(sorted(loaded - rooms - set(sources('dpoviz.{name}'))))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
+
+    def test_adapters_decide_a_run(self):
+        assert {"dpoviz.lm.models", "dpoviz.losses"} <= set(module.sources("dpoviz.experiments.real"))
+
+    def test_follow_a_change(self, monkeypatch):
+        before = module.code_digest("dpoviz.lm.reference")
+        inner = module.sources
+        changed = lambda name: {k: v + "#" * (k == "dpoviz.lm.packing") for k, v in inner(name).items()}  # noqa: E731
+        monkeypatch.setattr(module, "sources", changed)
+        assert module.code_digest("dpoviz.lm.reference") != before

@@ -16,18 +16,11 @@ from scipy.stats import chisquare
 from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, MistralForCausalLM
 
-import dpoviz.logprobs as lp
-from dpoviz.logprobs import (
-    PrefixBatch,
-    by_length,
-    context_length,
-    evaluating,
-    prefix_batch,
-    sample_answers,
-    sampling,
-    score_answers,
-    supports_shared_prefix,
-)
+import dpoviz.lm.scoring as lp
+from dpoviz.lm import packing
+from dpoviz.lm.packing import PrefixBatch, by_length, prefix_batch
+from dpoviz.lm.sampling import sample_answers, sampling
+from dpoviz.lm.scoring import context_length, evaluating, score_answers, supports_shared_prefix
 
 VOCAB, PAD, EOS = 30, 0, 2
 # float64 and sums of at most 60 terms of order 10: the rounding is about 1e-13, the bound leaves a thousandfold
@@ -118,7 +111,7 @@ class TestPrefixBatch:
 
     def test_short_prompts_fill_up_a_row(self, monkeypatch):
         prompts, answers = [[3], [5, 6, 7], [4]], [[[8, 2], [9, 2]], [[7, 8, 2], [9, 2]], [[2], [1, 2]]]
-        monkeypatch.setattr(lp, "_ATTENTION", 10)  # 2 rows of 6 cost 12 * 16, one of 11 costs 11 * 21
+        monkeypatch.setattr(packing, "_ATTENTION", 10)  # 2 rows of 6 cost 12 * 16, one of 11 costs 11 * 21
         batch = prefix_batch(prompts, answers, pad_id=0)
         assert batch.input_ids.tolist() == [[5, 6, 7, 7, 8, 9], [3, 8, 9, 4, 1, 0]]
         assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3], [0, 1, 1, 0, 1, 0]]
@@ -153,7 +146,7 @@ class TestPrefixBatch:
         some = [[draw.randint(1, 300) for _ in range(draw.randint(2, 6))] for _ in range(60)]
 
         def cost(rows, width):
-            return rows * width * (lp._ATTENTION + width)
+            return rows * width * (packing._ATTENTION + width)
 
         def over_the_best():
             found = []
@@ -165,7 +158,7 @@ class TestPrefixBatch:
             return sum(found) / len(found)
 
         assert over_the_best() < 1.02
-        monkeypatch.setattr(lp, "_FEWER", 0)
+        monkeypatch.setattr(packing, "_FEWER", 0)
         assert over_the_best() > 1.05  # the control: rows as long as the longest prompt
 
     def test_what_pairs_share_stands_once(self):
@@ -180,7 +173,7 @@ class TestPrefixBatch:
     def test_answers_of_one_prompt_are_spread_where_one_row_would_be_dear(self, monkeypatch):
         prompts, answers = [[5]] * 2, [[[7] * 9, [8] * 9], [[9] * 9, [7] * 9]]
         assert prefix_batch(prompts, answers, pad_id=0).input_ids.shape == (1, 25)
-        monkeypatch.setattr(lp, "_ATTENTION", 0)  # the cost is then rows * T²
+        monkeypatch.setattr(packing, "_ATTENTION", 0)  # the cost is then rows * T²
         batch = prefix_batch(prompts, answers, pad_id=0)
         assert batch.input_ids.tolist() == [[5, *[7] * 8, *[8] * 8], [5, *[9] * 8, *[0] * 8]]
         assert batch.answers.tolist() == [[0, 1], [2, 0]]
@@ -189,10 +182,10 @@ class TestPrefixBatch:
     @pytest.mark.parametrize(
         ("prompts", "answers", "message"),
         [
-            ([], [], "prompts, answers: came 0 and 0"),
-            ([[3]], [[[4]], [[4]]], "prompts, answers: came 1 and 2"),
-            ([[3], [3]], [[[4]], [[4], [5]]], r"answers: came \[1, 2\] a prompt, expected the same number"),
-            ([[3]], [[]], r"answers: came \[0\] a prompt"),
+            ([], [], "prompts, answers: got 0 and 0"),
+            ([[3]], [[[4]], [[4]]], "prompts, answers: got 1 and 2"),
+            ([[3], [3]], [[[4]], [[4], [5]]], r"answers: got \[1, 2\] a prompt, expected the same number"),
+            ([[3]], [[]], r"answers: got \[0\] a prompt"),
             ([[3], []], [[[4]], [[4]]], r"prompts: empty in rows \[1\]"),
             ([[3], [3]], [[[4]], [[]]], r"answers: empty in rows \[1\]"),
         ],
@@ -229,8 +222,8 @@ class TestScoreAnswers:
         prompts = data.draw(st.lists(st.lists(token, min_size=1, max_size=9), min_size=1, max_size=6))
         answer = st.lists(token, min_size=1, max_size=9)
         answers = [data.draw(st.lists(answer, min_size=k, max_size=k)) for _ in prompts]
-        attention = data.draw(st.sampled_from([0, lp._ATTENTION]))
-        with torch.no_grad(), mock.patch.object(lp, "_ATTENTION", attention):
+        attention = data.draw(st.sampled_from([0, packing._ATTENTION]))
+        with torch.no_grad(), mock.patch.object(packing, "_ATTENTION", attention):
             a, b = (
                 score_answers(llama, prompts, answers, pad_id=PAD, entropy=True, features=True, shared_prefix=shared)
                 for shared in (True, False)
@@ -511,7 +504,7 @@ class TestAdapters:
         peft = pytest.importorskip("peft")
         settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         model = wrapped(make_model("llama", dtype=torch.float32), settings)
-        with pytest.raises(ValueError, match=r"model: came a prompt-tuning adapter, .* expected one such as LoRA"):
+        with pytest.raises(ValueError, match=r"model: got a prompt-tuning adapter, .* expected one such as LoRA"):
             score_answers(model, [[3]], [[[4]]], pad_id=PAD)
 
 
@@ -753,10 +746,10 @@ class TestSampleAnswers:
     @pytest.mark.parametrize(
         ("prompts", "k", "limit", "message"),
         [
-            ([[1]], 0, 3, "k: came 0, expected at least 1"),
-            ([], 1, 3, "prompts: came none, or an empty one"),
-            ([[1], []], 1, 3, "prompts: came none, or an empty one"),
-            ([[1], [1] * 62], 1, 3, "max_new_tokens: came 3, but a prompt has 62 tokens and the context 64"),
+            ([[1]], 0, 3, "k: got 0, expected at least 1"),
+            ([], 1, 3, "prompts: got none, or an empty one"),
+            ([[1], []], 1, 3, "prompts: got none, or an empty one"),
+            ([[1], [1] * 62], 1, 3, "max_new_tokens: got 3, but a prompt has 62 tokens and the context 64"),
         ],
     )
     def test_refused(self, small, prompts, k, limit, message):

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
 from dpoviz.losses import dpo_loss, gradients_on_beta, log_ratio_difference, scale, total_loss
-from dpoviz.regularizers import (
-    entropy_penalty,
-    range_penalty,
-    smoothness_penalty,
-    task_consistency_penalty,
-)
+from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
 
 FORMS = ("inverse", "standard")
 NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -68,7 +63,7 @@ class TestScale:
 
     @pytest.mark.parametrize("form", ["Inverse", "", None, True])
     def test_refuses_another_form(self, form):
-        with pytest.raises(ValueError, match="form: came"):
+        with pytest.raises(ValueError, match="form: got"):
             scale(0.1, form)
 
     @pytest.mark.parametrize("form", FORMS)
@@ -130,13 +125,13 @@ class TestLogRatioDifference:
     def test_refuses_another_shape(self, position, shape):
         logps, _ = batch()
         logps[position] = torch.zeros(shape, dtype=torch.float64)
-        with pytest.raises(ValueError, match=f"{NAMES[position]}: came shape"):
+        with pytest.raises(ValueError, match=f"{NAMES[position]}: got shape"):
             log_ratio_difference(*logps)
 
     def test_refuses_columns_and_integers(self):
-        with pytest.raises(ValueError, match="policy_chosen_logps: came shape"):
+        with pytest.raises(ValueError, match="policy_chosen_logps: got shape"):
             log_ratio_difference(*[torch.zeros(4, 1)] * 4)
-        with pytest.raises(ValueError, match=r"policy_chosen_logps: came a torch\.int64"):
+        with pytest.raises(ValueError, match=r"policy_chosen_logps: got a torch\.int64"):
             log_ratio_difference(*[torch.zeros(4, dtype=torch.int64)] * 4)
 
 
@@ -291,7 +286,7 @@ class TestDPOLoss:
     @pytest.mark.parametrize("form", FORMS)
     def test_refuses_a_column_of_betas(self, form):
         logps, beta = batch()
-        with pytest.raises(ValueError, match=r"beta: came shape \(4, 1\)"):
+        with pytest.raises(ValueError, match=r"beta: got shape \(4, 1\)"):
             dpo_loss(*logps, beta[:, None], form=form)
         # what it would have been: a plausible number that is not the loss
         naive = -F.logsigmoid(scale(beta, form)[:, None] * log_ratio_difference(*logps))
@@ -301,7 +296,7 @@ class TestDPOLoss:
 
     @pytest.mark.parametrize("shape", [(1,), (3,), (1, 4), (4, 4)])
     def test_refuses_betas_of_another_batch(self, shape):
-        with pytest.raises(ValueError, match="beta: came shape"):
+        with pytest.raises(ValueError, match="beta: got shape"):
             dpo_loss(*batch()[0], torch.ones(shape, dtype=torch.float64), form="standard")
 
     def test_the_form_has_no_default(self):
@@ -428,16 +423,16 @@ class TestTotalLoss:
     @pytest.mark.parametrize("weight", OFF)
     @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
     def test_refuses_weights_that_are_none(self, weight, value):
-        with pytest.raises(ValueError, match=f"{weight}: came"):
+        with pytest.raises(ValueError, match=f"{weight}: got"):
             objective(batch()[1], **{weight: value})
 
     def test_refuses_features_of_another_batch(self):
-        with pytest.raises(ValueError, match="x: came 3 rows, expected 4"):
+        with pytest.raises(ValueError, match="x: got 3 rows, expected 4"):
             objective(batch()[1], beta_fn=ConstantBeta(1.0), x=features()[:3], lambda_smoothness=1)
 
     @pytest.mark.parametrize("beta", [0.1, torch.ones(4, 1)])
     def test_refuses_anything_but_one_beta_per_pair(self, beta):
-        with pytest.raises(ValueError, match="beta: came"):
+        with pytest.raises(ValueError, match="beta: got"):
             objective(beta)
 
     def test_trains_the_network_and_nothing_that_is_frozen(self):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_train import SMALL, VOCABULARY, run, small_model, small_pairs, weights
 
-import dpoviz.train as train_module
 from dpoviz.beta import ConstantBeta, EntropyBeta
 from dpoviz.losses import FORMS, scale
-from dpoviz.methods import METHODS
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
-from dpoviz.train import TrainConfig, answer_entropy
+from dpoviz.training.checkpoint import Checkpoint
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.methods import METHODS
+from dpoviz.training.observe import answer_entropy
 
 PAIRS = [(name, form) for name, method in METHODS.items() for form in method.forms]
 
@@ -42,17 +43,17 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path, mo
     config = TrainConfig.around(0.2, form, **SMALL)
     policy, history = run(world, config, start(name, form, world[1]))
     assert not torch.equal(weights(policy), weights(world[0]))
-    save = train_module._Checkpoint.save
+    save = Checkpoint.save
 
     def killed(self, step, rows):
         save(self, step, rows)
         if step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._Checkpoint, "save", killed)
+    monkeypatch.setattr(Checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(world, config, start(name, form, world[1]), out=tmp_path)
-    monkeypatch.setattr(train_module._Checkpoint, "save", save)
+    monkeypatch.setattr(Checkpoint, "save", save)
     again, same = run(world, config, start(name, form, world[1]), out=tmp_path)
     assert torch.equal(weights(again), weights(policy)) and same["loss"].tolist() == history["loss"].tolist()
     shutil.rmtree(tmp_path)
@@ -61,7 +62,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path, mo
 def test_a_method_is_refused_where_it_is_not_defined(world):
     for name, method in METHODS.items():
         for form in set(FORMS) - set(method.forms):
-            with pytest.raises(ValueError, match="form: came 'inverse', expected one of standard"):
+            with pytest.raises(ValueError, match="form: got 'inverse', expected one of standard"):
                 start(name, form, world[1])
 
 
@@ -79,7 +80,7 @@ def test_strength(world, name, kind, attribute, default):
 
 
 def test_no_strength_to_set(world):
-    with pytest.raises(ValueError, match=r"strength: came 0\.5, but this rule has no setting besides beta0"):
+    with pytest.raises(ValueError, match=r"strength: got 0\.5, but this rule has no setting besides beta0"):
         start("entropy", "standard", world[1], strength=0.5)
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dpoviz import models, tasks
-from dpoviz.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
+from dpoviz.data import tasks
+from dpoviz.lm import models
+from dpoviz.lm.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ class TestTokenizer:
         assert {tokenizer.eos_token_id, tokenizer.pad_token_id}.isdisjoint(tokenizer("a b 1 \n")["input_ids"])
 
     def test_too_small_a_vocabulary(self):
-        with pytest.raises(ValueError, match="vocab_size: came 100, expected at least 258"):
+        with pytest.raises(ValueError, match="vocab_size: got 100, expected at least 258"):
             tiny_tokenizer(["a"], vocab_size=100)
 
 
@@ -116,7 +117,7 @@ class TestLoadLM:
     def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
         """In a process of its own, because the hub's client reads its setting when it is imported."""
         program = (
-            "import time; from dpoviz.models import load_lm\n"
+            "import time; from dpoviz import load_lm\n"
             "begin = time.perf_counter()\n"
             "try: load_lm('nobody/no-such-model')\n"
             "except ValueError as error: print(time.perf_counter() - begin, error)"
@@ -421,7 +422,7 @@ class TestAddLoRA:
         assert torch.equal(first, drawn(1)) and not torch.equal(first, drawn(2))
 
     def test_refuses(self, tokenizer):
-        with pytest.raises(ValueError, match="rank, alpha: came 0"):
+        with pytest.raises(ValueError, match="rank, alpha: got 0"):
             add_lora(tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2), rank=0)
 
 

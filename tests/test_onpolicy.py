@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
-from dpoviz import onpolicy, tasks
-from dpoviz.data import load_pairs
-from dpoviz.onpolicy import check_humaneval, finish_program, humaneval_problems, sample_pairs, write_pairs
+from dpoviz.data import tasks
+from dpoviz.data.records import load_pairs
+from dpoviz.experiments import generate as onpolicy
+from dpoviz.experiments.generate import check_humaneval, finish_program, humaneval_problems, sample_pairs, write_pairs
 
 
 class TestFinishProgram:
@@ -127,8 +128,8 @@ class TestSamplePairs:
 
     @pytest.mark.parametrize(
         ("changed", "message"),
-        [({"tasks": ["poetry"]}, "tasks: came"), ({"tasks": []}, "tasks: came"), ({"samples": 1}, "samples: came 1"),
-         ({"prompts_per_task": 0}, "prompts_per_task: came 0")],
+        [({"tasks": ["poetry"]}, "tasks: got"), ({"tasks": []}, "tasks: got"), ({"samples": 1}, "samples: got 1"),
+         ({"prompts_per_task": 0}, "prompts_per_task: got 0")],
     )  # fmt: skip
     def test_refused(self, scripted, changed, message):
         with pytest.raises(ValueError, match=message):

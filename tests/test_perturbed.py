@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 
-import dpoviz.logprobs as lp
-import dpoviz.perturbed as module
-from dpoviz.perturbed import perturbed_directions
+import dpoviz.lm.scoring as lp
+import dpoviz.training.observe as module
+from dpoviz.training.observe import perturbed_directions
 
 PAD, EOS, VOCAB = 0, 2, 30
 
@@ -148,18 +148,18 @@ class TestProperties:
 class TestRefused:
     @pytest.mark.parametrize("epsilon", [0, 1, -0.1, math.nan])
     def test_epsilon(self, models, epsilon):
-        with pytest.raises(ValueError, match="epsilon: came"):
+        with pytest.raises(ValueError, match="epsilon: got"):
             perturbed_directions(*models, [[3]], [[[4], [5]]], epsilon=epsilon, pad_id=PAD)
 
     def test_answers(self, models):
-        with pytest.raises(ValueError, match="answers: came 3 to a prompt, expected chosen and rejected"):
+        with pytest.raises(ValueError, match="answers: got 3 to a prompt, expected chosen and rejected"):
             perturbed_directions(*models, [[3]], [[[4], [5], [6]]], epsilon=0.01, pad_id=PAD)
-        with pytest.raises(ValueError, match="prompts, answers: came 2 and 1"):
+        with pytest.raises(ValueError, match="prompts, answers: got 2 and 1"):
             perturbed_directions(*models, [[3], [3]], [[[4], [5]]], epsilon=0.01, pad_id=PAD)
 
     def test_reference(self, models, make_model):
         policy, _ = models
-        with pytest.raises(ValueError, match="reference: came a vocabulary of 31, expected the policy's 30"):
+        with pytest.raises(ValueError, match="reference: got a vocabulary of 31, expected the policy's 30"):
             perturbed_directions(policy, make_model(vocab=31), [[3]], [[[4], [5]]], epsilon=0.01, pad_id=PAD)
-        with pytest.raises(ValueError, match="reference: came the policy itself, without an adapter"):
+        with pytest.raises(ValueError, match="reference: got the policy itself, without an adapter"):
             perturbed_directions(policy, policy, [[3]], [[[4], [5]]], epsilon=0.01, pad_id=PAD)

@@ -23,9 +23,9 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dpoviz import plots
-from dpoviz.entropy import EntropyEstimates
-from dpoviz.table import EXPECTED_ORDER
+from dpoviz.analysis import plots
+from dpoviz.analysis.tables import EXPECTED_ORDER
+from dpoviz.lm.entropy import EntropyEstimates
 
 RANGE = {"beta0": 1.0, "beta_min": 0.25, "beta_max": 4.0}
 TERMS = ("dpo", "range", "smoothness", "entropy")
@@ -116,9 +116,9 @@ def cut_off(figure: Figure) -> list[str]:
 
 
 REFUSED = [
-    (lambda t: t.iloc[:0], "came no rows"),
+    (lambda t: t.iloc[:0], "got no rows"),
     (lambda t: t.drop(columns="form"), r"missing columns \['form'\]"),
-    (lambda t: pd.concat([t, t.assign(form="standard")]), r"came the forms \['inverse', 'standard'\], expected one"),
+    (lambda t: pd.concat([t, t.assign(form="standard")]), r"got the forms \['inverse', 'standard'\], expected one"),
 ]
 
 
@@ -423,7 +423,7 @@ class TestPlotTraining:
     @pytest.mark.parametrize(
         ("y", "drop", "message"),
         [
-            ("los", [], r"y: came 'los', expected one of \['loss', 'accuracy', 'margin', 'kl', 'beta'\]"),
+            ("los", [], r"y: got 'los', expected one of \['loss', 'accuracy', 'margin', 'kl', 'beta'\]"),
             ("kl", ["kl_se"], r"history: missing columns \['kl_se'\]"),
             ("beta", [f"beta/{task}" for task in EXPECTED_ORDER], r"history: missing columns \['beta/<task>'\]"),
         ],
@@ -611,7 +611,7 @@ class TestImports:
     def test_drawing_never_loads_pyplot(self):
         code = (
             "import sys, io, pandas as pd\n"
-            "from dpoviz import plots\n"
+            "from dpoviz.analysis import plots\n"
             "rows = dict(form='inverse', seed=0, task='math', prompt=list('abc'), beta=[1., 2., 3.],"
             " ref_entropy=[1., 2., 3.], ref_entropy_se=0.1)\n"
             "plots.figure_beta_by_task(pd.DataFrame(rows)).savefig(io.BytesIO())\n"
@@ -780,11 +780,11 @@ class TestPlotEntropyEstimators:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda t: t.iloc[:0], "came no rows"),
+            (lambda t: t.iloc[:0], "got no rows"),
             (lambda t: t.drop(columns="task"), r"missing columns \['task'\]"),
             (
                 lambda t: t.assign(estimator="guess"),
-                r"came the estimators \['guess'\], expected some of \['first_token'",
+                r"got the estimators \['guess'\], expected some of \['first_token'",
             ),
             (lambda t: t.assign(example=True), "nothing but examples"),
         ],

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from dpoviz.plots_compare import (
+from dpoviz.analysis.plots_comparison import (
     figure_betas,
     figure_effects,
     figure_frontier,
@@ -17,7 +17,7 @@ from dpoviz.plots_compare import (
     gains,
     plot_frontier,
 )
-from dpoviz.tasks import TASKS
+from dpoviz.data.tasks import TASKS
 
 ALL = (*TASKS, "all")
 
@@ -68,7 +68,7 @@ class TestFrontier:
         figure = figure_frontier(table(), noise=0.15)
         assert [ax.get_title() for ax in figure.axes] == [*TASKS, "mean of the tasks"]
         assert all(ax.get_xlabel() == "KL to the reference (nats)" for ax in figure.axes)
-        with pytest.raises(ValueError, match=r"noise: came 0\.4"):
+        with pytest.raises(ValueError, match=r"noise: got 0\.4"):
             figure_frontier(table(), noise=0.4)
 
 
@@ -106,7 +106,7 @@ def test_effects_are_filled_where_they_are_beyond_noise():
     ]
     assert any(np.allclose(x, [0.09, 0.12]) for x in intervals)
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.06, 0.06])
-    with pytest.raises(ValueError, match="effects: came no rows"):
+    with pytest.raises(ValueError, match="effects: got no rows"):
         figure_effects(pd.DataFrame(rows), noise=0.3)
 
 

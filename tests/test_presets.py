@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from dpoviz.data import load_pairs
-from dpoviz.presets import PRESETS
+from dpoviz.data.presets import PRESETS
+from dpoviz.data.records import load_pairs
 
 
 @pytest.fixture

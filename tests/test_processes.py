@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from dpoviz.train import TrainConfig
+from dpoviz.training.config import TrainConfig
 
 SCRIPT, SHARED, METHODS = (
     Path(__file__).with_name(name) for name in ("two_processes.py", "shared_work.py", "method_processes.py")
@@ -159,7 +159,7 @@ def test_float16_is_refused(monkeypatch):
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     reference = small.small_model()
     world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
-    with pytest.raises(ValueError, match="mixed_precision: came 'fp16', expected bf16 or no"):
+    with pytest.raises(ValueError, match="mixed_precision: got 'fp16', expected bf16 or no"):
         small.run(world, TrainConfig.around(0.1, "inverse", **small.SMALL), small.network())
 
 
@@ -168,6 +168,6 @@ def test_a_policy_in_pieces_is_refused(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
     reference = small.small_model()
     world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
-    message = rf"processes: came '?{kind}'?, expected data parallelism; dpoviz\.trl\.BetaDPOTrainer trains"
+    message = rf"processes: got '?{kind}'?, expected data parallelism; dpoviz\.trl\.BetaDPOTrainer trains"
     with pytest.raises(ValueError, match=message):
         small.run(world, TrainConfig.around(0.1, "inverse", **small.SMALL), small.network())

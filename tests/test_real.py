@@ -16,14 +16,15 @@ import test_processes as processes
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpoviz import models, tasks
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
-from dpoviz.data import load_pairs
-from dpoviz.logprobs import score_answers
-from dpoviz.methods import features
-from dpoviz.models import load_lm
-from dpoviz.real import EXAMPLES, FIXED, RealConfig, load, prepare
+from dpoviz.data import tasks
+from dpoviz.data.records import load_pairs
+from dpoviz.experiments.real import EXAMPLES, FIXED, RealConfig, load, prepare
+from dpoviz.lm import models
+from dpoviz.lm.models import load_lm
+from dpoviz.lm.scoring import score_answers
+from dpoviz.training.methods import features
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
 
@@ -220,7 +221,7 @@ class TestProcesses:
         line = processes.command(2, "-m", "dpoviz", "demo", "--fast", "--out", tmp_path)
         done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode != 0
-        assert "came 2 processes; expected one" in done.stderr
+        assert "got 2 processes; expected one" in done.stderr
 
 
 class TestOtherCommands:

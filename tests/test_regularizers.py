@@ -49,8 +49,8 @@ class TestRequireRows:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            (0.1, "v: came float"),
-            (torch.tensor([1, 2]), "v: came a torch.int64"),
+            (0.1, "v: got float"),
+            (torch.tensor([1, 2]), "v: got a torch.int64"),
             (torch.ones(2, 1), r"shape \(2, 1\), expected \(2,\); drop the last axis"),
             (torch.ones(3), r"shape \(3,\), expected \(2,\)"),
             (torch.ones(0), "expected"),
@@ -88,11 +88,11 @@ class TestRangePenalty:
         [(2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.1, float("inf")), (float("nan"), 1.0)],
     )
     def test_refuses_no_range(self, low, high):
-        with pytest.raises(ValueError, match="beta_min, beta_max: came"):
+        with pytest.raises(ValueError, match="beta_min, beta_max: got"):
             range_penalty(rows(1.0), low, high)
 
     def test_refuses_a_column(self):
-        with pytest.raises(ValueError, match="beta: came shape"):
+        with pytest.raises(ValueError, match="beta: got shape"):
             range_penalty(torch.ones(4, 1), 0.1, 1.0)
 
 
@@ -143,7 +143,7 @@ class TestSquaredGradientNorms:
 
     def test_restores_the_modes_after_an_error(self):
         net = trained_network().train()
-        with pytest.raises(ValueError, match="x: came"):
+        with pytest.raises(ValueError, match="x: got"):
             squared_gradient_norms(net, torch.zeros(2, 5, dtype=torch.float64))
         assert all(module.training for module in net.modules())
 
@@ -167,11 +167,11 @@ class TestSquaredGradientNorms:
 
     @pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 3, dtype=torch.int64)])
     def test_refuses_features_of_another_kind(self, x):
-        with pytest.raises(ValueError, match="x: came"):
+        with pytest.raises(ValueError, match="x: got"):
             squared_gradient_norms(lambda x: x.sum(1), x)
 
     def test_refuses_a_function_that_returns_a_column(self):
-        with pytest.raises(ValueError, match=r"beta_fn\(x\): came shape \(6, 1\)"):
+        with pytest.raises(ValueError, match=r"beta_fn\(x\): got shape \(6, 1\)"):
             squared_gradient_norms(nn.Linear(3, 1).double(), features())
 
 
@@ -235,7 +235,7 @@ class TestTaskConsistencyPenalty:
         ["code", ["math"], ["math", "code", "code", 3], torch.zeros(4), torch.zeros(3, dtype=torch.int64)],
     )
     def test_refuses_what_names_no_task_per_row(self, task):
-        with pytest.raises(ValueError, match="task: came"):
+        with pytest.raises(ValueError, match="task: got"):
             task_consistency_penalty(torch.ones(4), task)
 
 
@@ -260,9 +260,9 @@ class TestEntropyPenalty:
 
     @pytest.mark.parametrize("alpha", [0, -1.0, float("inf"), float("nan"), torch.tensor(0.5)])
     def test_refuses_alpha(self, alpha):
-        with pytest.raises(ValueError, match="alpha: came"):
+        with pytest.raises(ValueError, match="alpha: got"):
             entropy_penalty(rows(1.0), rows(1.0), alpha)
 
     def test_refuses_entropies_of_another_batch(self):
-        with pytest.raises(ValueError, match="ref_entropy: came"):
+        with pytest.raises(ValueError, match="ref_entropy: got"):
             entropy_penalty(rows(1.0, 2.0), rows(1.0), 0.5)

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from dpoviz.report import FIGURES, reading, write_report
-from dpoviz.table import beta_table, summarize
+from dpoviz.analysis.report import FIGURES, reading, write_report
+from dpoviz.analysis.tables import beta_table, summarize
 
 KEPT = (
     "Over resampled prompts the medians keep their order in 85 % of cases; what another seed, or another rounding of "
@@ -80,7 +80,7 @@ class TestReading:
         ("change", "message"),
         [
             (lambda s: s.drop(columns=["rho", "task"]), r"summary: missing columns \['task', 'rho'\]"),
-            (lambda s: s.iloc[:0], "summary: came no rows"),
+            (lambda s: s.iloc[:0], "summary: got no rows"),
         ],
     )
     def test_refuses(self, change, message):
@@ -244,6 +244,6 @@ class TestWriteReport:
 
     @pytest.mark.parametrize("names", [(), ("training",), ("beta_by_task", "loss")])
     def test_refuses_other_figures(self, tmp_path, names):
-        with pytest.raises(ValueError, match=r"figures: came \[.*\], expected 'beta_by_task' and any of"):
+        with pytest.raises(ValueError, match=r"figures: got \[.*\], expected 'beta_by_task' and any of"):
             written(tmp_path, figures={name: figure() for name in names})
         assert not list(tmp_path.iterdir())

@@ -10,10 +10,10 @@ import torch
 from scipy.stats import chisquare
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
-from dpoviz.logprobs import score_answers
+from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import dpo_loss
-from dpoviz.perturbed import perturbed_directions
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, FromPrompt, Lookup, MallowsPO, Random, Seen
+from dpoviz.training.observe import perturbed_directions
 
 # a few dozen operations in float64 on numbers of order 1 to 100
 EXACT = {"rel": 1e-12, "abs": 0}
@@ -120,16 +120,16 @@ class TestRule:
         for name in ("BetaDPO", "LSC"):
             with pytest.raises(ValueError, match=r"h: not finite in rows \[0\]"):
                 PUBLISHED[name]()(see([math.nan, 1, 1, 1]))
-        with pytest.raises(ValueError, match=r"direction: came None, expected shape \(4,\)"):
+        with pytest.raises(ValueError, match=r"direction: got None, expected shape \(4,\)"):
             EpsilonDPO(0.1)(see())
-        with pytest.raises(ValueError, match=r"answer_entropy: came None, expected shape \(4,\)"):
+        with pytest.raises(ValueError, match=r"answer_entropy: got None, expected shape \(4,\)"):
             MallowsPO(0.1, c=1.0)(see())
 
     def test_refuses_rows_of_another_shape(self, published):
         rule = published()
         seen = looking(rule)
         wrong = {name: getattr(seen, name)[:, None] for name in (*(rule.needs - {"kl"}), "h")}
-        with pytest.raises(ValueError, match=r": came shape \(4, 1\), expected \(4,\)"):
+        with pytest.raises(ValueError, match=r": got shape \(4, 1\), expected \(4,\)"):
             rule(Seen(**{**vars(seen), **wrong}))
 
 
@@ -137,31 +137,31 @@ class TestRule:
     ("make", "message"),
     [
         *[
-            (lambda make=make, bad=bad: make(bad), "beta0: came")
+            (lambda make=make, bad=bad: make(bad), "beta0: got")
             for make in (BetaDPO, EpsilonDPO, LSC)
             for bad in (0, -1, math.inf, math.nan, True, "1")
         ],
-        (lambda: BetaDPO(1, a=-0.1), "a: came -0.1"),
-        (lambda: BetaDPO(1, momentum=1), "momentum: came 1"),
-        (lambda: BetaDPO(1, keep=0), "keep: came 0"),
-        (lambda: BetaDPO(1, keep=1.1), "keep: came 1.1"),
-        (lambda: EpsilonDPO(1, epsilon=0), "epsilon: came 0"),
-        (lambda: EpsilonDPO(1, epsilon=1), "epsilon: came 1"),
-        (lambda: MallowsPO(1, c=0), "c: came 0"),
-        (lambda: MallowsPO(1, c=1, sign=0), "sign: came 0"),
-        (lambda: LSC(1, eta=0), "eta: came 0"),
-        (lambda: LSC(1, target=-1), "target: came -1"),
-        (lambda: LSC(1, start=0), "start: came 0"),
-        (lambda: DualKL(1, target=0), "target: came 0"),
-        (lambda: DualKL(1, target=1, horizon=0), "horizon: came 0"),
-        (lambda: DualKL(1, target=1, every=0), "every: came 0"),
-        (lambda: DualKL(1, target=1, every=50, horizon=10), "every: came 50"),
-        (lambda: DualKL(1, target=1, tasks=[]), r"tasks: came \[\]"),
-        (lambda: DualKL(1, target=1, tasks="math"), "tasks: came 'math'"),
-        (lambda: DualKL(1, target=1, tasks=["a", "a"]), "tasks: came"),
-        (lambda: Random(0, spread=1), "mean: came 0"),
-        (lambda: Random(1, spread=-1), "spread: came -1"),
-        (lambda: Random(1, spread=1, seed=-1), "seed: came -1"),
+        (lambda: BetaDPO(1, a=-0.1), "a: got -0.1"),
+        (lambda: BetaDPO(1, momentum=1), "momentum: got 1"),
+        (lambda: BetaDPO(1, keep=0), "keep: got 0"),
+        (lambda: BetaDPO(1, keep=1.1), "keep: got 1.1"),
+        (lambda: EpsilonDPO(1, epsilon=0), "epsilon: got 0"),
+        (lambda: EpsilonDPO(1, epsilon=1), "epsilon: got 1"),
+        (lambda: MallowsPO(1, c=0), "c: got 0"),
+        (lambda: MallowsPO(1, c=1, sign=0), "sign: got 0"),
+        (lambda: LSC(1, eta=0), "eta: got 0"),
+        (lambda: LSC(1, target=-1), "target: got -1"),
+        (lambda: LSC(1, start=0), "start: got 0"),
+        (lambda: DualKL(1, target=0), "target: got 0"),
+        (lambda: DualKL(1, target=1, horizon=0), "horizon: got 0"),
+        (lambda: DualKL(1, target=1, every=0), "every: got 0"),
+        (lambda: DualKL(1, target=1, every=50, horizon=10), "every: got 50"),
+        (lambda: DualKL(1, target=1, tasks=[]), r"tasks: got \[\]"),
+        (lambda: DualKL(1, target=1, tasks="math"), "tasks: got 'math'"),
+        (lambda: DualKL(1, target=1, tasks=["a", "a"]), "tasks: got"),
+        (lambda: Random(0, spread=1), "mean: got 0"),
+        (lambda: Random(1, spread=-1), "spread: got -1"),
+        (lambda: Random(1, spread=1, seed=-1), "seed: got -1"),
     ],
 )
 def test_refuses_settings(make, message):
@@ -229,7 +229,7 @@ class TestBetaDPO:
         assert out.weight.sum() == 3 and torch.equal(out.beta, torch.full((4,), 0.1, dtype=out.beta.dtype))
 
     def test_one_pair_has_no_spread(self):
-        with pytest.raises(ValueError, match="h: came 1 pair, expected at least 2"):
+        with pytest.raises(ValueError, match="h: got 1 pair, expected at least 2"):
             BetaDPO(0.1)(see([1.0]))
         assert BetaDPO(0.1, keep=1)(see([1.0])).beta.shape == (1,)
 
@@ -249,7 +249,7 @@ class TestEpsilonDPO:
         assert beta[0] < beta[1] < beta[2]
 
     def test_refuses_other_directions(self):
-        with pytest.raises(ValueError, match=r"direction: came .*, expected -1, 0 or 1"):
+        with pytest.raises(ValueError, match=r"direction: got .*, expected -1, 0 or 1"):
             EpsilonDPO(0.1)(see(direction=torch.tensor([1.0, 0.5, 0.0, 0.0])))
 
 
@@ -277,7 +277,7 @@ class TestMallowsPO:
 
     @pytest.mark.parametrize("entropy", [-0.1, 1.1, 3.2])
     def test_refuses_nats(self, entropy):
-        with pytest.raises(ValueError, match=r"answer_entropy: came .* expected 0 to 1; divide nats"):
+        with pytest.raises(ValueError, match=r"answer_entropy: got .* expected 0 to 1; divide nats"):
             MallowsPO(1.0, c=1.0)(see(answer_entropy=torch.tensor([0.5, entropy, 0.5, 0.5])))
 
 
@@ -352,11 +352,11 @@ class TestDualKL:
 
     def test_refuses(self):
         rule = DualKL(0.1, target=1.0, tasks=["math", "code"])
-        with pytest.raises(ValueError, match=r"task: came 4 rows, \['dialogue'\] unknown"):
+        with pytest.raises(ValueError, match=r"task: got 4 rows, \['dialogue'\] unknown"):
             rule(see())
-        with pytest.raises(ValueError, match=r"kl: came .*, expected a finite KL for \['code'\]"):
+        with pytest.raises(ValueError, match=r"kl: got .*, expected a finite KL for \['code'\]"):
             rule(see(task=["math"] * 4, kl={"math": 1.0}))
-        with pytest.raises(ValueError, match=r"kl: came \{\}, expected a finite KL"):
+        with pytest.raises(ValueError, match=r"kl: got \{\}, expected a finite KL"):
             DualKL(0.1, target=1.0)(see(kl={}))
 
 
@@ -388,7 +388,7 @@ class TestRandom:
         assert torch.equal(Random(0.5, spread=0)(see()).beta, torch.full((4,), 0.5))
 
     def test_refuses_features(self):
-        with pytest.raises(ValueError, match="x: came"):
+        with pytest.raises(ValueError, match="x: got"):
             Random(0.5, spread=1)(see(x=torch.full((4, 3), math.nan)))
 
 
@@ -410,9 +410,9 @@ class TestLookup:
             Lookup(x[[0, 1, 0]], torch.tensor([1.0, 1.0, 1.1]))
         with pytest.raises(ValueError, match=r"beta: not positive in rows \[1\]"):
             Lookup(x[:2], torch.tensor([1.0, 0.0]))
-        with pytest.raises(ValueError, match=r"beta: came shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"beta: got shape \(3,\)"):
             Lookup(x, torch.ones(3))
-        with pytest.raises(ValueError, match="task: came '3 entries', expected 4"):
+        with pytest.raises(ValueError, match="task: got '3 entries', expected 4"):
             Lookup.shuffled(x, torch.ones(4), ["math"] * 3, within_task=True, seed=0)
 
     @pytest.mark.parametrize("within_task", [True, False])

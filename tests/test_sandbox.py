@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpoviz.sandbox import run_program
+from dpoviz.experiments.sandbox import run_program
 
 
 def test_a_program_that_ends_has_passed():

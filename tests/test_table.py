@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpoviz.table import COLUMNS, EXPECTED_ORDER, beta_table, summarize, summarize_accuracy
+from dpoviz.analysis.tables import COLUMNS, EXPECTED_ORDER, beta_table, summarize, summarize_accuracy
 
 # sums and quotients of a few dozen numbers of size 1 in float64: rounding stays below 1e-13
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -89,19 +89,19 @@ class TestBetaTable:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"form": "direct"}, "form: came 'direct'"),
-            ({"beta": [1.0]}, r"beta: came shape \(1,\), expected \(2,\)"),
-            ({"beta": torch.ones(2, 1)}, r"beta: came shape \(2, 1\), expected \(2,\)"),
+            ({"form": "direct"}, "form: got 'direct'"),
+            ({"beta": [1.0]}, r"beta: got shape \(1,\), expected \(2,\)"),
+            ({"beta": torch.ones(2, 1)}, r"beta: got shape \(2, 1\), expected \(2,\)"),
             ({"beta": [1.0, 0.0]}, r"beta: not positive in rows \[1\]"),
             ({"beta": [float("inf"), 1.0]}, r"beta: not finite in rows \[0\]"),
             ({"ref_entropy": [1.0, float("nan")]}, r"ref_entropy: not finite in rows \[1\]"),
             ({"ref_entropy": [1.0, -0.1]}, r"ref_entropy: negative in rows \[1\]"),
             ({"ref_entropy_se": [-1.0, 0.0]}, r"ref_entropy_se: negative in rows \[0\]"),
-            ({"ref_entropy_se": 0.1}, r"ref_entropy_se: came shape \(\)"),
-            ({"task": ["math"]}, "task: came 1 rows, expected 2"),
-            ({"task": ["math", "all"]}, "task: came 'all', expected another name"),
+            ({"ref_entropy_se": 0.1}, r"ref_entropy_se: got shape \(\)"),
+            ({"task": ["math"]}, "task: got 1 rows, expected 2"),
+            ({"task": ["math", "all"]}, "task: got 'all', expected another name"),
             ({"prompt": ["a", "a"]}, "prompt: 1 rows repeat.*'a' in 'math'"),
-            ({"prompt": []}, "prompt: came no rows"),
+            ({"prompt": []}, "prompt: got no rows"),
         ],
     )
     def test_refuses(self, change, message):
@@ -263,10 +263,10 @@ class TestSummarize:
         ("change", "kws", "message"),
         [
             (lambda t: t.drop(columns=["scale", "seed"]), {}, r"table: missing columns \['seed', 'scale'\]"),
-            (lambda t: t.iloc[:0], {}, "table: came no rows"),
+            (lambda t: t.iloc[:0], {}, "table: got no rows"),
             (lambda t: pd.concat([t, t.iloc[:1]]), {}, "prompt: 1 rows repeat.*'p0'"),
-            (lambda t: t.assign(task="all"), {}, "task: came 'all'"),
-            (lambda t: t, {"n_boot": 99}, "n_boot: came 99, expected at least 100"),
+            (lambda t: t.assign(task="all"), {}, "task: got 'all'"),
+            (lambda t: t, {"n_boot": 99}, "n_boot: got 99, expected at least 100"),
         ],
     )
     def test_refuses(self, change, kws, message):
@@ -334,13 +334,13 @@ class TestSummarizeAccuracy:
 
     def test_refuses(self):
         data = scored({"a": [1.0, 2.0], "fixed": [1.0, -2.0]})
-        with pytest.raises(ValueError, match="baseline: came 'none', expected one of"):
+        with pytest.raises(ValueError, match="baseline: got 'none', expected one of"):
             summarize_accuracy(data, baseline="none")
         with pytest.raises(ValueError, match="missing columns \\['h'\\]"):
             summarize_accuracy(data.drop(columns="h"), baseline="fixed")
         with pytest.raises(ValueError, match="have other pairs"):
             summarize_accuracy(data.iloc[:-1], baseline="fixed")
-        with pytest.raises(ValueError, match="n_boot: came 10"):
+        with pytest.raises(ValueError, match="n_boot: got 10"):
             summarize_accuracy(data, baseline="fixed", n_boot=10)
         with pytest.raises(ValueError, match="all"):
             summarize_accuracy(data.assign(task="all"), baseline="fixed")

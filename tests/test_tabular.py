@@ -161,15 +161,15 @@ class TestOptimalPolicy:
     @pytest.mark.parametrize(
         ("ref", "rewards", "words"),
         [
-            (torch.zeros(2, 3), None, r"ref_logps: came a torch\.float32 tensor"),
-            ([[0.0]], None, "ref_logps: came list"),
+            (torch.zeros(2, 3), None, r"ref_logps: got a torch\.float32 tensor"),
+            ([[0.0]], None, "ref_logps: got list"),
             (f64([[0.5, 0.5], [0.2, 0.2]]).log(), None, r"ref_logps: not normalised in rows \[1\]"),
             (f64([[0.5, 0.5], [1.0, 0.0]]).log(), None, r"ref_logps: not finite in rows \[1\]"),
             (f64([[0.5, 0.5], [math.nan, 1.0]]).log(), None, r"ref_logps: nan in rows \[1\]"),
-            (f64([0.5, 0.5]).log(), None, r"ref_logps: came shape \(2,\), expected \(X, Y\)"),
-            (torch.zeros((0, 3), dtype=torch.float64), None, r"ref_logps: came shape \(0, 3\)"),
-            (f64([[0.5, 0.5]]).log(), f64([[1.0, 2.0, 3.0]]), r"rewards: came shape \(1, 3\), expected \(1, 2\)"),
-            (f64([[0.5, 0.5]]).log(), torch.ones(1, 2), r"rewards: came a torch\.float32 tensor"),
+            (f64([0.5, 0.5]).log(), None, r"ref_logps: got shape \(2,\), expected \(X, Y\)"),
+            (torch.zeros((0, 3), dtype=torch.float64), None, r"ref_logps: got shape \(0, 3\)"),
+            (f64([[0.5, 0.5]]).log(), f64([[1.0, 2.0, 3.0]]), r"rewards: got shape \(1, 3\), expected \(1, 2\)"),
+            (f64([[0.5, 0.5]]).log(), torch.ones(1, 2), r"rewards: got a torch\.float32 tensor"),
             (f64([[0.5, 0.5]]).log(), f64([[1.0, math.inf]]), r"rewards: not finite in rows \[0\]"),
         ],
     )
@@ -181,15 +181,15 @@ class TestOptimalPolicy:
     @pytest.mark.parametrize(
         ("beta", "words"),
         [
-            (-1.0, r"beta: came \[-1\.0, -1\.0\]"),
-            (math.nan, "beta: came"),
-            ("1", "beta: came '1'"),
-            (True, "beta: came True"),
-            (None, "beta: came None"),
-            (f64([[1.0], [1.0]]), r"beta: came shape \(2, 1\), expected \(2,\)"),
-            (f64(1.0), r"beta: came shape \(\)"),
-            (torch.ones(2), r"beta: came a torch\.float32"),
-            (f64([1.0, -2.0]), r"beta: came \[-2\.0\] in rows \[1\]"),
+            (-1.0, r"beta: got \[-1\.0, -1\.0\]"),
+            (math.nan, "beta: got"),
+            ("1", "beta: got '1'"),
+            (True, "beta: got True"),
+            (None, "beta: got None"),
+            (f64([[1.0], [1.0]]), r"beta: got shape \(2, 1\), expected \(2,\)"),
+            (f64(1.0), r"beta: got shape \(\)"),
+            (torch.ones(2), r"beta: got a torch\.float32"),
+            (f64([1.0, -2.0]), r"beta: got \[-2\.0\] in rows \[1\]"),
         ],
     )
     def test_refuses_what_is_no_beta(self, beta, words):
@@ -231,7 +231,7 @@ class TestLogPartition:
 
     @pytest.mark.parametrize("beta", [0.0, math.inf, -1.0])
     def test_refuses_the_limits(self, beta):
-        with pytest.raises(ValueError, match="beta: came"):
+        with pytest.raises(ValueError, match="beta: got"):
             log_partition(*world(0), beta)
 
 
@@ -260,7 +260,7 @@ class TestKL:
             kl(ref_logps + 1e-6, ref_logps)
         with pytest.raises(ValueError, match=r"policy_logps: not normalised in rows \[0, 1\]"):
             kl(torch.full_like(ref_logps, -math.inf), ref_logps)
-        with pytest.raises(ValueError, match=r"policy_logps: came shape \(1, 3\), expected \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"policy_logps: got shape \(1, 3\), expected \(2, 3\)"):
             kl(ref_logps[:1], ref_logps)
         with pytest.raises(ValueError, match=r"ref_logps: not finite in rows \[0\]"):
             kl(f64([[0.5, 0.5]]).log(), f64([[1.0, 0.0]]).log())
@@ -300,10 +300,10 @@ class TestKLRegularizedObjective:
     @pytest.mark.parametrize(
         ("probs", "words"),
         [
-            (f64([0.5, 0.4]), r"prompt_probs: came \[0\.5, 0\.4\], expected probabilities"),
-            (f64([1.5, -0.5]), "prompt_probs: came"),
-            (f64([1.0]), r"prompt_probs: came shape \(1,\), expected \(2,\)"),
-            (torch.tensor([0.5, 0.5]), r"prompt_probs: came a torch\.float32"),
+            (f64([0.5, 0.4]), r"prompt_probs: got \[0\.5, 0\.4\], expected probabilities"),
+            (f64([1.5, -0.5]), "prompt_probs: got"),
+            (f64([1.0]), r"prompt_probs: got shape \(1,\), expected \(2,\)"),
+            (torch.tensor([0.5, 0.5]), r"prompt_probs: got a torch\.float32"),
         ],
     )
     def test_refuses_weights_that_are_no_distribution(self, probs, words):
@@ -349,7 +349,7 @@ class TestDual:
         torch.testing.assert_close(together, 0.2 * alone[0] + 0.8 * alone[1], **EXACT)
 
     @pytest.mark.parametrize(
-        ("beta", "epsilon", "words"), [(math.inf, 0.1, "beta: came"), (1.0, -0.1, "epsilon: came"), (1.0, "a", "eps")]
+        ("beta", "epsilon", "words"), [(math.inf, 0.1, "beta: got"), (1.0, -0.1, "epsilon: got"), (1.0, "a", "eps")]
     )
     def test_refuses(self, beta, epsilon, words):
         with pytest.raises(ValueError, match=words):
@@ -496,12 +496,12 @@ class TestSolveBeta:
     @pytest.mark.parametrize(
         ("epsilon", "options", "words"),
         [
-            (-0.1, {}, r"epsilon: came \[-0\.1\]"),
-            (math.inf, {}, "epsilon: came"),
-            (f64([0.1, 0.2]), {}, "epsilon: came a tensor, expected one number; per_prompt=True"),
-            (f64([0.1]), {"per_prompt": True}, r"epsilon: came shape \(1,\), expected \(2,\)"),
-            (f64([0.1, -0.2]), {"per_prompt": True}, r"epsilon: came \[-0\.2\] in rows \[1\]"),
-            (0.1, {"per_prompt": True, "prompt_probs": f64([0.5, 0.5])}, "prompt_probs: came with per_prompt"),
+            (-0.1, {}, r"epsilon: got \[-0\.1\]"),
+            (math.inf, {}, "epsilon: got"),
+            (f64([0.1, 0.2]), {}, "epsilon: got a tensor, expected one number; per_prompt=True"),
+            (f64([0.1]), {"per_prompt": True}, r"epsilon: got shape \(1,\), expected \(2,\)"),
+            (f64([0.1, -0.2]), {"per_prompt": True}, r"epsilon: got \[-0\.2\] in rows \[1\]"),
+            (0.1, {"per_prompt": True, "prompt_probs": f64([0.5, 0.5])}, "prompt_probs: got with per_prompt"),
         ],
     )
     def test_refuses(self, epsilon, options, words):
@@ -642,7 +642,7 @@ class TestBradleyTerry:
         torch.testing.assert_close(bradley_terry(moved), logits, rtol=0, atol=1e-13)  # rounding of r + 20
 
     def test_refuses(self):
-        with pytest.raises(ValueError, match=r"rewards: came shape \(2,\)"):
+        with pytest.raises(ValueError, match=r"rewards: got shape \(2,\)"):
             bradley_terry(f64([1.0, 2.0]))
         with pytest.raises(ValueError, match=r"rewards: not finite in rows \[1\]"):
             bradley_terry(f64([[1.0], [math.inf]]))
@@ -747,16 +747,16 @@ class TestPopulationLoss:
         single = torch.zeros((2, 1), dtype=torch.float64)
         for arguments, words in (
             ((ref_logps, ref_logps, crooked, 1.0, form), r"preference_logits: not antisymmetric in rows \[1\]"),
-            ((ref_logps, ref_logps, logits[:, :2], 1.0, form), r"preference_logits: came shape \(2, 2, 3\)"),
+            ((ref_logps, ref_logps, logits[:, :2], 1.0, form), r"preference_logits: got shape \(2, 2, 3\)"),
             ((ref_logps, ref_logps, logits * math.inf, 1.0, form), "preference_logits: nan"),
-            ((ref_logps, ref_logps, logits.float(), 1.0, form), r"preference_logits: came a torch\.float32"),
-            ((single, single, single[:, :, None], 1.0, form), "ref_logps: came 1 answer per prompt"),
+            ((ref_logps, ref_logps, logits.float(), 1.0, form), r"preference_logits: got a torch\.float32"),
+            ((single, single, single[:, :, None], 1.0, form), "ref_logps: got 1 answer per prompt"),
             ((ref_logps + 1, ref_logps, logits, 1.0, form), r"policy_logps: not normalised in rows \[0, 1\]"),
             ((ref_logps, ref_logps + 1, logits, 1.0, form), r"ref_logps: not normalised in rows \[0, 1\]"),
-            ((ref_logps[:1], ref_logps, logits, 1.0, form), r"policy_logps: came shape \(1, 3\)"),
-            ((ref_logps, ref_logps, logits, 0.0, form), "beta: came"),
-            ((ref_logps, ref_logps, logits, math.inf, form), "beta: came"),
-            ((ref_logps, ref_logps, logits, 1.0, form.upper()), "form: came"),
+            ((ref_logps[:1], ref_logps, logits, 1.0, form), r"policy_logps: got shape \(1, 3\)"),
+            ((ref_logps, ref_logps, logits, 0.0, form), "beta: got"),
+            ((ref_logps, ref_logps, logits, math.inf, form), "beta: got"),
+            ((ref_logps, ref_logps, logits, 1.0, form.upper()), "form: got"),
         ):
             for fn in (population_loss, population_gradient_on_policy, population_gradient_on_beta):
                 with pytest.raises(ValueError, match=words):
@@ -873,7 +873,7 @@ class TestSamplePairs:
     @pytest.mark.parametrize("count", [0, -1, 2.0, True])
     def test_refuses_a_count_that_is_none(self, count):
         ref_logps, rewards = world(0)
-        with pytest.raises(ValueError, match="count: came"):
+        with pytest.raises(ValueError, match="count: got"):
             sample_pairs(ref_logps, bradley_terry(rewards), count, generator=torch.Generator())
 
     def test_refuses_what_the_loss_refuses(self):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from dpoviz import tasks
-from dpoviz.tasks import (
+from dpoviz.data import tasks
+from dpoviz.data.tasks import (
     FAMILIES,
     TASKS,
     Problem,
@@ -163,11 +163,11 @@ class TestProblems:
         assert problems != sample_problems(task, 200, seed=6)
 
     def test_too_many_is_refused(self):
-        with pytest.raises(ValueError, match="n: came 100000, but the dialogue family"):
+        with pytest.raises(ValueError, match="n: got 100000, but the dialogue family"):
             sample_problems("dialogue", 100_000, seed=0)
 
     def test_unknown_task(self):
-        with pytest.raises(ValueError, match="task: came 'poetry', expected one of math, code, dialogue"):
+        with pytest.raises(ValueError, match="task: got 'poetry', expected one of math, code, dialogue"):
             sample_problems("poetry", 1, seed=0)
 
     def test_corpus_takes_the_families_in_turn(self):

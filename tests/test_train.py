@@ -13,11 +13,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dpoviz.train as module
+import dpoviz.training.loop as module
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
-from dpoviz.methods import METHODS
 from dpoviz.rules import Rule, Weighed
-from dpoviz.train import COLUMNS, TrainConfig, calibrate_alpha, train
+from dpoviz.training import probes
+from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.loop import COLUMNS, train
+from dpoviz.training.methods import METHODS
 
 VOCABULARY, PAD, EOS = 40, 0, 1
 TASKS = ("math", "code", "dialogue")
@@ -275,7 +277,7 @@ class TestHistory:
         policy = small_model(seed=3)
         config = TrainConfig.around(0.1, "inverse", **{**SMALL, "max_new_tokens": 1})
         prompt = [5, 6, 7]
-        probe = module._Probe(None, reference, config, Accelerator(), pad_id=PAD, eos_id=EOS)
+        probe = probes.Probe(None, reference, config, Accelerator(), pad_id=PAD, eos_id=EOS)
         probe.prompts, probe.tasks = [prompt] * 4000, ["math"] * 4000
         with torch.no_grad():
             p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
@@ -364,7 +366,7 @@ class TestRules:
         assert rule.seen > 0 and torch.equal(again.seen, rule.seen)
 
     def test_a_rule_of_the_standard_form_is_refused_in_the_other(self, world):
-        with pytest.raises(ValueError, match="LastBatch is defined in the standard form, came 'inverse'"):
+        with pytest.raises(ValueError, match="LastBatch is defined in the standard form, got 'inverse'"):
             run(world, TrainConfig.around(0.1, "inverse", **SMALL), LastBatch())
 
 
@@ -496,7 +498,7 @@ class TestBadInput:
     )
     def test_configuration(self, field, value):
         name = "beta_min, beta_max" if value == 50.0 else "beta" if field == "beta0" and value < 0 else field
-        with pytest.raises(ValueError, match=f"^{name}: came .*expected"):
+        with pytest.raises(ValueError, match=f"^{name}: got .*expected"):
             TrainConfig(**{field: value})
 
     def test_missing_column(self, world):
@@ -506,11 +508,11 @@ class TestBadInput:
 
     def test_fewer_pairs_than_a_batch(self, world):
         reference, pairs, held_out = world
-        with pytest.raises(ValueError, match="pairs: came 3, expected at least batch_size = 6"):
+        with pytest.raises(ValueError, match="pairs: got 3, expected at least batch_size = 6"):
             run((reference, pairs.select(range(3)), held_out), TrainConfig(**SMALL), network())
 
     def test_stage(self, world):
-        with pytest.raises(ValueError, match="stage: came 3"):
+        with pytest.raises(ValueError, match="stage: got 3"):
             run(world, TrainConfig(**SMALL), network(), stage=3)
 
     def test_a_policy_that_breaks_is_named_by_step_and_pair(self, world):
@@ -556,7 +558,7 @@ def test_columns_are_those_of_the_fixture(world):
 def test_a_tie_counts_half():
     # at the reference h is 0 up to rounding, and neither answer is ranked above the other
     h = torch.tensor([0.5, -0.5, 0.0, 3e-7, -3e-7])
-    assert module._ranked_rightly(h).tolist() == [1.0, 0.0, 0.5, 0.5, 0.5]
+    assert probes.correctly_ranked(h).tolist() == [1.0, 0.0, 0.5, 0.5, 0.5]
 
 
 def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):

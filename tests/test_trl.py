@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
+from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import total_loss  # noqa: E402
-from dpoviz.reference import reference_pass  # noqa: E402
-from dpoviz.train import TrainConfig, train  # noqa: E402
+from dpoviz.training.config import TrainConfig  # noqa: E402
+from dpoviz.training.loop import train  # noqa: E402
 from dpoviz.trl import COLUMNS, BetaCallback, BetaDPOTrainer, trl_dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -104,7 +105,7 @@ class TestConstantBeta:
         theirs = trained(world, tmp_path / "a", loss_type=loss)
         ours = trained(world, tmp_path / "b", ConstantBeta(0.1), config, loss_type=loss)
         assert losses(ours) == pytest.approx(losses(theirs), rel=1e-6)
-        with pytest.raises(ValueError, match=rf"args\.loss_type: came '{loss}', which sorts pairs apart from"):
+        with pytest.raises(ValueError, match=rf"args\.loss_type: got '{loss}', which sorts pairs apart from"):
             trained(world, tmp_path / "c", TaskBeta(TASKS, 0.1), config, loss_type=loss)
 
 
@@ -294,7 +295,7 @@ def test_parity_of_both_loops(world, tmp_path):
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     history = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
 
-    from dpoviz.train import _batches
+    from dpoviz.training.loop import _batches
 
     order = [i for batch in _batches(len(scored), 4, 20, seed=config.seed + 1) for i in batch]
 
@@ -415,7 +416,7 @@ class TestData:
         beta = BetaNetwork(len(scored["ref_features"][0]), beta0=0.1, hidden=(8,))
         common = {"beta": beta, "processing_class": tokenizer, "args": arguments(tmp_path)}
         config = TrainConfig.around(0.1, "standard")
-        with pytest.raises(ValueError, match=r"config\.alpha: came None, expected a number"):
+        with pytest.raises(ValueError, match=r"config\.alpha: got None, expected a number"):
             BetaDPOTrainer(model, config=config, train_dataset=data.to_iterable_dataset(), **common)
         without = data.remove_columns("task")
         with pytest.raises(ValueError, match=r"eval_dataset\['b'\]: lacks task"):

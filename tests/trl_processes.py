@@ -15,9 +15,9 @@ from datasets import Dataset
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpoviz import models
 from dpoviz.beta import TaskBeta
-from dpoviz.train import TrainConfig
+from dpoviz.lm import models
+from dpoviz.training.config import TrainConfig
 from dpoviz.trl import BetaDPOTrainer
 
 TASKS = ("math", "code")

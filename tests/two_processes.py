@@ -10,8 +10,8 @@ from accelerate import Accelerator
 sys.path.insert(0, str(Path(__file__).parent))
 import test_train as small
 
-from dpoviz import train as module
-from dpoviz.train import TrainConfig
+from dpoviz.training.checkpoint import Checkpoint
+from dpoviz.training.config import TrainConfig
 
 
 def main(result: Path, out: str, stop: int) -> None:
@@ -20,14 +20,14 @@ def main(result: Path, out: str, stop: int) -> None:
     world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
     config = TrainConfig.around(0.1, "inverse", lambda_consistency=0.5, **{**small.SMALL, "log_every": 1})
     if stop:
-        save = module._Checkpoint.save
+        save = Checkpoint.save
 
         def then_die(self, step, history):
             save(self, step, history)
             if step == stop:
                 sys.exit(0)
 
-        module._Checkpoint.save = then_die
+        Checkpoint.save = then_die
     beta = small.network()
     with torch.no_grad():  # as if each process had drawn its own: the first one's counts
         next(p for p in beta.parameters() if p.dim() == 2).add_(0.1 * Accelerator().process_index)

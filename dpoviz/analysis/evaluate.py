@@ -1,0 +1,198 @@
+r"""What a policy is worth: true reward, distance from the reference, and whether its margins mean what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.data.tasks import Problem
+from dpoviz.data.tasks import reward as task_reward
+from dpoviz.lm.packing import by_length
+from dpoviz.lm.processes import in_shares, own_seed, processes
+from dpoviz.lm.sampling import sample_answers
+from dpoviz.lm.scoring import score_both
+
+MEASURES = ("reward", "kl", "kl_k1", "kl_k3", "entropy", "length")
+"""What `evaluate_policy` measures at each prompt."""
+
+
+def evaluate_policy(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 64,
+    reward: Callable[[Problem, str], float] = task_reward,
+    progress: bool = False,
+) -> pd.DataFrame:
+    r"""Sample answers from the policy, and measure them at each prompt.
+
+    The processes of `accelerate launch` share the prompts; each draws by a seed of its own, and all return the whole.
+
+    Three estimates of :math:`KL(\pi\|\pi_{ref})` come from the same answers, y drawn from :math:`\pi`, in nats for a
+    whole answer of at most `max_new_tokens`, and all unbiased (up to the weight of k3 where :math:`\pi` never goes):
+
+    .. math::
+        k_1 = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}, \qquad
+        k_3 = \frac{\pi_{ref}(y|x)}{\pi(y|x)} - 1 + k_1, \qquad
+        \sum_t KL(\pi(\cdot|x, y_{<t})\,\|\,\pi_{ref}(\cdot|x, y_{<t}))
+
+    (k1 and k3 as J. Schulman names them, "Approximating KL divergence", 2020). The last is k1 with each token's term
+    replaced by its mean given the tokens before it (Rao and Blackwell's idea, token by token), and varies least where
+    we looked; it is the one called `kl`. k3 over whole answers has heavy tails where the policy is far away.
+
+    Args:
+        policy: a causal language model, left in the mode it was in.
+        reference: the model it started from, on the same device; the policy itself if it is a PEFT model.
+        tokenizer: theirs.
+        problems: prompts, with what is needed to judge an answer.
+        samples: answers drawn at each prompt.
+        max_new_tokens: limit of an answer, in tokens.
+        seed: the draws.
+        batch_size: prompts at once.
+        reward: true reward of an answer, given its problem.
+        progress: show a bar.
+
+    Returns:
+        A row per problem: task, prompt, and the means over its samples of reward, kl, kl_k1, kl_k3 (nats an answer),
+        entropy (of the policy, nats per token: the next-token entropies along its answers over all their tokens) and
+        length (tokens).
+
+    Raises:
+        ValueError: no problems, or as `sample_answers` and `score_both`.
+    """
+    if len(problems) == 0:
+        raise ValueError("problems: got none, expected at least one")
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    state, pad_id = processes(), tokenizer.pad_token_id
+
+    def measure(share: Sequence[int]) -> dict[int, dict[str, object]]:
+        found: dict[int, dict[str, object]] = {}
+        if not share:
+            return found
+        answers = sample_answers(
+            policy,
+            [prompts[row] for row in share],
+            samples,
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=pad_id,
+            seed=own_seed(seed),
+            batch_size=batch_size,
+        ).answers
+        drawn = dict(zip(share, answers, strict=True))
+        lengths = [len(prompts[row]) + sum(map(len, drawn[row])) for row in share]
+        for places in by_length(lengths, batch_size):
+            rows = [share[place] for place in places]
+            own = [drawn[row] for row in rows]
+            sums = score_both(policy, reference, [prompts[row] for row in rows], own, _look, pad_id=pad_id)
+            k1, step_kl, entropy, length = sums.unbind(dim=-1)  # (rows, samples) each
+            k3 = torch.expm1(-k1) + k1
+            for i, row in enumerate(rows):
+                texts = tokenizer.batch_decode(own[i], skip_special_tokens=True)
+                found[row] = {
+                    "task": problems[row].task,
+                    "prompt": problems[row].prompt,
+                    "reward": float(np.mean([reward(problems[row], text) for text in texts])),
+                    "kl": step_kl[i].mean().item(),
+                    "kl_k1": k1[i].mean().item(),
+                    "kl_k3": k3[i].mean().item(),
+                    "entropy": (entropy[i].sum() / length[i].sum()).item(),
+                    "length": length[i].mean().item(),
+                }
+            bar.update(len(rows))
+        return found
+
+    shown = progress and state.is_main_process
+    with tqdm(total=len(problems), desc="evaluation", unit="prompt", disable=not shown) as bar:
+        shares = [range(first, len(problems), state.num_processes) for first in range(state.num_processes)]
+        found = {row: numbers for part in in_shares(shares, measure) for row, numbers in part.items()}
+    return pd.DataFrame([found[row] for row in range(len(problems))])
+
+
+def _look(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
+    """(n, 4) of each token: log-ratio, exact next-token KL, entropy of the policy, and 1."""
+    logps, ref_logps = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
+    p = logps.exp()
+    ratio = logps - ref_logps
+    taken = ratio.gather(-1, targets[:, None]).squeeze(-1)
+    return torch.stack(
+        [taken, (p * ratio).sum(dim=-1), -(p * logps).sum(dim=-1), torch.ones_like(taken)], dim=-1
+    )  # fmt: skip
+
+
+def summarize_evaluation(table: pd.DataFrame) -> pd.DataFrame:
+    """Means with standard errors over prompts, by task and over all of them, each task with the same weight.
+
+    Samples of one prompt are not independent: the prompt is the unit.
+
+    Args:
+        table: what `evaluate_policy` returned, at least two prompts a task.
+
+    Returns:
+        A row per task, and one of task "all": n (prompts), and of each of `MEASURES` the mean and <measure>_se.
+
+    Raises:
+        ValueError: a task with a single prompt, which has no standard error.
+    """
+    counts = table["task"].value_counts()
+    if counts.min() < 2:
+        raise ValueError(f"table: got {counts.to_dict()} prompts, expected at least 2 of each task")
+    groups = table.groupby("task", sort=False)[list(MEASURES)]
+    means, errors = groups.mean(), groups.sem()
+    rows = means.join(errors.add_suffix("_se"))
+    rows.insert(0, "n", counts)
+    whole = pd.concat([means.mean(), (errors.pow(2).sum() ** 0.5 / len(errors)).add_suffix("_se")])
+    rows.loc["all"] = pd.concat([pd.Series({"n": len(table)}), whole])
+    return rows.astype({"n": int}).reset_index(names="task")
+
+
+def reliability(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> pd.DataFrame:
+    r"""How probabilities that are said compare with those that are true, bin by bin.
+
+    Args:
+        predicted: (N,) probabilities said, as :math:`\sigma(s h)`.
+        truth: (N,) what they should be: true preference probabilities, or 0 and 1.
+        bins: of equal width over 0 to 1.
+
+    Returns:
+        A row per bin that holds any: bin (its number), n, predicted and truth (means over the bin).
+
+    Raises:
+        ValueError: the two differ in length, or are empty or outside 0 to 1.
+    """
+    predicted, truth = _probabilities(predicted, truth)
+    number = np.minimum((predicted * bins).astype(int), bins - 1)
+    table = pd.DataFrame({"bin": number, "predicted": predicted, "truth": truth})
+    means = table.groupby("bin").mean()
+    means.insert(0, "n", table.groupby("bin").size())
+    return means.reset_index()
+
+
+def calibration(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> dict[str, float]:
+    """Brier score, the mean of (predicted − truth)², and expected calibration error over `bins`; as `reliability`."""
+    predicted, truth = _probabilities(predicted, truth)
+    table = reliability(predicted, truth, bins=bins)
+    error = (table["n"] * (table["predicted"] - table["truth"]).abs()).sum() / table["n"].sum()
+    return {"brier": float(np.mean((predicted - truth) ** 2)), "ece": float(error)}
+
+
+def _probabilities(predicted: ArrayLike, truth: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    predicted, truth = np.asarray(predicted, dtype=float), np.asarray(truth, dtype=float)
+    if predicted.shape != truth.shape or predicted.ndim != 1 or len(predicted) == 0:
+        raise ValueError(f"predicted, truth: got shapes {predicted.shape}, {truth.shape}, expected (N,) twice, N ≥ 1")
+    for name, values in (("predicted", predicted), ("truth", truth)):
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError(f"{name}: got {values.min()} to {values.max()}, expected 0 to 1")
+    return predicted, truth

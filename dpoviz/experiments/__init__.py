@@ -1,0 +1,1 @@
+"""Whole runs: the small world, any model, the comparison, generated pairs, the benchmark; and their folders."""

@@ -1,0 +1,623 @@
+"""A peer and us side by side: the same model and pairs, in turn; medians with their range."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.beta import BetaNetwork
+from dpoviz.data.records import load_pairs
+from dpoviz.data.tokens import IDS, token_counts, tokenize_pairs
+from dpoviz.lm.models import tiny_tokenizer
+from dpoviz.lm.packing import by_length, prefix_batch
+from dpoviz.lm.sampling import sampling
+from dpoviz.lm.scoring import context_length, score_answers
+from dpoviz.losses import dpo_loss, total_loss
+from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.loop import adamw
+
+PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
+"""Who takes a training step."""
+
+ALONE = "of it β(x) and its terms"
+"""The part of a step that a fixed β does not have: by itself, because it is less than whole steps differ by chance."""
+
+
+def bench_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    max_length: int,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """A DPO training step on the pairs of each task: forward, backward, clipping and AdamW on all weights.
+
+    All take the same pairs in the same order and start from the same weights; the learning rate is 0, so that they
+    stay there, and the losses of the first three must agree.
+
+    Args:
+        model: a causal language model in float32 or bfloat16, on its device.
+        tokenizer: its tokenizer.
+        scored: what `reference_pass` returned.
+        batch_size: pairs in a step, drawn from those of each task.
+        repeats: timed steps of each, in turn, after one that is not timed; memory is measured in one more.
+        max_length: what TRL is told to cut at; no pair is longer.
+        progress: show a bar.
+
+    Returns:
+        A row per task and contestant: task, who, pairs, tokens (each prompt and answer once), seconds (median), low,
+        high, pairs_per_second, operations (a second, of those that are needed), ratio (median over the turns of TRL's
+        seconds over its own; NaN without TRL), over_fixed (median over the turns of its own seconds over those of ours
+        with a fixed β), memory (peak over what was held before, MiB), loss. `ALONE` is a part of a step, for which
+        pairs_per_second, operations and ratio are NaN.
+
+    Raises:
+        FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
+            same work.
+    """
+    rows = []
+    for task in sorted(set(scored["task"])):
+        pairs = scored.filter(lambda row, task=task: row["task"] == task).shuffle(seed=0).select(range(batch_size))
+        steps = _contestants(model, tokenizer, pairs, max_length)
+        taken = _in_turn(steps, repeats, model.device, f"training steps, {task}" if progress else None)
+        tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
+        same = {who: measured.result for who, measured in taken.items() if who not in (LEARNED, ALONE)}
+        if max(same.values()) - min(same.values()) > tolerance:
+            raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
+        prompts, answers = pairs["prompt_ids"][:], _answers(pairs[:])
+        needed = 3 * forward_operations(model, prompts, answers)
+        for who, measured in taken.items():
+            seconds = measured.seconds
+            peer = taken[PEER].seconds if PEER in taken else []
+            ratios = [a / b for a, b in zip(peer, seconds, strict=False)] if who != ALONE else []
+            whole = 1 / statistics.median(seconds) if who != ALONE else float("nan")  # steps a second
+            over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
+            rows.append(
+                {
+                    "task": task,
+                    "who": who,
+                    "pairs": batch_size,
+                    "tokens": _tokens(prompts, answers),
+                    "seconds": statistics.median(seconds),
+                    "low": min(seconds),
+                    "high": max(seconds),
+                    "pairs_per_second": batch_size * whole,
+                    "operations": needed * whole,
+                    "ratio": statistics.median(ratios) if ratios else float("nan"),
+                    "over_fixed": statistics.median(over),
+                    "memory": measured.memory,
+                    "loss": measured.result,
+                }
+            )
+        del steps
+        gc.collect()
+    return pd.DataFrame(rows)
+
+
+def _contestants(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+) -> dict[str, Callable[[], float]]:
+    rows = pairs[:]
+    prompts, answers, device = rows["prompt_ids"], _answers(rows), model.device
+
+    def column(name: str) -> Tensor:
+        return torch.tensor(rows[name], dtype=torch.float32, device=device)
+
+    ref, x, entropy = [column("ref_chosen_logps"), column("ref_rejected_logps")], column("ref_features"), column(
+        "ref_entropy"
+    )  # fmt: skip
+    config = TrainConfig.around(0.1, "standard")
+    alpha = calibrate_alpha(rows["ref_entropy"], config.beta0)
+    network = BetaNetwork(x.shape[1], beta0=config.beta0).to(device)
+    network.calibrate(x) if len(x) > 1 else None
+
+    def scored(shared: bool) -> Sequence[Tensor]:
+        return score_answers(model, prompts, answers, pad_id=tokenizer.pad_token_id, shared_prefix=shared).logps.unbind(
+            dim=1
+        )
+
+    def fixed(shared: bool) -> Callable[[], Tensor]:
+        return lambda: dpo_loss(*scored(shared), *ref, torch.full_like(ref[0], 0.1), form="standard").losses.mean()
+
+    def learned(logps: Sequence[Tensor]) -> Tensor:
+        network.train()
+        return total_loss(
+            *logps, *ref, network(x), form="standard", beta_min=config.beta_min, beta_max=config.beta_max,
+            ref_entropy=entropy, alpha=alpha, lambda_range=config.lambda_range,
+            lambda_smoothness=config.lambda_smoothness, lambda_consistency=0.0, lambda_entropy=config.lambda_entropy,
+            beta_fn=network, x=x, task=rows["task"],
+        ).total  # fmt: skip
+
+    def stepping(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], float]:
+        optimizers = [adamw(module, 0.0) for module in modules]
+
+        def step() -> float:
+            model.train()
+            value = loss()
+            value.backward()
+            for module, optimizer in zip(modules, optimizers, strict=True):
+                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            return value.item()
+
+        return step
+
+    peer = _trl(model, tokenizer, pairs, max_length)
+    return ({PEER: peer} if peer else {}) | {
+        PLAIN: stepping(fixed(False), model),
+        OURS: stepping(fixed(True), model),
+        LEARNED: stepping(lambda: learned(scored(True)), model, network),
+        ALONE: stepping(lambda: learned(ref), network),
+    }
+
+
+def _trl(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+) -> Callable[[], float] | None:
+    """A step of TRL's trainer, the reference's log-probabilities precomputed; None where TRL is not installed."""
+    try:
+        import trl
+    except ImportError:
+        return None
+    from dpoviz.trl import trl_dataset
+
+    settings = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), learning_rate=0.0, weight_decay=0.0,
+        beta=0.1, max_length=max_length, precompute_ref_log_probs=True, gradient_checkpointing=False,
+        bf16=model.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, dataloader_num_workers=0,
+        use_cpu=model.device.type == "cpu",
+    )  # fmt: skip
+    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"]).select([0])
+    trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what trainer.train() would set
+    # our tokens and our reference: its loss is another as soon as it scores anything else
+    rows = pairs.select_columns([*IDS, "ref_chosen_logps", "ref_rejected_logps"]).to_list()
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+
+    def step() -> float:
+        loss = trainer.training_step(model, batch)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+@torch.no_grad()
+def bench_reference(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Log-probabilities, entropies and prompt features, against the bare forward of the same tokens.
+
+    The bare forward is the model's layers over the same shared-prefix rows, and its head where an answer is predicted.
+
+    Returns:
+        Two rows: who, seconds (median over all pairs), low, high, tokens_per_second, operations (a second, of
+        those that are needed), ratio (seconds over the bare forward's, median over the turns), memory (MiB).
+    """
+    rows = pairs[:]
+    answers, length = _answers(rows), token_counts(pairs).sum(axis=1).tolist()
+    batches = by_length(length, batch_size)
+    pad = tokenizer.pad_token_id
+
+    def bare() -> None:
+        for some in batches:
+            batch = prefix_batch([rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad)
+            batch = batch.to(model.device)
+            hidden = model.base_model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask(model.dtype),
+                position_ids=batch.position_ids, use_cache=False,
+            ).last_hidden_state  # fmt: skip
+            states = hidden.flatten(0, 1)[batch.predictors]
+            for part in states.split(512):
+                model.get_output_embeddings()(part)
+
+    def ours() -> None:
+        for some in batches:
+            score_answers(model, [rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad_id=pad,
+                          entropy=True, features=True, shared_prefix=True)  # fmt: skip
+
+    model.eval()
+    said = "reference pass" if progress else None
+    found = _in_turn({"bare forward": bare, "reference pass": ours}, repeats, model.device, said)
+    work = (rows["prompt_ids"], answers)
+    return _rows(found, "bare forward", tokens_per_second=_tokens(*work), operations=forward_operations(model, *work))
+
+
+def bench_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
+    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8), progress: bool = True,
+) -> pd.DataFrame:  # fmt: skip
+    """Entropies from sampled answers, against `generate` alone, which gives no entropies.
+
+    No answer ends before `new_tokens`, so that both make as many.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        samples: answers a prompt.
+        new_tokens: tokens an answer.
+        repeats: timed turns, after one that is not timed.
+        at_once: numbers of prompts that are answered side by side, each of which is tried.
+
+    Returns:
+        A row for each number and each of the two: who, prompts (at once), seconds (median), low, high,
+        tokens_per_second (of the answers), operations (a second, of those that are needed), ratio (seconds over those
+        of `generate` at its best), memory (MiB).
+    """
+    pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                              num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
+    prompts = sorted(prompts, key=len)
+
+    def parts(n: int) -> list[Sequence[Sequence[int]]]:
+        return [prompts[start : start + n] for start in range(0, len(prompts), n)]
+
+    @torch.no_grad()
+    def peer(n: int) -> None:
+        for some in parts(n):
+            width = max(map(len, some))
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in some], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
+            model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+
+    @torch.no_grad()
+    def ours(n: int) -> None:
+        ends = {"max_new_tokens": new_tokens, "eos_id": never, "pad_id": pad}
+        with sampling(model, prompts, samples, **ends, seed=0, scores=True) as sampler:
+            for some in parts(n):
+                sampler.draw(some)
+
+    model.eval()
+    calls = {(who, n): partial(call, n) for n in at_once
+             for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
+    taken = _in_turn(calls, repeats, model.device, "sampling" if progress else None)
+    best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key].seconds))
+    tokens = len(prompts) * samples * new_tokens
+    needed = forward_operations(model, prompts, [[[i] * new_tokens for i in range(samples)]] * len(prompts))
+    rows = _rows(taken, best, tokens_per_second=tokens, operations=needed)
+    rows[["who", "prompts"]] = rows["who"].to_list()
+    return rows[["who", "prompts", *rows.columns[1:-1]]]
+
+
+def bench_pairs(
+    counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """Time and memory of everything but the model, for made-up pairs of about 600 characters.
+
+    Returns:
+        A row per number of pairs: pairs; microseconds a pair to read and check them, to cut them into tokens and to
+        lay them out in batches of 32; memory (MiB over what was held before).
+    """
+    draw = random.Random(seed)
+    words = [f"word{i}" for i in range(300)]
+
+    def text(n: int) -> str:
+        return " ".join(draw.choices(words, k=n))
+
+    def lay_out(pairs: Dataset) -> None:
+        for start in range(0, len(pairs), 32):
+            rows = pairs[start : start + 32]
+            prefix_batch(rows["prompt_ids"], _answers(rows), 0)
+
+    tokenizer = tiny_tokenizer([text(200) for _ in range(20)])
+    rows = []
+    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=not progress):
+        with tempfile.TemporaryDirectory() as folder, _memory(torch.device("cpu")) as peak:
+            path, seconds = Path(folder) / "pairs.jsonl", []
+            with path.open("w") as file:
+                for i in range(count):
+                    row = {"prompt": f"{i} {text(20)}", "chosen": text(30), "rejected": text(25), "task": "math"}
+                    file.write(json.dumps(row) + "\n")
+            found: object = path
+            for part in (load_pairs, partial(tokenize_pairs, tokenizer=tokenizer, max_length=4096), lay_out):
+                seconds.append(time.perf_counter())
+                found = part(found)
+            seconds.append(time.perf_counter())
+            each = [1e6 * (b - a) / count for a, b in pairwise(seconds)]
+            rows.append({"pairs": count, "read": each[0], "tokens": each[1], "batches": each[2], "memory": peak()})
+    return pd.DataFrame(rows)
+
+
+def bench_batches(
+    model: PreTrainedModel, pad_id: int, *, repeats: int, longest: int = 256, seed: int = 0, progress: bool = True
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Forward and backward pass of random pairs: as they grow longer, and as they come to share their prompts.
+
+    Args:
+        model: a causal language model.
+        pad_id: token that fills the rows.
+        repeats: timed turns, after one that is not timed.
+        longest: tokens of the longest prompt, and of each of its answers.
+        seed: the tokens.
+
+    Returns:
+        Two pairs, prompt and answers of as many tokens each: a row per length: tokens (computed), seconds (median),
+        low, high, microseconds_per_token, operations (a second), memory (MiB). And eight pairs with answers of a
+        quarter of their prompt: a row per number of different prompts among them: prompts, tokens, and the same; ratio
+        (seconds over those of eight prompts, median over the turns).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().num_embeddings
+
+    def some(*shape: int) -> list:
+        return torch.randint(vocabulary, shape, generator=draw).tolist()
+
+    longest = min(longest, (context_length(model) or 2 * longest) // 2)
+    lengths = [longest // 8, longest // 4, longest // 2, longest]
+    growing = {n: (some(2, n), some(2, 2, n)) for n in lengths}
+    prompts, answers = some(8, longest // 2), some(8, 2, longest // 8)
+    sharing = {n: ([prompts[i % n] for i in range(8)], answers) for n in (8, 4, 2, 1)}
+
+    def step(batch: tuple) -> None:
+        score_answers(model, *batch, pad_id=pad_id).logps.sum().backward()
+        model.zero_grad()
+
+    tables = []
+    for name, batches in (("length", growing), ("prompts", sharing)):
+        calls = {n: partial(step, batch) for n, batch in batches.items()}
+        taken = _in_turn(calls, repeats, model.device, f"growth with {name}" if progress else None)
+        table = _rows(taken, next(iter(calls)))
+        table.insert(1, "tokens", [_tokens(*batch) for batch in batches.values()])
+        table.insert(5, "microseconds_per_token", 1e6 * table["seconds"] / table["tokens"])
+        needed = [3 * forward_operations(model, *batch) for batch in batches.values()]
+        table.insert(6, "operations", needed / table["seconds"])
+        tables.append(table.rename(columns={"who": name}))
+    return tables[0].drop(columns="ratio"), tables[1]
+
+
+@torch.no_grad()
+def bench_vocabulary(
+    sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """A reference pass as the vocabulary grows: 16 prompts of two answers, a model 64 wide.
+
+    Returns:
+        A row per size: vocabulary, tokens, seconds, all_logits (MiB that they would take at once), memory (peak
+        beyond the weights, MiB).
+    """
+    rows = []
+    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=not progress):
+        torch.manual_seed(seed)
+        config = LlamaConfig(vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                             num_attention_heads=4, max_position_embeddings=512)  # fmt: skip
+        model = LlamaForCausalLM(config).eval()
+        prompts = torch.randint(size, (16, 60)).tolist()
+        answers = torch.randint(size, (16, 2, 100)).tolist()
+        score_answers(model, prompts[:1], answers[:1], pad_id=0)  # the trial of shared prefixes is no part of it
+        with _memory(torch.device("cpu")) as peak:
+            began = time.perf_counter()
+            score_answers(model, prompts, answers, pad_id=0, entropy=True, features=True)
+            seconds = time.perf_counter() - began
+        tokens = 16 * 2 * 100
+        row = {"vocabulary": size, "tokens": tokens, "seconds": seconds, "all_logits": tokens * size * 4 / 2**20}
+        rows.append({**row, "memory": peak()})
+        del model
+        gc.collect()
+    return pd.DataFrame(rows)
+
+
+def bench(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Dataset,
+    *,
+    batch_size: int,
+    repeats: int,
+    max_length: int,
+    samples: int = 4,
+    new_tokens: int = 32,
+    progress: bool = True,
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """All of them on one model and one set of scored pairs: a name and a table, each as soon as it is there.
+
+    The tables of what the model does have beside their numbers the share of the machine's matrix rate that is reached:
+    the operations that are needed (`forward_operations`), in each second, over `matrix_rate`.
+    """
+    mixed = scored.shuffle(seed=0)  # of all tasks
+    some = mixed.select(range(min(len(mixed), 4 * batch_size)))
+    prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:8]
+    often, seldom = ({"repeats": n, "progress": progress} for n in (repeats, min(repeats, 3)))
+    rate = matrix_rate(model.device, model.dtype)
+
+    def shared(table: pd.DataFrame) -> pd.DataFrame:
+        return table.assign(share_of_matrix_rate=table["operations"] / rate).drop(columns="operations")
+
+    yield "steps", shared(bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often))
+    yield "reference", shared(bench_reference(model, tokenizer, some, batch_size=batch_size, **often))
+    yield (
+        "sampling",
+        shared(bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, **seldom)),
+    )
+    for name, table in zip(
+        ("lengths", "shared prompts"), bench_batches(model, tokenizer.pad_token_id, **seldom), strict=True
+    ):
+        yield name, shared(table)
+    yield "pairs", bench_pairs(progress=progress)
+    yield "vocabulary", bench_vocabulary(progress=progress)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations a second that the machine reaches in one large matrix product, the best of several."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def forward_operations(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> float:
+    """Floating-point operations that a forward pass needs; a training step needs three times as many.
+
+    Each prompt once, and each different answer to it once: the linear layers over their tokens, the head where an
+    answer is predicted, attention over what is seen.
+    """
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    total = 0.0
+    for prompt, own in _unique(prompts, answers).items():
+        p, fed = len(prompt), [len(answer) - 1 for answer in own]
+        seen = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in fed)
+        total += 2 * linear * (p + sum(fed)) + 2 * head.weight.numel() * sum(map(len, own))
+        total += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return total
+
+
+def _unique(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> dict[tuple[int, ...], set[tuple[int, ...]]]:
+    found: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for prompt, own in zip(prompts, answers, strict=True):
+        found.setdefault(tuple(prompt), set()).update(map(tuple, own))
+    return found
+
+
+def _tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Tokens that have to be fed in: the last one of an answer is not."""
+    unique = _unique(prompts, answers)
+    return sum(len(prompt) + sum(len(answer) - 1 for answer in own) for prompt, own in unique.items())
+
+
+def _answers(rows: Mapping[str, list]) -> list[list[list[int]]]:
+    return [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+
+
+class _Measured(NamedTuple):
+    """Of one contestant: seconds of each turn, peak over what was held before (MiB), and what it returned last."""
+
+    seconds: list[float]
+    memory: float
+    result: object
+
+
+def _in_turn(
+    calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, said: str | None
+) -> dict[Hashable, _Measured]:
+    """Call all of them in turn, each turn in another order, after a turn that does not count; `said` beside a bar.
+
+    Memory has a turn of its own, at the end: giving free memory back, so that a peak can be seen, costs the next
+    allocations time.
+    """
+    seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
+    memory, result = {}, {}
+    order = random.Random(0)
+    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=said is None):
+        for who, call in order.sample(list(calls.items()), len(calls)):
+            if turn <= repeats:
+                gc.collect()
+                began = time.perf_counter()
+                call()
+                _wait(device)
+                if turn:
+                    seconds[who].append(time.perf_counter() - began)
+            else:
+                with _memory(device) as peak:
+                    result[who] = call()
+                    _wait(device)
+                memory[who] = peak()
+    return {who: _Measured(seconds[who], memory[who], result[who]) for who in calls}
+
+
+def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, **amounts: float) -> pd.DataFrame:
+    """A row for each; of each amount of work what is done of it in a second."""
+    rows = []
+    for who, (seconds, memory, _) in taken.items():
+        ratios = [b / a for a, b in zip(taken[base].seconds, seconds, strict=True)]
+        rows.append(
+            {
+                "who": who,
+                "seconds": statistics.median(seconds),
+                "low": min(seconds),
+                "high": max(seconds),
+                **{name: amount / statistics.median(seconds) for name, amount in amounts.items()},
+                "ratio": statistics.median(ratios),
+                "memory": memory,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _memory(device: torch.device):
+    """Gives a call that says the peak over what was held at the start, MiB: allocated on a GPU, resident elsewhere."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    resident = Path("/proc/self/statm")
+
+    def now() -> int:
+        return int(resident.read_text().split()[1]) * page
+
+    _trim()
+    before = peak = now()
+    over = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.wait(0.004):
+            peak = max(peak, now())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: (peak - before) / 2**20
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _trim() -> None:
+    """Give free memory back, where the C library can: what an earlier call left would hide what this one takes."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

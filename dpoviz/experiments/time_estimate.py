@@ -1,0 +1,92 @@
+"""How long a run on a real model will take, from one batch of each kind of work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from dpoviz.data.tokens import token_counts
+from dpoviz.lm.sampling import sample_answers
+from dpoviz.lm.scoring import score_answers
+
+_FEW, _MORE = 1, 9  # tokens of the answers that are drawn to measure the speed of drawing
+
+
+def forecast(
+    model: PreTrainedModel,
+    pairs: Dataset,
+    held_out: Dataset,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    steps: int,
+    batch_size: int,
+    evaluations: int,
+    eos_id: int,
+    pad_id: int,
+) -> dict[str, float]:
+    """Seconds that each part will take, where nothing of it is kept from an earlier run.
+
+    Three kinds of work are timed on this machine with two pairs of median length: a forward pass, a training step,
+    and answers of one and of nine tokens drawn, whose difference is the time of a token and whose rest is that of a
+    prompt. The rest is proportion: tokens to score, tokens to draw if every answer goes to its limit, steps of pairs
+    of mean length.
+
+    Args:
+        model: the reference.
+        pairs: tokenised pairs to train on.
+        held_out: tokenised pairs that are held out.
+        samples: answers a prompt for the entropy.
+        max_new_tokens: limit of a sampled answer.
+        steps: training steps, over all runs.
+        batch_size: pairs in a step.
+        evaluations: passes over the held-out pairs.
+        eos_id: token that ends an answer.
+        pad_id: token that pads.
+
+    Returns:
+        Seconds for "reference", "entropy" and "training".
+    """
+    length, held = (token_counts(part).sum(axis=1).tolist() for part in (pairs, held_out))  # each prompt once
+    middle = sorted(range(len(length)), key=length.__getitem__)[len(length) // 2 :][:2]
+    rows, tokens = pairs.select(middle)[:], sum(length[i] for i in middle)
+    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+
+    def score() -> torch.Tensor:
+        return score_answers(model, rows["prompt_ids"], answers, pad_id=pad_id).logps.sum()
+
+    def step() -> None:
+        score().backward()
+        model.zero_grad(set_to_none=True)
+
+    def draw(tokens: int) -> None:
+        ends = {"eos_id": eos_id, "pad_id": pad_id, "seed": 0}
+        sample_answers(model, rows["prompt_ids"], samples, max_new_tokens=tokens, **ends)
+
+    with torch.no_grad():
+        forward = _seconds(score) / tokens
+    training = _seconds(step) / tokens
+    few, more = (_seconds(partial(draw, n)) / len(middle) for n in (_FEW, _MORE))
+    token = max(0.0, more - few) / ((_MORE - _FEW) * samples)
+    prompts = len({tuple(p) for part in (pairs, held_out) for p in part["prompt_ids"]})
+    mean = sum(length) / len(length)
+    return {
+        "reference": forward * (sum(length) + sum(held)),
+        "entropy": prompts * (few + token * samples * max_new_tokens),
+        "training": training * mean * batch_size * steps + forward * sum(held) * evaluations,
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    for _ in range(2):  # the first call of a kind pays for what later ones find ready
+        begin = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+    return seconds

@@ -1,0 +1,1 @@
+"""For the notebooks: answer checks of the exercises, and sliders."""

@@ -1,0 +1,392 @@
+r"""Sliders for the notebooks: each function returns a picture that follows its controls.
+
+The picture is a standing object-oriented figure: a moved slider changes the data of its artists, they are
+drawn again upon the standing axes, and the PNG goes to an image widget. Where no kernel runs, the picture at
+the defaults remains. All explorers work outside a notebook as well: set `controls[...].value`, read `png`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import image as mpl_image
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+from torch import Tensor
+
+from dpoviz import tabular
+from dpoviz.analysis.plots import TERM_COLORS, task_colors
+from dpoviz.losses import scale
+
+FORM_COLORS = {"inverse": "#B4460F", "standard": "#0B6E75"}
+"""The colour of a form, where both are in one picture."""
+
+_WIDE = {"layout": {"width": "520px"}, "style": {"description_width": "190px"}}
+_GREY = "#6B6B6B"
+_INK = "#1D2F5F"
+# matplotlib shares its parser of mathematics and its font cache among figures, and callbacks of several
+# explorers can run in several threads
+_DRAWING = threading.RLock()
+
+
+class Explorer:
+    """Controls and the picture that they move.
+
+    In a notebook it shows itself: live widgets with a kernel, else the last picture as image/png.
+
+    Args:
+        figure: drawn once with its own layout, which is frozen afterwards: a picture that keeps still while
+            a slider moves. Ticks and axis labels, most of the cost, are drawn again only where they changed.
+        update: called with the value of every control by name; changes the figure's artists, nothing else.
+        controls: ipywidgets by the names that `update` expects.
+
+    Attributes:
+        figure: as given.
+        controls: as given; setting a value redraws.
+        widget: what is shown in a notebook.
+    """
+
+    def __init__(
+        self, figure: Figure, update: Callable[..., None], controls: Mapping[str, widgets.ValueWidget]
+    ) -> None:
+        self.figure = figure
+        self.controls = dict(controls)
+        self._update = update
+        self._canvas = FigureCanvasAgg(figure)
+        # at its own size: stretched to the width of the page it would be blurred
+        width, _ = self._canvas.get_width_height()
+        self._image = widgets.Image(format="png", layout={"width": f"{width}px", "max_width": "100%"})
+        self._trouble = widgets.HTML()
+        self._ground: object = None
+        self._draw()
+        for control in self.controls.values():
+            control.observe(self._redraw, names="value")
+        self.widget = widgets.VBox([*self.controls.values(), self._image, self._trouble])
+
+    @property
+    def png(self) -> bytes:
+        """The picture as it is shown."""
+        return bytes(self._image.value)
+
+    @property
+    def trouble(self) -> str:
+        """The traceback shown under the picture, as HTML; empty where the last drawing went well."""
+        return self._trouble.value
+
+    def _draw(self) -> None:
+        with _DRAWING:
+            # read inside the lock: of two callbacks in two threads, the later drawing has the later values
+            self._update(**{name: control.value for name, control in self.controls.items()})
+            ground, content = self._layers()
+            if self._ground is None or any(artist.stale for artist in ground):
+                self._canvas.draw()  # lays out, and leaves nothing stale
+                self.figure.set_layout_engine("none")
+                shown = [artist for artist in content if artist.get_visible()]
+                for artist in shown:
+                    artist.set_visible(False)
+                self._canvas.draw()
+                self._ground = self._canvas.copy_from_bbox(self.figure.bbox)
+                for artist in shown:
+                    artist.set_visible(True)
+            self._canvas.restore_region(self._ground)
+            for artist in content:
+                artist.draw(self._canvas.get_renderer())
+            out = io.BytesIO()
+            # quickly compressed; twice the size does not matter
+            mpl_image.imsave(out, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
+            self._image.value = out.getvalue()
+
+    def _layers(self) -> tuple[list[Artist], list[Artist]]:
+        """The artists that stand, and those drawn anew upon them at each change, lowest first."""
+        axes = self.figure.axes
+        standing = [self.figure.patch, *(part for ax in axes for part in (ax.patch, ax.xaxis, ax.yaxis))]
+        # an empty label is never drawn and always stale
+        labels = [label for ax in axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
+        content: list[Artist] = []
+        for parent in [*axes, self.figure]:
+            moving = [artist for artist in parent.get_children() if artist not in [*standing, *axes]]
+            content += sorted(moving, key=lambda artist: artist.get_zorder())
+        return standing + labels, content
+
+    def _redraw(self, _change: object) -> None:
+        try:
+            self._draw()
+        except Exception:  # a callback has nowhere else to say what went wrong
+            self._trouble.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
+        else:
+            self._trouble.value = ""
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, object]:
+        bundle = dict(self.widget._repr_mimebundle_())
+        return bundle | {"image/png": base64.b64encode(self.png).decode("ascii")}
+
+
+def _slider(label: str, value: float, low: float, high: float, step: float, **options: object) -> widgets.FloatSlider:
+    return widgets.FloatSlider(value, min=low, max=high, step=step, description=label, **(_WIDE | options))
+
+
+def _log_slider(label: str, value: float, low: float, high: float, **options: object) -> widgets.FloatLogSlider:
+    """Over 10^low … 10^high, in steps of a tenth of a decade."""
+    return widgets.FloatLogSlider(value, min=low, max=high, step=0.1, description=label, **(_WIDE | options))
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(3.6 * count, 3.4), dpi=90, layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.locator_params(nbins=4)  # tick labels are most of the cost of a redraw
+    return figure, axes
+
+
+def _plain_log(ax: Axes, ticks: list[float]) -> None:
+    """A logarithmic horizontal axis with a few plain decimals."""
+    ax.set_xscale("log")
+    ax.set_xticks(ticks)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+# -- notebook 01 ---------------------------------------------------------------------------------------------
+
+_REF_LOGITS = torch.tensor([1.5, 1.0, 0.5, 0.0, -0.5, -1.0], dtype=torch.float64)
+_REWARDS = torch.tensor([0.2, -0.4, 0.6, 1.0, 0.1, 1.4], dtype=torch.float64)
+_BETAS = torch.logspace(-2, 2, 121, dtype=torch.float64)
+
+
+def frontier_world(sharpness: float = 1.0, reward: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The one prompt with six answers that `frontier` draws.
+
+    Args:
+        sharpness: of the reference: 0 makes it uniform, above 1 it is more sure of its favourites.
+        reward: of the fourth answer.
+
+    Returns:
+        ref_logps (1, 6) and rewards (1, 6), float64.
+    """
+    rewards = _REWARDS.clone()
+    rewards[3] = reward
+    return torch.log_softmax(sharpness * _REF_LOGITS, 0)[None], rewards[None]
+
+
+def _along(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL and expected reward (B,) of the optimal policy of one prompt at each beta (B,)."""
+    ref = ref_logps.expand(len(beta), -1)
+    policy = tabular.optimal_policy(ref, rewards.expand(len(beta), -1), beta)
+    return tabular.kl(policy, ref), (policy.exp() * rewards).sum(1)
+
+
+def frontier() -> Explorer:
+    r"""A KL budget ε, and what it buys: the frontier, the multiplier, and the policy (the derivation, §1-3).
+
+    Left: the expected reward of :math:`\pi^*_\beta` against its KL, and the tangent at the budget, whose slope
+    is :math:`\beta^*`. Middle: :math:`KL(\pi^*_\beta)` over β; where it meets ε is :math:`\beta^*`. Right: the
+    reference and :math:`\pi^*`.
+    """
+    figure, (left, middle, right) = _panels(3)
+    (curve,) = left.plot([], [], color=_INK)
+    (tangent,) = left.plot([], [], color=FORM_COLORS["inverse"], linewidth=1.2, label="slope β*")
+    (point,) = left.plot([], [], "o", color=FORM_COLORS["inverse"])
+    left.set(xlim=(0, 2.5), ylim=(-0.5, 2.2), xlabel="KL(π‖π_ref) (nats)", ylabel="expected reward")
+    (kl_curve,) = middle.plot([], [], color=_INK)
+    budget = middle.axhline(0, color=_GREY, linewidth=1, linestyle="--", label="budget ε")
+    price = middle.axvline(1, color=FORM_COLORS["inverse"], linewidth=1.2, label="β*")
+    _plain_log(middle, [0.01, 0.1, 1, 10, 100])
+    middle.set(xlim=(0.01, 100), ylim=(0, 2.5), xlabel="β", ylabel="KL of π*_β (nats)")
+    places = np.arange(len(_REWARDS))
+    ref_bars = right.bar(places - 0.2, 0 * places, 0.4, color="#B9BEC9", label="π_ref")
+    policy_bars = right.bar(places + 0.2, 0 * places, 0.4, color=_INK, label="π*")
+    right.set(ylim=(0, 1), ylabel="probability", xlabel="answer, and its reward")
+    right.set_xticks(places, [""] * len(places))
+    # not tick labels: these move
+    under = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
+    names = [right.text(place, -0.03, "", **under) for place in places]
+    right.xaxis.labelpad = 14
+    for ax in (left, middle, right):
+        ax.legend(frameon=False, loc="upper right")
+    says = left.text(0.03, 0.98, "", transform=left.transAxes, va="top")
+
+    def update(epsilon: float, sharpness: float, reward: float) -> None:
+        ref_logps, rewards = frontier_world(sharpness, reward)
+        beta = float(tabular.solve_beta(ref_logps, rewards, epsilon))
+        kls, values = _along(ref_logps, rewards, _BETAS)
+        policy = tabular.optimal_policy(ref_logps, rewards, beta)
+        at_kl = float(tabular.kl(policy, ref_logps))
+        at_value = float((policy.exp() * rewards).sum())
+        curve.set_data(kls, values)
+        kl_curve.set_data(_BETAS, kls)
+        around = np.array([max(at_kl - 0.4, 0), at_kl + 0.4])
+        tangent.set_data(around, at_value + beta * (around - at_kl))
+        point.set_data([at_kl], [at_value])
+        budget.set_ydata([epsilon, epsilon])
+        price.set_xdata([max(beta, 0.01)] * 2)
+        for bars, logps in ((ref_bars, ref_logps), (policy_bars, policy)):
+            for bar, p in zip(bars, logps[0].exp().tolist(), strict=True):
+                bar.set_height(p)
+        for name, r in zip(names, rewards[0].tolist(), strict=True):
+            name.set_text(f"{r:.1f}")
+        says.set_text(f"β* = {beta:.3g}\nKL = {at_kl:.3f}\nE[r] = {at_value:.3f}")
+
+    controls = {
+        "epsilon": _slider("budget ε (nats)", 0.4, 0.02, 2.4, 0.02),
+        "sharpness": _slider("sharpness of π_ref", 1.0, 0.0, 2.0, 0.05),
+        "reward": _slider("reward of the 4th answer", 1.0, -1.0, 2.0, 0.1),
+    }
+    return Explorer(figure, update, controls)
+
+
+# -- notebook 02 ---------------------------------------------------------------------------------------------
+
+
+def two_forms() -> Explorer:
+    r"""The loss, its slope and its optimum at one β, read in both forms.
+
+    Left: :math:`-\log\sigma(s h)` over h. Middle: the push on h, :math:`s\,\sigma(-s h)`. Right: where a
+    policy that is free to adapt ends, :math:`h^* = \mathrm{logit}(p)/s`, over the probability p with which the
+    first answer is preferred.
+    """
+    figure, (left, middle, right) = _panels(3)
+    h, p = np.linspace(-6, 6, 241), np.linspace(0.02, 0.98, 193)
+    lines: dict[str, list[Line2D]] = {}
+    for form, color in FORM_COLORS.items():
+        style = "-" if form == "standard" else "--"  # at beta = 1 the two lie upon one another
+        lines[form] = [
+            ax.plot(x, 0 * x, style, color=color, label=form)[0] for ax, x in ((left, h), (middle, h), (right, p))
+        ]
+    left.set(ylim=(0, 6), xlabel="h (nats)", ylabel="loss −log σ(s·h)")
+    middle.set(ylim=(0, 4), xlabel="h (nats)", ylabel="push on h: s·σ(−s·h)")
+    right.set(ylim=(-8, 8), xlabel="p, probability of the preference", ylabel="h* = logit(p)/s (nats)")
+    left.legend(frameon=False, loc="upper right")
+    says = middle.text(0.97, 0.97, "", transform=middle.transAxes, va="top", ha="right")
+
+    def update(beta: float) -> None:
+        for form, (loss, push, optimum) in lines.items():
+            s = scale(beta, form)
+            loss.set_ydata(np.logaddexp(0, -s * h))
+            push.set_ydata(s * np.exp(-np.logaddexp(0, s * h)))
+            optimum.set_ydata(np.log(p / (1 - p)) / s)
+        says.set_text(f"β = {beta:.3g}\nstandard: s = {beta:.3g}\ninverse: s = {1 / beta:.3g}")
+
+    return Explorer(figure, update, {"beta": _log_slider("β", 0.5, -1, 1)})
+
+
+# -- notebook 03 ---------------------------------------------------------------------------------------------
+
+_BETA_MIN, _BETA_MAX = 0.05, 2.0
+_GRID = torch.logspace(math.log10(0.02), math.log10(5), 241, dtype=torch.float64)
+
+
+def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
+    r"""The terms of the objective at one prompt over β, their slopes, and where β comes to rest.
+
+    The pair has a fixed h; its label is right with probability p, so that the DPO term is :math:`-p\log\sigma(s
+    h) - (1-p)\log\sigma(-s h)`. The range is 0.05 to 2.
+
+    Args:
+        h: of the pair, in nats.
+        ref_entropy: of the reference at the prompt, in nats per token.
+    """
+    figure, (left, right) = _panels(2)
+    colors = {name: TERM_COLORS[name] for name in ("dpo", "range", "entropy")} | {"sum": "black"}
+    lines = {
+        name: [ax.plot(_GRID, 0 * _GRID, color=color, label=name)[0] for ax in (left, right)]
+        for name, color in colors.items()
+    }
+    rest = [ax.axvline(1, color=_GREY, linewidth=1, linestyle="--") for ax in (left, right)]
+    for ax in (left, right):
+        _plain_log(ax, [0.02, 0.05, 0.1, 0.3, 1, 2, 5])
+        ax.set(xlim=(0.02, 5), xlabel="β")
+    left.set(ylim=(0, 2.5), ylabel="term (nats)")
+    right.set(ylim=(-3, 3), ylabel="slope in β (positive lowers β)")
+    right.axhline(0, color=_GREY, linewidth=0.8)
+    left.legend(frameon=False, loc="upper left")
+    readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9}
+    says = right.text(0.97, 0.03, "", transform=right.transAxes, ha="right", bbox=readable)
+
+    def update(form: str, p: float, lambda_range: float, lambda_entropy: float, alpha: float) -> None:
+        beta = _GRID.clone().requires_grad_()
+        s = scale(beta, form)
+        terms = {
+            "dpo": p * torch.nn.functional.softplus(-s * h) + (1 - p) * torch.nn.functional.softplus(s * h),
+            "range": lambda_range * (torch.relu(beta - _BETA_MAX) + torch.relu(_BETA_MIN - beta)),
+            "entropy": lambda_entropy * (beta - alpha * ref_entropy).square(),
+        }
+        terms["sum"] = sum(terms.values())
+        for name, term in terms.items():
+            (slope,) = torch.autograd.grad(term.sum(), beta, retain_graph=True)
+            lines[name][0].set_ydata(term.detach())
+            lines[name][1].set_ydata(slope)
+        at = float(_GRID[terms["sum"].argmin()])
+        for line in rest:
+            line.set_xdata([at, at])
+        says.set_text(f"rest at β = {at:.2f}\nαH = {alpha * ref_entropy:.2f}")
+
+    controls = {
+        "form": widgets.ToggleButtons(options=["inverse", "standard"], description="form"),
+        "p": _slider("reliability p of the label", 0.75, 0.5, 1.0, 0.01),
+        "lambda_range": _slider("λ1 (range)", 1.0, 0.0, 2.0, 0.1),
+        "lambda_entropy": _slider("λ3 (entropy)", 0.1, 0.0, 2.0, 0.05),
+        "alpha": _slider("α", 0.15, 0.02, 1.0, 0.01),
+    }
+    return Explorer(figure, update, controls)
+
+
+def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
+    r"""Two weights and α, a network trained anew at each change, and what it has learnt.
+
+    Left: β against the entropy of the reference, with the line :math:`\alpha H`. Right: β against the planted
+    β*, with the diagonal.
+
+    Args:
+        fit: (lambda_smoothness, lambda_entropy, alpha), by keyword, → a table with columns task, ref_entropy,
+            beta, beta_star; rows always of the same prompts, in one order.
+    """
+    figure, (left, right) = _panels(2)
+    defaults = {"lambda_smoothness": 0.0, "lambda_entropy": 0.0, "alpha": 0.15}
+    table = fit(**defaults)
+    dots = {}
+    for task, color in task_colors(table["task"]).items():
+        style = {"marker": "o", "linestyle": "", "markersize": 3.5, "alpha": 0.6, "color": color, "label": task}
+        dots[task] = [ax.plot([], [], **style)[0] for ax in (left, right)]
+    (line,) = left.plot([], [], color=_GREY, linewidth=1, label="αH")
+    right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1)
+    _plain_log(right, [0.03, 0.1, 0.3, 1, 3])
+    for ax in (left, right):
+        ax.set_yscale("log")
+        ax.set(ylim=(0.03, 3), ylabel="β learnt")
+        ax.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
+        ax.yaxis.set_minor_locator(NullLocator())
+    entropy = table["ref_entropy"].to_numpy()
+    left.set(xlim=(0, 1.05 * entropy.max()), xlabel="entropy of the reference H (nats per token)")
+    right.set(xlim=(0.03, 3), xlabel="β* planted")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+
+    def update(lambda_smoothness: float, lambda_entropy: float, alpha: float) -> None:
+        table = fit(lambda_smoothness=lambda_smoothness, lambda_entropy=lambda_entropy, alpha=alpha)
+        for task, rows in table.groupby("task"):
+            dots[task][0].set_data(rows["ref_entropy"], rows["beta"])
+            dots[task][1].set_data(rows["beta_star"], rows["beta"])
+        x = np.linspace(0.01, 1.05 * entropy.max(), 50)
+        line.set_data(x, alpha * x)
+
+    late = {"continuous_update": False}  # a training run a change: wait until the slider is let go
+    controls = {
+        "lambda_smoothness": _slider("λ2 (gradient penalty)", defaults["lambda_smoothness"], 0, 1, 0.02, **late),
+        "lambda_entropy": _slider("λ3 (entropy)", defaults["lambda_entropy"], 0, 2, 0.05, **late),
+        "alpha": _slider("α", defaults["alpha"], 0.05, 0.5, 0.01, **late),
+    }
+    return Explorer(figure, update, controls)

@@ -1,0 +1,1 @@
+"""Language models: load, score with a shared prefix, sample, estimate entropies, run the reference once."""

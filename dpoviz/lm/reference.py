@@ -1,0 +1,227 @@
+"""One pass of the reference over a data set, beside which its results are kept: it never has to run again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.data.tokens import IDS, digest, token_counts, tokenize_pairs
+from dpoviz.lm.cache import Journal, fingerprint
+from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
+from dpoviz.lm.packing import by_length
+from dpoviz.lm.processes import in_shares, processes
+from dpoviz.lm.scoring import context_length, evaluating, score_answers
+
+logger = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """Where commands and notebooks keep what need not be computed twice: $DPOVIZ_CACHE, or ~/.cache/dpoviz."""
+    return Path(os.environ.get("DPOVIZ_CACHE") or Path.home() / ".cache" / "dpoviz")
+
+
+def reference_pass(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    entropy_samples: int = 8,
+    batch_size: int = 64,
+    seed: int = 0,
+    too_long: str = "refuse",
+    cache_dir: Path | str | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Tokenise the pairs and put beside them what the reference makes of them.
+
+    The processes of `accelerate launch` share the work, and all of them return all of it. Log-probabilities are those
+    of one process; the answers that are drawn for the entropy are others, as with another seed.
+
+    Args:
+        model: the reference.
+        tokenizer: its tokenizer.
+        pairs: records as `load_pairs` returns them, or `tokenize_pairs`, which is then not done again.
+        max_length: limit of the prompt and one answer together, in tokens.
+        max_new_tokens: limit of an answer that is sampled for the entropy.
+        entropy_samples: K, answers a prompt that are sampled for the entropy.
+        batch_size: pairs, or prompts, at once; with prompts, `batch_size` × K sequences are in memory, with
+            their cache of keys and values.
+        seed: the draws.
+        too_long: "refuse" or "drop" pairs over `max_length`.
+        cache_dir: a folder that all processes see; the result is kept there by a fingerprint of model, tokenizer,
+            data, settings and code, and found there the next time. So is every batch on the way: a run that was
+            killed goes on where it stopped, and a prompt that another data set had is not sampled again
+            (`estimate_entropy`). None keeps nothing.
+        progress: show bars.
+
+    Returns:
+        The pairs with prompt_ids, chosen_ids, rejected_ids, and these columns in float32:
+
+        - ref_chosen_logps, ref_rejected_logps: nats, summed over the answer;
+        - ref_chosen_entropy, ref_rejected_entropy: nats, the exact next-token entropies summed along the answer.
+          They look at the answers, so they must not feed beta(x);
+        - ref_entropy, ref_entropy_se: nats per token, the `per_token` estimator;
+        - ref_entropy_first_token: nats, exact;
+        - ref_entropy_sequence, ref_entropy_monte_carlo: nats, each with its standard error, named with _se behind;
+        - ref_entropy_truncated: share of the sampled answers that hit `max_new_tokens`;
+        - ref_features: D numbers, the mean of the last hidden states over the prompt.
+
+        ref_entropy, all that begins with ref_entropy_, and ref_features depend on the prompt alone.
+
+    Raises:
+        ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
+            context; or log-probabilities that are not finite, by row.
+    """
+    pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
+    require_room(model, pairs, max_length, max_new_tokens)
+    settings = {
+        "batch_size": batch_size,  # answers are drawn batch by batch, so it decides which
+        "max_length": max_length,
+        "max_new_tokens": max_new_tokens,
+        "entropy_samples": entropy_samples,
+        "seed": seed,
+    }
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    if ends["pad_id"] is None:
+        ends["pad_id"] = ends["eos_id"]
+    if cache_dir is None:
+        return _compute(model, pairs, settings, ends, None, Journal(None), progress)
+    facts = [tokenizer.pad_token_id, ends, settings, digest(pairs)]
+    name = fingerprint(model, facts, __name__)
+    folder, unfinished = Path(cache_dir) / f"reference-{name}", Path(cache_dir) / f"unfinished-{name}"
+    if folder.exists():
+        try:
+            return load_from_disk(str(folder))
+        except Exception as error:  # whatever a damaged Arrow file may raise: computing again mends it
+            logger.warning("%s cannot be read (%s); the reference runs again", folder, error)
+    scored = _compute(model, pairs, settings, ends, cache_dir, Journal(unfinished), progress)
+    if processes().is_main_process:
+        _keep(scored, folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    processes().wait_for_everyone()
+    return load_from_disk(str(folder))
+
+
+def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_new_tokens: int) -> None:
+    """Refuse what the model's context cannot hold, before time is spent.
+
+    Args:
+        model: the reference.
+        pairs: tokenised pairs.
+        max_length: limit of the prompt and one answer together, in tokens.
+        max_new_tokens: limit of a sampled answer.
+
+    Raises:
+        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context.
+    """
+    room = context_length(model)
+    if room is None:
+        return
+    if max_length > room:
+        raise ValueError(
+            f"max_length: got {max_length}, but the model's context has {room} tokens; expected at most that "
+            '(with too_long="drop" longer pairs are left out)'
+        )
+    longest = token_counts(pairs)[:, 0].max()
+    if longest + max_new_tokens > room:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens}, but a prompt has {longest} tokens and the model's context {room}; "
+            f'expected at most {room - longest}, or a smaller max_length with too_long="drop"'
+        )
+
+
+def _compute(
+    model: PreTrainedModel,
+    pairs: Dataset,
+    settings: dict[str, int],
+    ends: dict[str, int],
+    keep: Path | str | None,
+    journal: Journal,
+    progress: bool,
+) -> Dataset:
+    number: dict[tuple[int, ...], int] = {}  # each prompt once
+    of_row = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in pairs["prompt_ids"]])
+    prompts = list(number)
+    scores = _score(model, pairs, ends["pad_id"], settings["batch_size"], journal, progress)
+    bad = (~np.isfinite(scores["logps"])).any(axis=1).nonzero()[0].tolist()
+    if bad:
+        raise ValueError(f"the reference's log-probabilities are not finite in rows {bad[:10]} ({len(bad)} in all)")
+    estimates = estimate_entropy(
+        model,
+        prompts,
+        samples=settings["entropy_samples"],
+        max_new_tokens=settings["max_new_tokens"],
+        **ends,
+        seed=settings["seed"],
+        batch_size=settings["batch_size"],
+        keep=keep,
+        progress=progress,
+    )
+    finite = torch.isfinite(estimates.per_token.value)
+    if not finite.all():
+        row = (~finite).nonzero()[0].item()
+        raise ValueError(f"the reference's entropy is not finite at the prompt with tokens {list(prompts[row])[:20]}")
+    columns = {f"ref_{side}_logps": scores["logps"][:, i] for i, side in enumerate(("chosen", "rejected"))}
+    columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
+    columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
+    # those of a prompt's first row: another row's sums may differ in the last bit, and beta with them
+    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row]
+    beside = Dataset.from_dict({name: column.astype(np.float32) for name, column in columns.items()})
+    return concatenate_datasets([pairs, beside], axis=1)
+
+
+def _entropy_columns(estimates: EntropyEstimates) -> dict[str, torch.Tensor]:
+    columns = {"ref_entropy": estimates.per_token.value, "ref_entropy_se": estimates.per_token.se}
+    columns["ref_entropy_first_token"] = estimates.first_token.value
+    for name in ("sequence", "monte_carlo"):
+        value, se = getattr(estimates, name)
+        columns |= {f"ref_entropy_{name}": value, f"ref_entropy_{name}_se": se}
+    return {**columns, "ref_entropy_truncated": estimates.truncated}
+
+
+@torch.no_grad()
+def _score(
+    model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, journal: Journal, progress: bool
+) -> dict[str, np.ndarray]:
+    """logps and entropy_sums (N, 2) and features (N, D) of all rows, in the order of the rows."""
+    ids, size = pairs.select_columns(list(IDS)), token_counts(pairs).sum(axis=1)
+    batches, kept = by_length(size.tolist(), batch_size), journal.read()
+
+    def score(number: int) -> dict[str, np.ndarray]:
+        name, some = f"{number:06d}", batches[number]
+        if name not in kept:
+            prompts, *answers = ids[some].values()
+            own = list(zip(*answers, strict=True))
+            scores = score_answers(model, prompts, own, pad_id=pad, entropy=True, features=True)
+            kept[name] = {key: getattr(scores, key).cpu().numpy() for key in ("logps", "entropy_sums", "features")}
+            journal.add(name, kept[name])
+        bar.update(len(some))
+        return kept[name]
+
+    shown = progress and processes().is_main_process
+    with evaluating(model), tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=not shown) as bar:
+        parts = in_shares(range(len(batches)), score)
+    back = np.argsort([row for some in batches for row in some])
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+
+
+def _keep(scored: Dataset, folder: Path) -> None:
+    """Write beside, then move: a killed run leaves no half of a cache."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        scored.save_to_disk(str(new))
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
