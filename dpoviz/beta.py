@@ -6,7 +6,6 @@ would no longer cancel between chosen and rejected (the derivation, §4.1).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,13 +14,9 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from dpoviz.validation import require_features, require_positive, rows_where, task_index
+
 _LOG_BOUND = 20.0  # beta / beta0 stays in e^±20: far beyond any use, and far inside float32
-
-
-def _require_positive(name: str, value: float) -> None:
-    # plain numbers only: they are written to config.json
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
 
 
 def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
@@ -65,15 +60,6 @@ class Beta(nn.Module, PyTorchModelHubMixin):
         return super()._from_pretrained(strict=strict, **kwargs)
 
 
-def _require_features(x: Tensor, width: int | None = None) -> None:
-    if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or (width is not None and x.shape[1] != width):
-        expected = "(B, D)" if width is None else f"(B, {width})"
-        raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
-    if not torch.isfinite(x).all():
-        rows = (~torch.isfinite(x)).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"x: not finite in rows {rows}, expected finite features")
-
-
 class ConstantBeta(Beta):
     """One beta for every prompt: what DPO does without any of this.
 
@@ -86,13 +72,13 @@ class ConstantBeta(Beta):
 
     def __init__(self, beta0: float) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
+        require_positive("beta0", beta0)
         self.beta0 = beta0
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
-        _require_features(x)
+        require_features(x)
         dtype = torch.promote_types(x.dtype, torch.float32)  # half has neither the range nor the digits
         return torch.full((len(x),), self.beta0, dtype=dtype, device=x.device)
 
@@ -111,7 +97,7 @@ class TaskBeta(Beta):
 
     def __init__(self, tasks: Sequence[str], beta0: float) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
+        require_positive("beta0", beta0)
         names = isinstance(tasks, (list, tuple)) and all(isinstance(name, str) for name in tasks)
         if not names or not tasks or len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks: got {tasks!r}, expected a list of different names, at least one")
@@ -122,23 +108,9 @@ class TaskBeta(Beta):
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
-        _require_features(x)
-        return _from_log(self.log_ratio[self._index(task, len(x))], self.beta0)
-
-    def _index(self, task: Sequence[str] | Tensor | None, batch: int) -> Tensor:
-        if isinstance(task, Tensor):
-            if task.is_floating_point() or task.shape != (batch,):
-                raise ValueError(f"task: got {task.dtype} of shape {tuple(task.shape)}, expected integers ({batch},)")
-            if task.min() < 0 or task.max() >= len(self.tasks):
-                raise ValueError(f"task: got {task.unique().tolist()}, expected 0 to {len(self.tasks) - 1}")
-            return task.to(self.log_ratio.device, torch.int64)
-        if task is None or isinstance(task, str) or len(task) != batch:
-            got = repr(task) if task is None or isinstance(task, str) else f"{len(task)} entries"
-            raise ValueError(f"task: got {got}, expected {batch} of {list(self.tasks)}, one per row")
-        unknown = sorted({str(name) for name in task if name not in self.tasks})
-        if unknown:
-            raise ValueError(f"task: got {unknown}, expected one of {list(self.tasks)}")
-        return torch.tensor([self.tasks.index(name) for name in task], device=self.log_ratio.device)
+        require_features(x)
+        index = task_index(task, len(x), self.tasks).to(self.log_ratio.device)
+        return _from_log(self.log_ratio[index], self.beta0)
 
 
 class EntropyBeta(Beta):
@@ -158,9 +130,9 @@ class EntropyBeta(Beta):
 
     def __init__(self, alpha: float, beta_min: float, beta_max: float) -> None:
         super().__init__()
-        _require_positive("alpha", alpha)
-        _require_positive("beta_min", beta_min)
-        _require_positive("beta_max", beta_max)
+        require_positive("alpha", alpha)
+        require_positive("beta_min", beta_min)
+        require_positive("beta_max", beta_max)
         if beta_min >= beta_max:
             raise ValueError(f"beta_min, beta_max: got {beta_min}, {beta_max}, expected beta_min < beta_max")
         self.alpha, self.beta_min, self.beta_max = alpha, beta_min, beta_max
@@ -168,12 +140,12 @@ class EntropyBeta(Beta):
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
-        _require_features(x)
+        require_features(x)
         if ref_entropy is None or ref_entropy.shape != (len(x),):
             got = None if ref_entropy is None else f"shape {tuple(ref_entropy.shape)}"
             raise ValueError(f"ref_entropy: got {got}, expected shape ({len(x)},), one per row of x")
         if not torch.isfinite(ref_entropy).all():
-            rows = (~torch.isfinite(ref_entropy)).nonzero().flatten().tolist()
+            rows = rows_where(~torch.isfinite(ref_entropy))
             raise ValueError(f"ref_entropy: not finite in rows {rows}, expected finite entropies")
         return (self.alpha * ref_entropy.detach()).clamp(self.beta_min, self.beta_max)
 
@@ -197,8 +169,8 @@ class BetaNetwork(Beta):
     and finite.
 
     In training mode batch norm (§6.3) makes beta(x_i) depend on the other rows of the batch; in evaluation
-    mode it does not. A batch of one row in training mode takes the running statistics. `calibrate` sets these
-    at once.
+    mode it does not. A batch of one row in training mode takes the running statistics, which
+    `fit_running_statistics` sets at once.
 
     Args:
         in_features: D, the width of the features.
@@ -215,7 +187,7 @@ class BetaNetwork(Beta):
         self, in_features: int, *, beta0: float, hidden: Sequence[int] = (64,), batch_norm: bool = True
     ) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
+        require_positive("beta0", beta0)
         for name, width in [("in_features", in_features), *(("hidden", width) for width in hidden)]:
             if not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name}: got {width!r}, expected a positive integer")
@@ -233,12 +205,12 @@ class BetaNetwork(Beta):
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
-        _require_features(x, self.in_features)
+        require_features(x, self.in_features)
         log_ratio = self.layers(x.to(self.layers[-1].weight.dtype)).squeeze(-1)  # (B, 1) would broadcast to (B, B)
         return _from_log(log_ratio, self.beta0)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
+    def fit_running_statistics(self, x: Tensor) -> None:
         """Set the running statistics to those of `x`, layer by layer.
 
         The features never change while the network trains, so the statistics of all prompts can be had
@@ -251,7 +223,7 @@ class BetaNetwork(Beta):
         Raises:
             ValueError: `x` is not floating (N, D) and finite, or has a single row.
         """
-        _require_features(x, self.in_features)
+        require_features(x, self.in_features)
         if len(x) < 2:
             raise ValueError("x: got 1 row, expected at least 2: one has no variance")
         z = x.to(self.layers[-1].weight.dtype)

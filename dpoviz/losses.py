@@ -8,50 +8,17 @@ a pair is :math:`-\log\sigma(s(x) h)`. The two forms differ in s alone: the deri
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpoviz.regularizers import (
-    entropy_penalty,
-    range_penalty,
-    require_rows,
-    squared_gradient_norms,
-    task_consistency_penalty,
-)
-
-Form = Literal["inverse", "standard"]
-FORMS: tuple[Form, ...] = ("inverse", "standard")
-
-
-def scale(beta: float | Tensor, form: Form) -> float | Tensor:
-    r"""What multiplies h in the loss: :math:`s = 1/\beta` (inverse) or :math:`s = \beta` (standard).
-
-    Args:
-        beta: a positive finite number, or (B,) of them.
-        form: "inverse" or "standard".
-
-    Returns:
-        s, a number for a number and (B,) for (B,); differentiable in beta.
-
-    Raises:
-        ValueError: `form` is neither; `beta` is not a positive finite number nor a floating (B,) of them.
-    """
-    if form not in ("inverse", "standard"):
-        raise ValueError(f"form: got {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
-    if isinstance(beta, Tensor):
-        require_rows("beta", beta)
-        if not (beta > 0).all():
-            raise ValueError(f"beta: not positive in rows {(beta <= 0).nonzero().flatten().tolist()}, expected > 0")
-    elif isinstance(beta, bool) or not isinstance(beta, Real) or not 0 < beta < math.inf:
-        raise ValueError(f"beta: got {beta!r}, expected a positive finite number or a tensor of shape (B,)")
-    return 1 / beta if form == "inverse" else beta
+from dpoviz.forms import Form, scale
+from dpoviz.regularizers import Regularization, penalties
+from dpoviz.validation import require_rows
 
 
 def log_ratio_difference(
@@ -153,8 +120,8 @@ class TotalLoss:
 
     Attributes:
         total: scalar, the sum of `terms`.
-        terms: the weighted scalar terms "dpo", "range", "smoothness", "entropy"; one that is switched off is
-            0. "smoothness" is the derivation's §5.1.2: gradient penalty plus task consistency.
+        terms: the weighted scalar terms: "dpo", and "range", "smoothness", "consistency", "entropy" where they are
+            switched on.
         dpo: the losses and rewards of the pairs.
         squared_gradients: (B,) lambda_smoothness·‖∇β(x_i)‖², detached: the gradient penalty before its mean.
     """
@@ -165,61 +132,47 @@ class TotalLoss:
     squared_gradients: Tensor
 
 
-def _require_weights(**weights: float) -> None:
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: got {weight!r}, expected a finite number, at least 0 (0 switches it off)")
+class Logps(NamedTuple):
+    """Log-probabilities of a batch of pairs, each (B,), summed over the completion, in nats.
 
+    Attributes:
+        policy_chosen: log π(y_w|x).
+        policy_rejected: log π(y_l|x).
+        ref_chosen: log π_ref(y_w|x); carries no gradient.
+        ref_rejected: log π_ref(y_l|x); carries no gradient.
+    """
 
-def _require_inputs(weight: str, **inputs: object) -> None:
-    missing = [name for name, value in inputs.items() if value is None]
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: missing, needed because {weight} > 0; pass it or set {weight}=0")
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
 
 
 def total_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    logps: Logps,
     beta: Tensor,
     *,
-    weight: Tensor | None = None,
     form: Form,
-    beta_min: float,
-    beta_max: float,
-    ref_entropy: Tensor | None,
-    alpha: float | None,
-    lambda_range: float,
-    lambda_smoothness: float,
-    lambda_consistency: float,
-    lambda_entropy: float,
+    regularization: Regularization | None,
+    weight: Tensor | None = None,
+    ref_entropy: Tensor | None = None,
     beta_fn: Callable[[Tensor], Tensor] | None = None,
     x: Tensor | None = None,
     task: Tensor | Sequence[str] | None = None,
 ) -> TotalLoss:
-    r"""The total objective of a batch (the derivation, §5), each term by itself.
+    """Return the total objective of a batch (the derivation, §5), each term by itself.
 
-    .. math:: L_{total} = L_{DPO} + L_{range} + L_{smooth} + L_{entropy}
+        L_total = L_DPO + L_range + L_smooth + L_entropy
 
     A term is computed only where its weight is above 0.
 
     Args:
-        policy_chosen_logps: (B,), as in `dpo_loss`.
-        policy_rejected_logps: (B,), as in `dpo_loss`.
-        ref_chosen_logps: (B,), as in `dpo_loss`.
-        ref_rejected_logps: (B,), as in `dpo_loss`.
+        logps: of policy and reference.
         beta: (B,) the value of beta at each pair's prompt.
-        weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves a pair out. None: all alike.
         form: "inverse" or "standard".
-        beta_min: lower end of the range, for `range_penalty`.
-        beta_max: upper end of the range.
-        ref_entropy: (B,) for `entropy_penalty`, or None.
-        alpha: beta per unit of entropy, or None.
-        lambda_range: the source's λ1.
-        lambda_smoothness: the source's λ2, on `smoothness_penalty`.
-        lambda_consistency: the weight of `task_consistency_penalty`, the other half of the source's λ2 term.
-        lambda_entropy: the source's λ3.
+        regularization: weights of the penalties; None leaves the DPO loss alone.
+        weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves a pair out. None: all alike.
+        ref_entropy: (B,) for the entropy term.
         beta_fn: the function (B, D) → (B,) that gave `beta`, for the gradient penalty.
         x: (B, D) the features it read.
         task: the task of each row, for the task consistency.
@@ -228,18 +181,11 @@ def total_loss(
         The sum, its terms, and what `gradients_on_beta` needs.
 
     Raises:
-        ValueError: a λ that is negative or not finite; a λ above 0 whose inputs are missing; pairs whose weights
-            are negative, or all 0; whatever `dpo_loss` and the penalties refuse.
+        ValueError: a penalty whose inputs are missing; pairs whose weights are negative, or all 0; whatever
+            `dpo_loss` and the penalties refuse.
     """
-    _require_weights(
-        lambda_range=lambda_range,
-        lambda_smoothness=lambda_smoothness,
-        lambda_consistency=lambda_consistency,
-        lambda_entropy=lambda_entropy,
-    )
     require_rows("beta", beta)
-    dpo = dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, form=form)
-    zero = beta.new_zeros(())
+    dpo = dpo_loss(*logps, beta, form=form)
     if weight is None:
         mean = dpo.losses.mean()
     else:
@@ -247,22 +193,11 @@ def total_loss(
         if (weight < 0).any() or not weight.any():
             raise ValueError(f"weight: got {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
         mean = (weight * dpo.losses).sum() / weight.sum()
-    terms = {"dpo": mean, "range": zero, "smoothness": zero, "entropy": zero}
-    squared_gradients = torch.zeros_like(beta)
-    if lambda_range > 0:
-        terms["range"] = lambda_range * range_penalty(beta, beta_min, beta_max)
-    if lambda_smoothness > 0:
-        _require_inputs("lambda_smoothness", beta_fn=beta_fn, x=x)
-        if len(x) != len(beta):
-            raise ValueError(f"x: got {len(x)} rows, expected {len(beta)}, one per row of beta")
-        squared_gradients = lambda_smoothness * squared_gradient_norms(beta_fn, x)
-        terms["smoothness"] = squared_gradients.mean()
-    if lambda_consistency > 0:
-        _require_inputs("lambda_consistency", task=task)
-        terms["smoothness"] = terms["smoothness"] + lambda_consistency * task_consistency_penalty(beta, task)
-    if lambda_entropy > 0:
-        _require_inputs("lambda_entropy", ref_entropy=ref_entropy, alpha=alpha)
-        terms["entropy"] = lambda_entropy * entropy_penalty(beta, ref_entropy, alpha)
+    terms, squared_gradients = {"dpo": mean}, torch.zeros_like(beta)
+    if regularization is not None:
+        found = penalties(beta, regularization, ref_entropy=ref_entropy, beta_fn=beta_fn, x=x, task=task)
+        terms |= found.terms
+        squared_gradients = found.squared_gradients
     return TotalLoss(sum(terms.values()), terms, dpo, squared_gradients.detach())
 
 
@@ -297,5 +232,6 @@ def gradients_on_beta(out: TotalLoss, beta: Tensor) -> dict[str, Tensor]:
         if gradient is None and name == "dpo":
             raise ValueError("beta: not a part of out, expected the very tensor that total_loss was given")
         pulls[name] = torch.zeros_like(beta) if gradient is None else len(beta) * gradient
-    pulls["smoothness"] = pulls["smoothness"] + 2 * out.squared_gradients / beta.detach()
+    if "smoothness" in pulls:
+        pulls["smoothness"] = pulls["smoothness"] + 2 * out.squared_gradients / beta.detach()
     return pulls

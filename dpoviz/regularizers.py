@@ -1,40 +1,22 @@
-r"""What keeps :math:`\beta(x)` from going where the loss alone would let it: four scalar penalties.
-
-They are unweighted: the :math:`\lambda` belong to the caller (`losses.total_loss`).
-"""
+"""Four penalties that keep β(x) from going where the loss alone would let it, and their weighted sum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dpoviz.validation import require, require_positive, require_rows, task_index
 
-def require_rows(name: str, values: Tensor, batch: int | None = None) -> None:
-    """Refuse anything but one finite floating number per row.
 
-    Args:
-        name: what `values` is called in the message.
-        values: expected to be (B,), B at least 1.
-        batch: the B that is expected; None takes any.
-
-    Raises:
-        ValueError: not a floating tensor, not (B,), no rows, another B, or non-finite rows (which it lists).
-    """
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name}: got {got}, expected a floating tensor of shape (B,)")
-    if values.ndim != 1 or len(values) == 0 or (batch is not None and len(values) != batch):
-        expected = "(B,) with B at least 1" if batch is None else f"({batch},)"
-        # (B, 1) is what a linear layer returns; against (B,) it would broadcast to (B, B) without a word
-        hint = "; drop the last axis with .squeeze(-1)" if values.ndim == 2 and values.shape[1] == 1 else ""
-        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {expected}{hint}")
-    if not torch.isfinite(values).all():
-        rows = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        raise ValueError(f"{name}: not finite in rows {rows}, expected finite numbers")
+def _require_range(beta_min: float, beta_max: float) -> None:
+    if not 0 < beta_min < beta_max < math.inf:
+        raise ValueError(f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max < inf")
 
 
 def range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
@@ -56,10 +38,7 @@ def range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
         ValueError: `beta` is not (B,) and finite, or not 0 < beta_min < beta_max < inf.
     """
     require_rows("beta", beta)
-    if not 0 < beta_min < beta_max < math.inf:
-        raise ValueError(
-            f"beta_min, beta_max: got {beta_min}, {beta_max}, expected 0 < beta_min < beta_max, both finite"
-        )
+    _require_range(beta_min, beta_max)
     return (torch.relu(beta - beta_max) + torch.relu(beta_min - beta)).mean()
 
 
@@ -129,22 +108,6 @@ def smoothness_penalty(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
     return squared_gradient_norms(beta_fn, x).mean()
 
 
-def _task_index(task: Tensor | Sequence[str], batch: int) -> Tensor:
-    """Number the tasks of a batch from 0: (B,) int64."""
-    if isinstance(task, Tensor):
-        if task.is_floating_point() or task.shape != (batch,):
-            raise ValueError(
-                f"task: got {task.dtype} of shape {tuple(task.shape)}, expected integers of shape ({batch},)"
-            )
-        return torch.unique(task, return_inverse=True)[1]
-    # a single name is a sequence of letters, and one of B letters would pass for B tasks
-    if isinstance(task, str) or len(task) != batch or not all(isinstance(name, str) for name in task):
-        got = repr(task) if isinstance(task, str) else f"{len(task)} entries"
-        raise ValueError(f"task: got {got}, expected {batch} names, one per row, or an integer tensor")
-    number = {name: i for i, name in enumerate(dict.fromkeys(task))}
-    return torch.tensor([number[name] for name in task])
-
-
 def task_consistency_penalty(beta: Tensor, task: Tensor | Sequence[str]) -> Tensor:
     r"""Variance of beta within each task of the batch (the text of the derivation's §5.1.2).
 
@@ -164,7 +127,7 @@ def task_consistency_penalty(beta: Tensor, task: Tensor | Sequence[str]) -> Tens
         ValueError: `beta` is not (B,) and finite, or `task` is not one name or integer per row.
     """
     require_rows("beta", beta)
-    index = _task_index(task, len(beta)).to(beta.device)
+    index = task_index(task, len(beta)).to(beta.device)
     counts = torch.bincount(index).to(beta.dtype)
     means = beta.new_zeros(len(counts)).index_add(0, index, beta) / counts  # (tasks,)
     return (beta - means[index]).square().mean()
@@ -191,6 +154,100 @@ def entropy_penalty(beta: Tensor, ref_entropy: Tensor, alpha: float) -> Tensor:
     """
     require_rows("beta", beta)
     require_rows("ref_entropy", ref_entropy, len(beta))
-    if isinstance(alpha, Tensor) or not 0 < alpha < math.inf:
-        raise ValueError(f"alpha: got {alpha!r}, expected a positive finite number")
+    require_positive("alpha", alpha)
     return (beta - alpha * ref_entropy.detach()).square().mean()
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """The weights of the penalties, and what they hold beta to.
+
+    Attributes:
+        beta_min: lower end of the range.
+        beta_max: upper end of the range.
+        alpha: beta per unit of entropy; None where the entropy term is off.
+        range: λ1, weight of `range_penalty`.
+        smoothness: λ2, weight of `smoothness_penalty`.
+        consistency: weight of `task_consistency_penalty`, the other half of the source's λ2 term.
+        entropy: λ3, weight of `entropy_penalty`.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, a range that is empty, or λ3 > 0 without alpha.
+    """
+
+    beta_min: float
+    beta_max: float
+    alpha: float | None = None
+    range: float = 0.0
+    smoothness: float = 0.0
+    consistency: float = 0.0
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_range(self.beta_min, self.beta_max)
+        for name in ("range", "smoothness", "consistency", "entropy"):
+            weight = getattr(self, name)
+            require(name, weight, 0 <= weight < math.inf, "a finite weight, at least 0 (0 switches the term off)")
+        if self.entropy > 0 and self.alpha is None:
+            raise ValueError("alpha: got None, expected a positive number, because the weight of entropy is above 0")
+
+
+class Penalties(NamedTuple):
+    """The weighted penalties of a batch.
+
+    Attributes:
+        terms: scalars by name, "range", "smoothness", "consistency", "entropy"; those that are switched on.
+        squared_gradients: (B,) λ2·‖∇β(x_i)‖², detached: the gradient penalty before its mean; zeros where it is off.
+    """
+
+    terms: dict[str, Tensor]
+    squared_gradients: Tensor
+
+
+def penalties(
+    beta: Tensor,
+    weights: Regularization,
+    *,
+    ref_entropy: Tensor | None = None,
+    beta_fn: Callable[[Tensor], Tensor] | None = None,
+    x: Tensor | None = None,
+    task: Tensor | Sequence[str] | None = None,
+) -> Penalties:
+    """Return each penalty times its weight; one whose weight is 0 is not computed.
+
+    Args:
+        beta: (B,) beta at each prompt.
+        weights: of the penalties.
+        ref_entropy: (B,) for the entropy term.
+        beta_fn: the function (B, D) → (B,) that gave `beta`, for the gradient penalty.
+        x: (B, D) the features it read.
+        task: the task of each row, for the task consistency.
+
+    Raises:
+        ValueError: a weight above 0 whose inputs are missing; whatever the penalties refuse.
+    """
+    terms, squared_gradients = {}, torch.zeros_like(beta)
+    if weights.range > 0:
+        terms["range"] = weights.range * range_penalty(beta, weights.beta_min, weights.beta_max)
+    if weights.smoothness > 0:
+        _require_inputs("smoothness", beta_fn=beta_fn, x=x)
+        if len(x) != len(beta):
+            raise ValueError(f"x: got {len(x)} rows, expected {len(beta)}, one per row of beta")
+        weighted = weights.smoothness * squared_gradient_norms(beta_fn, x)
+        terms["smoothness"], squared_gradients = weighted.mean(), weighted.detach()
+    if weights.consistency > 0:
+        _require_inputs("consistency", task=task)
+        terms["consistency"] = weights.consistency * task_consistency_penalty(beta, task)
+    if weights.entropy > 0:
+        _require_inputs("entropy", ref_entropy=ref_entropy)
+        terms["entropy"] = weights.entropy * entropy_penalty(beta, ref_entropy, weights.alpha)
+    return Penalties(terms, squared_gradients)
+
+
+def _require_inputs(weight: str, **inputs: object) -> None:
+    missing = [name for name, value in inputs.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: got None, expected a value, because the weight of {weight} is above 0; "
+            f"pass it, or set {weight}=0"
+        )

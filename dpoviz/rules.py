@@ -1,10 +1,10 @@
 r"""Rules for beta: the one interface through which the training loop asks for beta of a batch.
 
-`FromPrompt` is beta as the derivation wants it, a function of the prompt alone. `BetaDPO`, `EpsilonDPO`, `MallowsPO`
+`PromptRule` is beta as the derivation wants it, a function of the prompt alone. `BetaDPO`, `EpsilonDPO`, `MallowsPO`
 and `LSC` are published rules that look at the answers, or at what the policy makes of them. Their beta is then no
 function of x: the normaliser :math:`Z(x)`, which cancels between chosen and rejected because both have the same beta
 (the derivation, §4.1), no longer does so across the pairs of a prompt, and no single reward function stands behind
-the loss. `DualKL` looks at the KL divergence. `Random` and `Lookup` are controls.
+the loss. `DualKL` looks at the KL divergence. `RandomBeta` and `LookupBeta` are controls.
 
 The published rules multiply h by beta: they are defined in the standard form.
 """
@@ -22,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from dpoviz.beta import Beta
-from dpoviz.losses import Form
+from dpoviz.forms import Form
+from dpoviz.validation import require, require_features, require_positive, rows_where, task_index
 
 _REACH = 1000.0
 """A beta that is multiplied step after step stays within this factor of beta0, far from over- and underflow."""
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What a rule may look at in one step, before the policy's update; none of it carries a gradient.
 
     Attributes:
@@ -53,7 +54,7 @@ class Seen:
     kl: Mapping[str, float] | None = None
 
 
-class Weighed(NamedTuple):
+class RuleOutput(NamedTuple):
     """What a rule gives for a batch.
 
     Attributes:
@@ -66,7 +67,7 @@ class Weighed(NamedTuple):
 
 
 class Rule(nn.Module):
-    """Called as ``rule(seen) -> Weighed``. What it remembers is in buffers, so that a checkpoint holds it.
+    """Called as ``rule(observation) -> RuleOutput``. What it remembers is in buffers, so that a checkpoint holds it.
 
     It remembers in training mode alone: in evaluation mode the same batch gets the same answer again.
 
@@ -81,26 +82,26 @@ class Rule(nn.Module):
     settings: ClassVar[tuple[str, ...]] = ()
 
     @property
-    def learns(self) -> bool:
+    def trainable(self) -> bool:
         """Whether it has weights to train."""
         return any(p.requires_grad for p in self.parameters())
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
 
-    def forward(self, seen: Seen) -> Weighed:
+    def forward(self, observation: Observation) -> RuleOutput:
         raise NotImplementedError
 
 
-class FromPrompt(Rule):
+class PromptRule(Rule):
     """A `Beta`, which is a function of the prompt alone, as a rule."""
 
     def __init__(self, beta: Beta) -> None:
         super().__init__()
         self.beta = beta
 
-    def forward(self, seen: Seen) -> Weighed:
-        return Weighed(self.beta(seen.x, task=seen.task, ref_entropy=seen.ref_entropy))
+    def forward(self, observation: Observation) -> RuleOutput:
+        return RuleOutput(self.beta(observation.x, task=observation.task, ref_entropy=observation.ref_entropy))
 
 
 class BetaDPO(Rule):
@@ -135,17 +136,17 @@ class BetaDPO(Rule):
         self, beta0: float, *, a: float = 0.6, momentum: float = 0.9, keep: float = 0.8, seed: int = 0
     ) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
-        _require("a", a, 0 <= a < math.inf, "a number, at least 0")
-        _require("momentum", momentum, 0 <= momentum < 1, "a number from 0 to below 1")
-        _require("keep", keep, 0 < keep <= 1, "a share above 0, at most 1")
+        require_positive("beta0", beta0)
+        require("a", a, 0 <= a < math.inf, "a number, at least 0")
+        require("momentum", momentum, 0 <= momentum < 1, "a number from 0 to below 1")
+        require("keep", keep, 0 < keep <= 1, "a share above 0, at most 1")
         self.beta0, self.a, self.momentum, self.keep, self.seed = beta0, a, momentum, keep, seed
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, seen: Seen) -> Weighed:
-        h = _rows("h", seen.h, len(seen.x))
+    def forward(self, observation: Observation) -> RuleOutput:
+        h = _rows("h", observation.h, len(observation.x))
         filters = self.keep < 1
         if filters and len(h) < 2:
             raise ValueError("h: got 1 pair, expected at least 2, which have a spread; or set keep=1")
@@ -157,7 +158,7 @@ class BetaDPO(Rule):
         weight = self._kept(h) if filters else None
         mean = h.mean() if weight is None else h[weight > 0].mean()
         beta = (self.beta0 * (1 + self.a * (mean - self.mean))).clamp(min=1e-3)
-        return Weighed(beta.expand(len(h)).clone(), weight)
+        return RuleOutput(beta.expand(len(h)).clone(), weight)
 
     def _kept(self, h: Tensor) -> Tensor:
         """(B,) 1 for a pair that is kept."""
@@ -199,19 +200,19 @@ class EpsilonDPO(Rule):
 
     def __init__(self, beta0: float, *, epsilon: float = 0.01) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
-        _require("epsilon", epsilon, 0 < epsilon < 1, "a number between 0 and 1")
+        require_positive("beta0", beta0)
+        require("epsilon", epsilon, 0 < epsilon < 1, "a number between 0 and 1")
         self.beta0, self.epsilon = beta0, epsilon
         self.register_buffer("current", torch.tensor(float(beta0)))
 
-    def forward(self, seen: Seen) -> Weighed:
-        direction = _rows("direction", seen.direction, len(seen.x))
+    def forward(self, observation: Observation) -> RuleOutput:
+        direction = _rows("direction", observation.direction, len(observation.x))
         if not torch.isin(direction, direction.new_tensor([-1, 0, 1])).all():
             raise ValueError(f"direction: got {direction.unique().tolist()}, expected -1, 0 or 1")
         beta = self.current / (1 + self.epsilon * direction)
         if self.training:
             self.current.copy_(_hold(beta.mean(), self.beta0))
-        return Weighed(beta)
+        return RuleOutput(beta)
 
 
 class MallowsPO(Rule):
@@ -229,7 +230,7 @@ class MallowsPO(Rule):
 
     Args:
         beta0: the beta at :math:`\varphi = 1`.
-        c: such that the mean of :math:`\varphi` over the data is 1: see `calibrated`.
+        c: such that the mean of :math:`\varphi` over the data is 1: see `with_mean`.
         sign: 1 or -1.
 
     Raises:
@@ -243,18 +244,18 @@ class MallowsPO(Rule):
 
     def __init__(self, beta0: float, *, c: float, sign: int = 1) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
-        _require_positive("c", c)
-        _require("sign", sign, sign in (1, -1), "1, or -1 for the control")
+        require_positive("beta0", beta0)
+        require_positive("c", c)
+        require("sign", sign, sign in (1, -1), "1, or -1 for the control")
         self.beta0, self.c, self.sign = beta0, c, sign
 
     @classmethod
-    def calibrated(cls, beta0: float, answer_entropy: Tensor, *, sign: int = 1) -> MallowsPO:
+    def with_mean(cls, beta0: float, answer_entropy: Tensor, *, sign: int = 1) -> MallowsPO:
         """The rule whose mean beta over the data is beta0.
 
         Args:
             beta0: the mean.
-            answer_entropy: (N,) of all pairs, as `Seen.answer_entropy`.
+            answer_entropy: (N,) of all pairs, as `Observation.answer_entropy`.
             sign: 1 or -1.
 
         Raises:
@@ -263,8 +264,10 @@ class MallowsPO(Rule):
         entropy = _rows("answer_entropy", answer_entropy, len(answer_entropy)).double()
         return cls(beta0, c=1 / cls(1.0, c=1.0, sign=sign)._phi(entropy).mean().item(), sign=sign)
 
-    def forward(self, seen: Seen) -> Weighed:
-        return Weighed(self.beta0 * self._phi(_rows("answer_entropy", seen.answer_entropy, len(seen.x))))
+    def forward(self, observation: Observation) -> RuleOutput:
+        return RuleOutput(
+            self.beta0 * self._phi(_rows("answer_entropy", observation.answer_entropy, len(observation.x)))
+        )
 
     def _phi(self, entropy: Tensor) -> Tensor:
         slack = 1e-4  # a sum over a vocabulary in float32 may round past log V
@@ -299,23 +302,23 @@ class LSC(Rule):
 
     def __init__(self, beta0: float, *, eta: float = 0.1, target: float = 0.4, start: float = 0.4) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
-        _require_positive("eta", eta)
-        _require_positive("target", target)
-        _require("start", start, 0 < start <= 1, "a number above 0, at most 1")
+        require_positive("beta0", beta0)
+        require_positive("eta", eta)
+        require_positive("target", target)
+        require("start", start, 0 < start <= 1, "a number above 0, at most 1")
         self.beta0, self.eta, self.target, self.start = beta0, eta, target, start
         self.register_buffer("current", torch.tensor(float(beta0)))
         self.register_buffer("started", torch.tensor(False))
 
-    def forward(self, seen: Seen) -> Weighed:
-        h = _rows("h", seen.h, len(seen.x))
+    def forward(self, observation: Observation) -> RuleOutput:
+        h = _rows("h", observation.h, len(observation.x))
         beta = self.current.to(h.dtype).expand(len(h)).clone()
         if self.training:
             self.started |= torch.sigmoid(-beta * h).mean() <= self.start
             if self.started:
                 moved = self.current * torch.exp(-self.eta * (self.current * h.mean() - self.target))
                 self.current.copy_(_hold(moved, self.beta0))
-        return Weighed(beta)
+        return RuleOutput(beta)
 
 
 class DualKL(Rule):
@@ -353,32 +356,31 @@ class DualKL(Rule):
         horizon: float = 10,
     ) -> None:
         super().__init__()
-        _require_positive("beta0", beta0)
-        _require_positive("target", target)
-        _require_positive("horizon", horizon)
-        _require("every", every, isinstance(every, int) and 1 <= every < 5 * horizon, "1 or more, below 5·horizon")
+        require_positive("beta0", beta0)
+        require_positive("target", target)
+        require_positive("horizon", horizon)
+        require("every", every, isinstance(every, int) and 1 <= every < 5 * horizon, "1 or more, below 5·horizon")
         names = tasks is None or (not isinstance(tasks, str) and len(set(tasks)) == len(tasks) > 0)
-        _require("tasks", tasks, names, "different names, at least one; or None for one beta for all")
+        require("tasks", tasks, names, "different names, at least one; or None for one beta for all")
         self.beta0, self.target, self.every, self.horizon = beta0, target, every, horizon
         self.tasks = None if tasks is None else tuple(tasks)
         self.register_buffer("current", torch.full((1 if tasks is None else len(tasks),), float(beta0)))
 
-    def forward(self, seen: Seen) -> Weighed:
-        _rows("h", seen.h, len(seen.x))
-        beta = self.current[self._index(seen.task, len(seen.x))].to(torch.promote_types(seen.h.dtype, torch.float32))
-        if self.training and seen.kl is not None:
-            error = (self._measured(seen.kl) / self.target - 1).clamp(-0.2, 0.2)
+    def forward(self, observation: Observation) -> RuleOutput:
+        _rows("h", observation.h, len(observation.x))
+        beta = self.current[self._index(observation.task, len(observation.x))].to(
+            torch.promote_types(observation.h.dtype, torch.float32)
+        )
+        if self.training and observation.kl is not None:
+            error = (self._measured(observation.kl) / self.target - 1).clamp(-0.2, 0.2)
             self.current.copy_(_hold(self.current * (1 + error * self.every / self.horizon), self.beta0))
-        return Weighed(beta)
+        return RuleOutput(beta)
 
     def _index(self, task: Sequence[str], batch: int) -> Tensor:
         """(B,) where each row's beta is."""
         if self.tasks is None:
             return torch.zeros(batch, dtype=torch.int64, device=self.current.device)
-        unknown = sorted(set(task) - set(self.tasks))
-        if unknown or len(task) != batch:
-            raise ValueError(f"task: got {len(task)} rows, {unknown} unknown; expected {batch} of {list(self.tasks)}")
-        return torch.tensor([self.tasks.index(name) for name in task], device=self.current.device)
+        return task_index(task, batch, self.tasks).to(self.current.device)
 
     def _measured(self, kl: Mapping[str, float]) -> Tensor:
         """The KL that each beta answers for."""
@@ -390,7 +392,7 @@ class DualKL(Rule):
         return values if self.tasks else values.mean(dim=0, keepdim=True)
 
 
-class Random(Rule):
+class RandomBeta(Rule):
     r"""The control with no meaning: a log-normal beta, drawn once for each prompt and the same ever after.
 
     .. math:: \beta(x) = \mathrm{mean}\cdot e^{\mathrm{spread}\,z(x) - \mathrm{spread}^2/2}, \qquad
@@ -412,20 +414,20 @@ class Random(Rule):
 
     def __init__(self, mean: float, *, spread: float, seed: int = 0) -> None:
         super().__init__()
-        _require_positive("mean", mean)
-        _require("spread", spread, 0 <= spread < math.inf, "a finite number, at least 0")
-        _require("seed", seed, isinstance(seed, int) and seed >= 0, "an integer, at least 0")
+        require_positive("mean", mean)
+        require("spread", spread, 0 <= spread < math.inf, "a finite number, at least 0")
+        require("seed", seed, isinstance(seed, int) and seed >= 0, "an integer, at least 0")
         self.mean, self.spread, self.seed = mean, spread, seed
 
-    def forward(self, seen: Seen) -> Weighed:
+    def forward(self, observation: Observation) -> RuleOutput:
         # 52 bits and a half: the quantile is never taken at 0 or 1
-        uniform = [((bits >> 11) + 0.5) / 2**52 for bits in _hashes(seen.x, self.seed)]
+        uniform = [((bits >> 11) + 0.5) / 2**52 for bits in _hashes(observation.x, self.seed)]
         z = torch.tensor([NormalDist().inv_cdf(u) for u in uniform], dtype=torch.float64)
         beta = self.mean * torch.exp(self.spread * z - self.spread**2 / 2)
-        return Weighed(beta.to(seen.x.device, torch.promote_types(seen.x.dtype, torch.float32)))
+        return RuleOutput(beta.to(observation.x.device, torch.promote_types(observation.x.dtype, torch.float32)))
 
 
-class Lookup(Rule):
+class LookupBeta(Rule):
     """A fixed table from prompts to beta, found by their features: another rule's beta, frozen or `shuffled`.
 
     Args:
@@ -453,7 +455,7 @@ class Lookup(Rule):
         return hashlib.blake2b(whole, digest_size=8).hexdigest()
 
     @classmethod
-    def shuffled(cls, x: Tensor, beta: Tensor, task: Sequence[str], *, within_task: bool, seed: int) -> Lookup:
+    def shuffled(cls, x: Tensor, beta: Tensor, task: Sequence[str], *, within_task: bool, seed: int) -> LookupBeta:
         """The same betas over the same prompts, dealt out anew: their distribution stays, their meaning goes.
 
         Args:
@@ -466,31 +468,21 @@ class Lookup(Rule):
         Raises:
             ValueError: as the class, or `task` does not have N entries.
         """
-        _require("task", f"{len(task)} entries", len(task) == len(x), f"{len(x)}, one per row of x")
+        require("task", f"{len(task)} entries", len(task) == len(x), f"{len(x)}, one per row of x")
         rows = list(_first_rows(x, beta).values())
         generator = torch.Generator().manual_seed(seed)
         groups = [[row for row in rows if task[row] == name] for name in sorted(set(task))] if within_task else [rows]
         dealt = [group[i] for group in groups for i in torch.randperm(len(group), generator=generator).tolist()]
         return cls(x[[row for group in groups for row in group]], beta[dealt])
 
-    def forward(self, seen: Seen) -> Weighed:
-        keys = torch.tensor(_hashes(seen.x), device=self.keys.device)
+    def forward(self, observation: Observation) -> RuleOutput:
+        keys = torch.tensor(_hashes(observation.x), device=self.keys.device)
         place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         unknown = (self.keys[place] != keys).nonzero().flatten().tolist()
         if unknown:
             raise ValueError(f"x: rows {unknown} are not in the table of {len(self.keys)} prompts, expected known ones")
         beta = self.values[place]
-        return Weighed(beta.to(seen.x.device, torch.promote_types(seen.x.dtype, torch.float32)))
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def _require_positive(name: str, value: float) -> None:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    _require(name, value, plain and 0 < value < math.inf, "a positive finite number")
+        return RuleOutput(beta.to(observation.x.device, torch.promote_types(observation.x.dtype, torch.float32)))
 
 
 def _rows(name: str, values: Tensor | None, batch: int) -> Tensor:
@@ -501,8 +493,7 @@ def _rows(name: str, values: Tensor | None, batch: int) -> Tensor:
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected ({batch},), one per row of x, B ≥ 1")
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     if not torch.isfinite(values).all():
-        rows = (~torch.isfinite(values)).nonzero().flatten().tolist()
-        raise ValueError(f"{name}: not finite in rows {rows}, expected finite numbers")
+        raise ValueError(f"{name}: not finite in rows {rows_where(~torch.isfinite(values))}, expected finite numbers")
     return values
 
 
@@ -512,9 +503,7 @@ def _hold(beta: Tensor, beta0: float) -> Tensor:
 
 def _hashes(x: Tensor, seed: int = 0) -> list[int]:
     """63 bits of each row's features, alike in every run; equal features have equal bits."""
-    if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or not torch.isfinite(x).all():
-        got = f"a {x.dtype} tensor of shape {tuple(x.shape)}"
-        raise ValueError(f"x: got {got}, expected floating (B, D), B ≥ 1, and finite")
+    require_features(x)
     # -0.0 equals 0.0 but has other bytes; the sum has none of it
     rows = (x.detach().cpu().float() + 0.0).numpy()
     salt = seed.to_bytes(16, "little")
@@ -527,7 +516,7 @@ def _first_rows(x: Tensor, beta: Tensor) -> dict[int, int]:
     keys = _hashes(x)
     beta = _rows("beta", beta, len(x))
     if not (beta > 0).all():
-        raise ValueError(f"beta: not positive in rows {(beta <= 0).nonzero().flatten().tolist()}, expected > 0")
+        raise ValueError(f"beta: not positive in rows {rows_where(beta <= 0)}, expected > 0")
     first: dict[int, int] = {}
     for row, key in enumerate(keys):
         before = first.setdefault(key, row)

@@ -15,14 +15,15 @@ import math
 import sys
 from collections.abc import Callable
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
 from torch import Tensor
 
-Form = Literal["inverse", "standard"]
+from dpoviz.forms import Form, scale
+from dpoviz.validation import rows_where
 
 # rounding of a float64 log_softmax is 1e-15; rows normalised in float32 miss by 1e-7
 _NORMALISED = 1e-9
@@ -36,17 +37,13 @@ def _require_table(name: str, values: Tensor, shape: tuple[int, ...] | None = No
     if (shape is None and (values.ndim != 2 or 0 in values.shape)) or (shape is not None and values.shape != shape):
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {shape or '(X, Y), neither of them 0'}")
     if torch.isnan(values).any():
-        raise ValueError(f"{name}: nan in rows {_rows_where(torch.isnan(values))}, expected numbers")
-
-
-def _rows_where(wrong: Tensor) -> list[int]:
-    return wrong.reshape(len(wrong), -1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"{name}: nan in rows {rows_where(torch.isnan(values))}, expected numbers")
 
 
 def _require_finite(name: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
     _require_table(name, values, shape)
     if not torch.isfinite(values).all():
-        raise ValueError(f"{name}: not finite in rows {_rows_where(~torch.isfinite(values))}, expected finite numbers")
+        raise ValueError(f"{name}: not finite in rows {rows_where(~torch.isfinite(values))}, expected finite numbers")
 
 
 def _require_logps(name: str, logps: Tensor, shape: tuple[int, ...] | None = None, *, support: bool = True) -> None:
@@ -56,7 +53,7 @@ def _require_logps(name: str, logps: Tensor, shape: tuple[int, ...] | None = Non
     wrong = ~(mass.abs() <= _NORMALISED)
     if wrong.any():
         raise ValueError(
-            f"{name}: not normalised in rows {_rows_where(wrong)}, expected log-probabilities; "
+            f"{name}: not normalised in rows {rows_where(wrong)}, expected log-probabilities; "
             "torch.log_softmax(logits, 1) makes them"
         )
 
@@ -81,7 +78,7 @@ def _per_prompt(name: str, value: float | Tensor, prompts: int, *, also: tuple[f
     if not good.all():
         allowed = "".join(f" or {limit}" for limit in also)
         raise ValueError(
-            f"{name}: got {values[~good].tolist()} in rows {_rows_where(~good)}, "
+            f"{name}: got {values[~good].tolist()} in rows {rows_where(~good)}, "
             f"expected positive finite numbers{allowed}"
         )
     return values
@@ -413,7 +410,7 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
     wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())
     if wrong.any():
         raise ValueError(
-            f"preference_logits: not antisymmetric in rows {_rows_where(wrong)}, "
+            f"preference_logits: not antisymmetric in rows {rows_where(wrong)}, "
             "expected logit P(y beats y') = -logit P(y' beats y)"
         )
 
@@ -427,12 +424,6 @@ def _pair_logps(ref_logps: Tensor, preference_logits: Tensor) -> Tensor:
     same = torch.eye(ref_logps.shape[1], dtype=torch.bool)
     both = (ref_logps[:, :, None] + ref_logps[:, None, :]).masked_fill(same, -math.inf)
     return both - both.logsumexp((1, 2), keepdim=True) + F.logsigmoid(preference_logits) + math.log(2)
-
-
-def _scale(beta: Tensor, form: Form) -> Tensor:
-    if form not in ("inverse", "standard"):
-        raise ValueError(f"form: got {form!r}, expected 'inverse' (s = 1/beta) or 'standard' (s = beta)")
-    return 1 / beta if form == "inverse" else beta
 
 
 class _World(NamedTuple):
@@ -463,12 +454,12 @@ def _world(
     _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape))
     prompts = len(ref_logps)
     beta = _per_prompt("beta", beta, prompts)
-    scale = _scale(beta, form)
+    s = scale(beta, form)
     ref_logps = ref_logps.detach()
     weights = _prompt_weights(prompt_probs, prompts)
     probs = weights[:, None, None] * _pair_logps(ref_logps, preference_logits).exp()
     logratios = policy_logps - ref_logps
-    return _World(probs, logratios[:, :, None] - logratios[:, None, :], beta, scale)
+    return _World(probs, logratios[:, :, None] - logratios[:, None, :], beta, s)
 
 
 def population_loss(

@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
-from dpoviz.losses import scale
+from dpoviz.forms import scale
 from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
-from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.loop import adamw
 
 COLUMNS = ("task", "ref_entropy", "ref_features")
@@ -123,7 +123,7 @@ class BetaDPOTrainer(DPOTrainer):
         if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
                 raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
-            self.alpha = calibrate_alpha(train_dataset["ref_entropy"][:], config.beta0)
+            self.alpha = alpha_for_mean(train_dataset["ref_entropy"][:], config.beta0)
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         sorting = [name for name in self.loss_types if name.startswith("aot")]
         if sorting and not isinstance(beta, ConstantBeta):

@@ -31,7 +31,7 @@ def trained_network(**kwargs) -> BetaNetwork:
     torch.manual_seed(0)
     net = BetaNetwork(3, **{"beta0": 0.5, "hidden": (8, 4)} | kwargs)
     nn.init.normal_(net.layers[-1].weight)
-    net.calibrate(3 * features(50, seed=2) + 1)
+    net.fit_running_statistics(3 * features(50, seed=2) + 1)
     return net
 
 
@@ -370,14 +370,14 @@ class TestCalibrate:
         net, x = trained_network().double(), features(40, seed=3).double() * 2 - 1
         in_training = copy.deepcopy(net).train()(x)
         assert not torch.allclose(copy.deepcopy(net).eval()(x), in_training, rtol=0.05)  # the control
-        net.train(training).calibrate(x)
+        net.train(training).fit_running_statistics(x)
         assert net.training == training
         # float64, two ways of the same sums; batch norm divides by deviations of size 0.1 and more
         torch.testing.assert_close(net.eval()(x), in_training, rtol=1e-9, atol=0)
 
     def test_statistics_are_those_of_the_features(self):
         net, x = trained_network().double(), features(40, seed=3).double()
-        net.calibrate(x)
+        net.fit_running_statistics(x)
         mean = x.sum(0) / 40
         torch.testing.assert_close(net.layers[0].running_mean, mean)
         torch.testing.assert_close(net.layers[0].running_var, (x - mean).square().sum(0) / 40)
@@ -385,21 +385,21 @@ class TestCalibrate:
     def test_weights_and_the_start_stay(self):
         net = BetaNetwork(3, beta0=0.3)
         before = [parameter.clone() for parameter in net.parameters()]
-        net.calibrate(features(40))
+        net.fit_running_statistics(features(40))
         assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
         assert torch.equal(net.eval()(features()), torch.full((6,), 0.3))
 
     def test_nothing_to_do_without_batch_norm(self):
         net = BetaNetwork(3, beta0=0.3, batch_norm=False)
         before = {name: value.clone() for name, value in net.state_dict().items()}
-        net.calibrate(features(40))
+        net.fit_running_statistics(features(40))
         assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
     def test_refuses_what_has_no_statistics(self):
         net = trained_network()
         with pytest.raises(ValueError, match="x: got 1 row, expected at least 2"):
-            net.calibrate(features(1))
+            net.fit_running_statistics(features(1))
         with pytest.raises(ValueError, match=r"expected floating \(B, 3\)"):
-            net.calibrate(torch.ones(4, 2))
+            net.fit_running_statistics(torch.ones(4, 2))
         with pytest.raises(ValueError, match="x: not finite"):
-            net.calibrate(torch.full((4, 3), math.nan))
+            net.fit_running_statistics(torch.full((4, 3), math.nan))

@@ -23,12 +23,12 @@ from dpoviz.experiments.comparison import (
     compare,
     differences,
     effects,
+    flip_labels,
     gather,
     gather_betas,
     gather_reliability,
     jobs,
     run_job,
-    turn_labels,
 )
 from dpoviz.experiments.comparison_report import TABLES as RESULT_TABLES
 from dpoviz.experiments.comparison_report import best_as_text, effects_as_text, reading_of_effects, write_comparison
@@ -211,18 +211,18 @@ class TestLabels:
         })  # fmt: skip
 
     def test_all_of_a_pair_is_turned_or_nothing(self):
-        found = turn_labels(self.pairs(), 0.3, seed=0).to_pandas()
+        found = flip_labels(self.pairs(), 0.3, seed=0).to_pandas()
         kept, turned = ("a", "b", 1.0, 2.0, 3.0, 4.0), ("b", "a", 2.0, 1.0, 4.0, 3.0)
         rows = set(found.drop(columns="prompt").itertuples(index=False, name=None))
         assert rows == {kept, turned}
         assert 0.2 < (found["chosen"] == "b").mean() < 0.4
 
     def test_more_noise_turns_the_same_and_more(self):
-        some, more = (set(np.flatnonzero(np.array(turn_labels(self.pairs(), share, seed=0)["chosen"]) == "b"))
+        some, more = (set(np.flatnonzero(np.array(flip_labels(self.pairs(), share, seed=0)["chosen"]) == "b"))
                       for share in (0.15, 0.3))  # fmt: skip
         assert some < more
-        assert turn_labels(self.pairs(), 0.0, seed=0)["chosen"] == self.pairs()["chosen"]
-        assert turn_labels(self.pairs(), 0.3, seed=1)["chosen"] != turn_labels(self.pairs(), 0.3, seed=0)["chosen"]
+        assert flip_labels(self.pairs(), 0.0, seed=0)["chosen"] == self.pairs()["chosen"]
+        assert flip_labels(self.pairs(), 0.3, seed=1)["chosen"] != flip_labels(self.pairs(), 0.3, seed=0)["chosen"]
 
 
 def write_runs(out, config, reward):

@@ -21,7 +21,8 @@ from dpoviz.analysis.tables import COLUMNS
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
 from dpoviz.data import tasks
-from dpoviz.experiments.small import FORMS, DemoConfig, demo_folder, small_world
+from dpoviz.experiments.small import DemoConfig, demo_folder, small_world
+from dpoviz.forms import FORMS
 from dpoviz.training.stages import held_out_table
 
 COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
-from dpoviz.losses import dpo_loss, gradients_on_beta, log_ratio_difference, scale, total_loss
+from dpoviz.forms import scale
+from dpoviz.losses import dpo_loss, gradients_on_beta, log_ratio_difference, total_loss
 from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
 
 FORMS = ("inverse", "standard")

@@ -8,7 +8,7 @@ import torch
 from test_train import SMALL, VOCABULARY, run, small_model, small_pairs, weights
 
 from dpoviz.beta import ConstantBeta, EntropyBeta
-from dpoviz.losses import FORMS, scale
+from dpoviz.forms import FORMS, scale
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig

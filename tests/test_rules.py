@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from dpoviz.beta import BetaNetwork, ConstantBeta
 from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import dpo_loss
-from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, FromPrompt, Lookup, MallowsPO, Random, Seen
+from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, Observation, PromptRule, RandomBeta
 from dpoviz.training.observe import perturbed_directions
 
 # a few dozen operations in float64 on numbers of order 1 to 100
@@ -36,7 +36,7 @@ def see(h=None, **what):
     """What a rule sees of four pairs, in float64."""
     h = torch.tensor(H[0] if h is None else h, dtype=torch.float64)
     given = {"x": features(len(h)), "task": TASKS[: len(h)], "ref_entropy": torch.ones(len(h)), **what}
-    return Seen(h=h, **given)
+    return Observation(h=h, **given)
 
 
 def looking(rule, h=None):
@@ -70,8 +70,8 @@ class TestRule:
     def test_form_and_learning(self, published):
         rule = published()
         assert rule.form == "standard" and not rule.learns
-        assert FromPrompt(BetaNetwork(3, beta0=0.1)).learns
-        assert FromPrompt(ConstantBeta(0.1)).form is Random(0.1, spread=1).form is Lookup.form is None
+        assert PromptRule(BetaNetwork(3, beta0=0.1)).learns
+        assert PromptRule(ConstantBeta(0.1)).form is RandomBeta(0.1, spread=1).form is LookupBeta.form is None
 
     def test_beta_fits_the_loss(self, published):
         """(B,), positive, float32 of float32 and half, without a gradient."""
@@ -79,7 +79,7 @@ class TestRule:
             rule = published()
             seen = looking(rule)
             h = seen.h.to(dtype).requires_grad_()
-            beta = rule(Seen(**{**vars(seen), "h": h, "answer_entropy": torch.rand(4).to(dtype)})).beta
+            beta = rule(Observation(**{**vars(seen), "h": h, "answer_entropy": torch.rand(4).to(dtype)})).beta
             assert beta.shape == (4,) and beta.dtype == torch.float32 and not beta.requires_grad
             dpo_loss(torch.randn(4), torch.randn(4), torch.zeros(4), torch.zeros(4), beta, form="standard")
 
@@ -112,9 +112,9 @@ class TestRule:
             repr(DualKL(0.1, target=2.0, tasks=["a"]))
             == "DualKL(beta0=0.1, target=2.0, tasks=('a',), every=10, horizon=10)"
         )
-        assert repr(Random(0.1, spread=0.5)) == "Random(mean=0.1, spread=0.5, seed=0)"
-        one, other = (repr(Lookup(features(), torch.tensor([0.1, 0.2, 0.3, b]))) for b in (0.4, 0.5))
-        assert one != other and one.startswith("Lookup(digest=")
+        assert repr(RandomBeta(0.1, spread=0.5)) == "RandomBeta(mean=0.1, spread=0.5, seed=0)"
+        one, other = (repr(LookupBeta(features(), torch.tensor([0.1, 0.2, 0.3, b]))) for b in (0.4, 0.5))
+        assert one != other and one.startswith("LookupBeta(digest=")
 
     def test_a_rule_says_what_it_lacks(self):
         for name in ("BetaDPO", "LSC"):
@@ -130,7 +130,7 @@ class TestRule:
         seen = looking(rule)
         wrong = {name: getattr(seen, name)[:, None] for name in (*(rule.needs - {"kl"}), "h")}
         with pytest.raises(ValueError, match=r": got shape \(4, 1\), expected \(4,\)"):
-            rule(Seen(**{**vars(seen), **wrong}))
+            rule(Observation(**{**vars(seen), **wrong}))
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ class TestRule:
         (lambda: DualKL(1, target=1, tasks=[]), r"tasks: got \[\]"),
         (lambda: DualKL(1, target=1, tasks="math"), "tasks: got 'math'"),
         (lambda: DualKL(1, target=1, tasks=["a", "a"]), "tasks: got"),
-        (lambda: Random(0, spread=1), "mean: got 0"),
-        (lambda: Random(1, spread=-1), "spread: got -1"),
-        (lambda: Random(1, spread=1, seed=-1), "seed: got -1"),
+        (lambda: RandomBeta(0, spread=1), "mean: got 0"),
+        (lambda: RandomBeta(1, spread=-1), "spread: got -1"),
+        (lambda: RandomBeta(1, spread=1, seed=-1), "seed: got -1"),
     ],
 )
 def test_refuses_settings(make, message):
@@ -265,7 +265,7 @@ class TestMallowsPO:
     @pytest.mark.parametrize("sign", [1, -1])
     def test_calibrated(self, sign):
         """The mean of beta is beta0; certain pairs have the larger one, or with the sign turned the smaller."""
-        rule = MallowsPO.calibrated(0.3, torch.tensor(self.ENTROPY), sign=sign)
+        rule = MallowsPO.with_mean(0.3, torch.tensor(self.ENTROPY), sign=sign)
         beta = rule(looking(rule)).beta.tolist()
         # the entropies that it was calibrated on are float32
         assert sum(beta) / 4 == pytest.approx(0.3, rel=1e-6)
@@ -363,7 +363,7 @@ class TestDualKL:
 class TestRandom:
     def test_log_normal_with_the_mean_and_spread_that_were_asked_for(self):
         n = 4000
-        logs = Random(0.1, spread=0.5)(see([0.0] * n, x=features(n), task=["math"] * n)).beta.double().log()
+        logs = RandomBeta(0.1, spread=0.5)(see([0.0] * n, x=features(n), task=["math"] * n)).beta.double().log()
         # four standard errors of a mean and of a standard deviation
         assert logs.mean().item() == pytest.approx(math.log(0.1) - 0.125, abs=4 * 0.5 / n**0.5)
         assert logs.std().item() == pytest.approx(0.5, abs=4 * 0.5 / (2 * n) ** 0.5)
@@ -371,49 +371,49 @@ class TestRandom:
 
     def test_a_prompt_keeps_its_beta(self):
         x = features(6)
-        rule = Random(0.1, spread=0.5)
+        rule = RandomBeta(0.1, spread=0.5)
         beta = rule(see([0.0] * 6, x=x, task=["math"] * 6)).beta
         order = torch.tensor([3, 0, 5, 3])
-        assert torch.equal(Random(0.1, spread=0.5)(see(x=x[order])).beta, beta[order])
+        assert torch.equal(RandomBeta(0.1, spread=0.5)(see(x=x[order])).beta, beta[order])
         assert beta.unique().numel() == 6
-        other = Random(0.1, spread=0.5, seed=1)(see([0.0] * 6, x=x, task=["math"] * 6)).beta
+        other = RandomBeta(0.1, spread=0.5, seed=1)(see([0.0] * 6, x=x, task=["math"] * 6)).beta
         assert (other != beta).all()
 
     def test_zero_has_one_sign(self):
-        rule = Random(0.1, spread=0.5)
+        rule = RandomBeta(0.1, spread=0.5)
         beta = [rule(see([0.0], x=torch.tensor([[zero, 1.0, 2.0]]))).beta.item() for zero in (0.0, -0.0)]
         assert beta[0] == beta[1]
 
     def test_no_spread_is_a_constant(self):
-        assert torch.equal(Random(0.5, spread=0)(see()).beta, torch.full((4,), 0.5))
+        assert torch.equal(RandomBeta(0.5, spread=0)(see()).beta, torch.full((4,), 0.5))
 
     def test_refuses_features(self):
         with pytest.raises(ValueError, match="x: got"):
-            Random(0.5, spread=1)(see(x=torch.full((4, 3), math.nan)))
+            RandomBeta(0.5, spread=1)(see(x=torch.full((4, 3), math.nan)))
 
 
 class TestLookup:
     def test_finds_each_prompt(self):
         x, beta = features(6), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
         order = torch.tensor([5, 2, 2, 0])
-        rule = Lookup(x, beta)
+        rule = LookupBeta(x, beta)
         assert torch.equal(rule(see(x=x[order])).beta, beta[order])
-        again = Lookup(x, torch.ones(6))
+        again = LookupBeta(x, torch.ones(6))
         again.load_state_dict(rule.state_dict())
         assert torch.equal(again(see(x=x[order])).beta, beta[order]) and repr(again) == repr(rule)
 
     def test_refuses(self):
         x = features(4)
         with pytest.raises(ValueError, match=r"x: rows \[1, 3\] are not in the table of 4 prompts"):
-            Lookup(x, torch.ones(4))(see(x=torch.stack([x[0], x[0] + 1, x[2], x[3] * 2])))
+            LookupBeta(x, torch.ones(4))(see(x=torch.stack([x[0], x[0] + 1, x[2], x[3] * 2])))
         with pytest.raises(ValueError, match="beta: rows 0 and 2 are one prompt with two betas"):
-            Lookup(x[[0, 1, 0]], torch.tensor([1.0, 1.0, 1.1]))
+            LookupBeta(x[[0, 1, 0]], torch.tensor([1.0, 1.0, 1.1]))
         with pytest.raises(ValueError, match=r"beta: not positive in rows \[1\]"):
-            Lookup(x[:2], torch.tensor([1.0, 0.0]))
+            LookupBeta(x[:2], torch.tensor([1.0, 0.0]))
         with pytest.raises(ValueError, match=r"beta: got shape \(3,\)"):
-            Lookup(x, torch.ones(3))
+            LookupBeta(x, torch.ones(3))
         with pytest.raises(ValueError, match="task: got '3 entries', expected 4"):
-            Lookup.shuffled(x, torch.ones(4), ["math"] * 3, within_task=True, seed=0)
+            LookupBeta.shuffled(x, torch.ones(4), ["math"] * 3, within_task=True, seed=0)
 
     @pytest.mark.parametrize("within_task", [True, False])
     def test_shuffled_keeps_the_distribution_and_drops_the_meaning(self, within_task):
@@ -421,15 +421,15 @@ class TestLookup:
         x = features(n).repeat(2, 1)  # every prompt has two pairs
         task = ["math" if i % 3 else "code" for i in range(n)] * 2
         beta = torch.arange(1.0, n + 1).repeat(2)
-        rule = Lookup.shuffled(x, beta, task, within_task=within_task, seed=0)
+        rule = LookupBeta.shuffled(x, beta, task, within_task=within_task, seed=0)
         dealt = rule(see([0.0] * 2 * n, x=x, task=task)).beta
         assert torch.equal(dealt[:n], dealt[n:])  # one beta a prompt
         assert torch.equal(dealt[:n].sort().values, beta[:n])
         assert (dealt == beta).float().mean() < 0.2
         code = [i for i in range(n) if i % 3 == 0]
         assert (sorted(dealt[code].tolist()) == sorted(beta[code].tolist())) == within_task
-        again = Lookup.shuffled(x, beta, task, within_task=within_task, seed=0)
-        other = Lookup.shuffled(x, beta, task, within_task=within_task, seed=1)
+        again = LookupBeta.shuffled(x, beta, task, within_task=within_task, seed=0)
+        other = LookupBeta.shuffled(x, beta, task, within_task=within_task, seed=1)
         assert repr(again) == repr(rule) != repr(other)
 
 
@@ -446,7 +446,7 @@ def two_sets(make_model):
             score_answers(m, prompts, answers, pad_id=0, entropy=True, features=True) for m in (policy, reference)
         )
         ratios = own.logps - other.logps
-        return Seen(
+        return Observation(
             h=ratios[:, 0] - ratios[:, 1],
             x=other.features,
             task=TASKS,
@@ -465,9 +465,9 @@ class TestWhoSeesTheAnswers:
         network = BetaNetwork(32, beta0=0.1, hidden=(4,))
         torch.nn.init.normal_(network.layers[-1].weight, generator=torch.Generator().manual_seed(0))
         for make in (
-            lambda: FromPrompt(network),
-            lambda: Random(0.1, spread=1),
-            lambda: Lookup(two_sets[0].x, torch.tensor([0.1, 0.2, 0.3, 0.4])),
+            lambda: PromptRule(network),
+            lambda: RandomBeta(0.1, spread=1),
+            lambda: LookupBeta(two_sets[0].x, torch.tensor([0.1, 0.2, 0.3, 0.4])),
         ):
             one, other = (make()(seen).beta for seen in two_sets)
             assert torch.equal(one, other) and one.unique().numel() == 4

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dpoviz.losses import Form, scale
+from dpoviz.forms import Form, scale
 
 COLUMNS = ("form", "seed", "task", "prompt", "beta", "scale", "ref_entropy", "ref_entropy_se")
 

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,13 +28,16 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from dpoviz.beta import BetaNetwork
 from dpoviz.data.records import load_pairs
 from dpoviz.data.tokens import IDS, token_counts, tokenize_pairs
+from dpoviz.experiments.config import BenchConfig, WorldConfig
+from dpoviz.experiments.real import load, score
+from dpoviz.experiments.small import small_world
 from dpoviz.lm.models import tiny_tokenizer
 from dpoviz.lm.packing import by_length, prefix_batch
 from dpoviz.lm.sampling import sampling
 from dpoviz.lm.scoring import context_length, score_answers
-from dpoviz.losses import dpo_loss, total_loss
-from dpoviz.training.config import TrainConfig, calibrate_alpha
-from dpoviz.training.loop import adamw
+from dpoviz.losses import Logps, dpo_loss, total_loss
+from dpoviz.training.config import TrainConfig, alpha_for_mean
+from dpoviz.training.state import adamw
 
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
 """Who takes a training step."""
@@ -129,9 +133,10 @@ def _contestants(
         "ref_entropy"
     )  # fmt: skip
     config = TrainConfig.around(0.1, "standard")
-    alpha = calibrate_alpha(rows["ref_entropy"], config.beta0)
+    alpha = alpha_for_mean(rows["ref_entropy"], config.beta0)
     network = BetaNetwork(x.shape[1], beta0=config.beta0).to(device)
-    network.calibrate(x) if len(x) > 1 else None
+    if len(x) > 1:
+        network.fit_running_statistics(x)
 
     def scored(shared: bool) -> Sequence[Tensor]:
         return score_answers(model, prompts, answers, pad_id=tokenizer.pad_token_id, shared_prefix=shared).logps.unbind(
@@ -144,11 +149,15 @@ def _contestants(
     def learned(logps: Sequence[Tensor]) -> Tensor:
         network.train()
         return total_loss(
-            *logps, *ref, network(x), form="standard", beta_min=config.beta_min, beta_max=config.beta_max,
-            ref_entropy=entropy, alpha=alpha, lambda_range=config.lambda_range,
-            lambda_smoothness=config.lambda_smoothness, lambda_consistency=0.0, lambda_entropy=config.lambda_entropy,
-            beta_fn=network, x=x, task=rows["task"],
-        ).total  # fmt: skip
+            Logps(*logps, *ref),
+            network(x),
+            form="standard",
+            regularization=config.regularization(alpha),
+            ref_entropy=entropy,
+            beta_fn=network,
+            x=x,
+            task=rows["task"],
+        ).total
 
     def stepping(loss: Callable[[], Tensor], *modules: nn.Module) -> Callable[[], float]:
         optimizers = [adamw(module, 0.0) for module in modules]
@@ -427,6 +436,33 @@ def bench_vocabulary(
         del model
         gc.collect()
     return pd.DataFrame(rows)
+
+
+def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the tables of `bench` as they are done, and leave each in the folder as <name>.csv.
+
+    Raises:
+        ValueError: fewer pairs of a task than a batch, or as `experiments.real.load`.
+    """
+    if config.data:
+        loaded = load(config.real())
+        model, tokenizer, pairs = loaded.model, loaded.tokenizer, loaded.train
+        limit = config.max_length
+    else:
+        world = small_world(WorldConfig(seed=config.seed), cache_dir=cache_dir)
+        model, tokenizer, pairs = world.reference, world.tokenizer, world.train
+        limit = model.config.max_position_embeddings
+    few = [task for task, n in Counter(pairs["task"]).items() if n < config.batch_size]
+    if few:
+        raise ValueError(f"batch_size: got {config.batch_size}, but there are fewer pairs to train on of {few}")
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(getattr(torch, config.dtype))
+    if config.data:
+        pairs = score(config.real(), loaded, cache_dir=cache_dir).train
+    sizes = {"batch_size": config.batch_size, "repeats": config.repeats, "max_length": limit}
+    for name, table in bench(model, tokenizer, pairs, **sizes):
+        table.to_csv(out / f"{name.replace(' ', '-')}.csv", index=False)
+        yield name, table
 
 
 def bench(

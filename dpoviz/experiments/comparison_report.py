@@ -16,13 +16,13 @@ from dpoviz.analysis.plots_comparison import (
 )
 from dpoviz.experiments.comparison import (
     BUDGETS,
-    CompareConfig,
     differences,
     effects,
     gather,
     gather_betas,
     gather_reliability,
 )
+from dpoviz.experiments.comparison_config import CompareConfig
 
 TABLES = ("compare", "betas", "reliability")
 """The tables of a comparison, each as <name>.csv; all else follows from them."""

@@ -1,172 +1,209 @@
-"""What a run leaves in its folder, and the report made out of it: a report can always be made again."""
+"""The folder of a run: its settings, its tables, and the report, which can always be made again."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
-from dpoviz.analysis.tables import summarize, summarize_accuracy
-from dpoviz.lm.entropy import summarize_estimators
+from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
+from dpoviz.lm.cache import lock_folder, read_json
+from dpoviz.lm.processes import processes
 
 TABLES = ("beta", "history", "entropy", "held_out", "answers")
 """The tables a folder may hold, each as <name>.csv."""
 
+_PACKAGES = ("dpoviz", "torch", "transformers", "datasets", "accelerate", "numpy")
 
-def require_unclaimed(out: Path, settings: Mapping[str, object]) -> None:
-    """Refuse a folder that holds a run with other settings.
+
+def require_same_config(out: Path, settings: Mapping[str, object]) -> None:
+    """Refuse a folder that holds a run with other settings, and name them.
 
     Raises:
         ValueError: it does.
     """
-    settings = json.loads(json.dumps(settings))
     file = out / "config.json"
-    if file.exists():
-        found = json.loads(file.read_text())
-        if {key: found.get(key) for key in settings} != settings:
-            raise ValueError(f"--out: {out} holds a run with other settings; give another folder, or delete that one")
+    if not file.exists():
+        return
+    there, here = _flat(read_json(file)), _flat(json.loads(json.dumps(settings)))
+    other = [name for name in dict.fromkeys([*there, *here]) if there.get(name) != here.get(name)]
+    if other:
+        shown = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in other[:5])
+        more = f"; and {len(other) - 5} more" if len(other) > 5 else ""
+        raise ValueError(
+            f"out: {out} holds a run with other settings: {shown}{more}; give another folder, or delete that one"
+        )
 
 
-def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings into the folder, or refuse as `require_unclaimed`."""
-    require_unclaimed(out, settings)
-    file = out / "config.json"
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def write_config(out: Path, settings: Mapping[str, object]) -> None:
+    """Write the settings into the folder, or refuse as `require_same_config`.
+
+    Given back by ``--config``, the file repeats the run.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    require_same_config(out, settings)
     out.mkdir(parents=True, exist_ok=True)
-    packages = {name: version(name) for name in ("dpoviz", "torch", "transformers", "datasets", "accelerate")}
-    file.write_text(json.dumps({**settings, "python": platform.python_version(), "packages": packages}, indent=2))
+    (out / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write(out: Path, *, facts: Mapping[str, object], **tables: pd.DataFrame) -> None:
-    """Leave tables, by a name of `TABLES`, and facts in the folder.
+@contextmanager
+def locked_run(out: Path, command: str, config: object, *, shared: bool = False) -> Iterator[None]:
+    """Hold a folder while a run works in it, with its settings in config.json.
 
     Args:
         out: the folder.
-        facts: by form under "beta0", "beta_min", "beta_max" and "alpha", what the figures draw as lines; under
-            "baseline" the arm that the others are compared with, if any; and whatever else the report is to show.
+        command: of dpoviz.
+        config: the settings, a dataclass.
+        shared: whether several processes may work in it, as the jobs of a comparison do.
+
+    Raises:
+        ValueError: it holds a run with other settings, or another process works in it.
+        OSError: it cannot be written.
+    """
+    settings = {"command": command, **asdict(config)}
+    require_same_config(out, settings)
+    main = processes().is_main_process
+    processes().wait_for_everyone()  # all have seen that the folder is free
+    with lock_folder(out) if main and not shared else nullcontext():
+        if main:
+            write_config(out, settings)
+        yield
+
+
+def environment() -> dict[str, object]:
+    """Return what a run depends on besides its settings: command line, versions, commit, machine, threads."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "command line": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "git commit": _commit(),
+        "processor": platform.processor() or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that dpoviz is imported from, if it is one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.DataFrame) -> None:
+    """Leave tables, by a name of `TABLES`, and run.json in the folder.
+
+    Args:
+        out: the folder.
+        metadata: by form under "beta0", "beta_min", "beta_max" and "alpha", what the figures draw as lines; under
+            "baseline" the variant that the others are compared with, if any; and whatever else the report is to show.
         **tables: the tables; an empty one is not written.
     """
     for name, table in tables.items():
         if name not in TABLES:
             raise ValueError(f"tables: got {name!r}, expected one of {TABLES}")
         if not table.empty:
-            table.to_csv(out / f"{name}.csv", index=False)
-    (out / "facts.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_table(table, out / f"{name}.csv")
+    (out / "run.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def report(out: Path) -> dict[str, pd.DataFrame]:
+class Report(NamedTuple):
+    """What a report says.
+
+    Attributes:
+        tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy" (`summarize_estimators`), those
+            that the run has.
+        sentences: what came out.
+    """
+
+    tables: dict[str, pd.DataFrame]
+    sentences: list[str]
+
+
+def report(out: Path) -> Report:
     """Draw the pictures and write report.html, out of the files in the folder.
-
-    Returns:
-        What the report's tables show: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy"
-        (`summarize_estimators`), those that there are.
 
     Raises:
         ValueError: the folder holds no finished run.
     """
-    needed = ("history.csv", "facts.json", "config.json")
-    missing = [name for name in needed if not (out / name).is_file()]
+    missing = [name for name in ("history.csv", "run.json", "config.json") if not (out / name).is_file()]
     if missing:
         raise ValueError(f"{out}: holds no finished run, {', '.join(missing)} is missing; run it to its end first")
     files = {name: out / f"{name}.csv" for name in TABLES}
-    # an answer may be empty, or the word "None"
-    text = {"answers": {"keep_default_na": False}}
-    tables = {name: pd.read_csv(path, **text.get(name, {})) for name, path in files.items() if path.is_file()}
-    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+    tables = {name: read_table(path) for name, path in files.items() if path.is_file()}
+    metadata, config = read_json(out / "run.json"), read_json(out / "config.json")
     figures, found, sentences = {}, {}, []
-    history = tables["history"]
-    # the fixed beta is there for its numbers; drawn, it would run through the pictures of its form
-    shown = history[history["arm"] != facts.get("baseline")] if "arm" in history else history
+    baseline = metadata.get("baseline")
     if "beta" in tables:
-        lines = {name: facts[name] for name in ("alpha", "beta0", "beta_min", "beta_max")}
+        lines = {name: metadata[name] for name in ("alpha", "beta0", "beta_min", "beta_max")}
         figures["beta_by_task"] = figure_beta_by_task(tables["beta"], **lines)
         figures["beta_by_task"].savefig(out / "beta_by_task.png", dpi=150)
         found["summary"] = summarize(tables["beta"])
         sentences += reading(found["summary"])
-    if "held_out" in tables:
-        scores = tables["held_out"]
-        scores["group"] = scores["group"].astype(object).where(scores["group"].notna(), None)
-        found["accuracy"] = summarize_accuracy(scores, baseline=facts["baseline"])
+    if "held_out" in tables and baseline is not None:
+        found["accuracy"] = summarize_accuracy(tables["held_out"], baseline=baseline)
         sentences += reading_of_accuracy(found["accuracy"])
     if "entropy" in tables:
         figures["entropy_estimators"] = plot_entropy_estimators(tables["entropy"]).figure
         figures["entropy_estimators"].savefig(out / "entropy.png", dpi=150)
-        of_data = tables["entropy"][~tables["entropy"]["example"]]
-        found["entropy"] = summarize_estimators(of_data)
+        found["entropy"] = summarize_estimators(tables["entropy"][~tables["entropy"]["example"]])
+    # the baseline is kept for the accuracy table; drawn, it would overlay the run of the same form
+    shown = tables["history"][tables["history"]["arm"] != baseline]
     if len(shown):
         figures["training"] = figure_training(shown)
         if any(column.startswith("grad/") for column in shown):
             figures["beta_gradients"] = figure_beta_gradients(shown)
-    answers = tables.get("answers")
-    if answers is not None and "beta" in tables:
-        beta = tables["beta"][["form", "task", "prompt", "beta"]].rename(columns={"form": "arm"})
-        answers = answers.merge(beta, how="left", on=["arm", "task", "prompt"])
-    elif answers is not None:
-        answers = answers.assign(beta=float("nan"))
-    config = json.loads((out / "config.json").read_text())
     write_report(
         out / "report.html",
         table=tables.get("beta"),
-        history=history,
+        history=tables["history"],
         summary=found.get("summary"),
-        config=config | {name: value for name, value in facts.items() if name != "baseline"},
+        config=config | {name: value for name, value in metadata.items() if name != "baseline"},
         figures=figures,
         reading=sentences,
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
-        answers=answers,
+        answers=_with_beta(tables.get("answers"), tables.get("beta")),
+        notes=_notes(config),
     )
-    return found
+    return Report(found, sentences)
 
 
-def as_text(summary: pd.DataFrame) -> str:
-    """`summarize`'s table as text, for a terminal."""
-    rows = pd.DataFrame(
-        {
-            "form": summary["form"],
-            "task": summary["task"],
-            "prompts": summary["n"],
-            "beta (median)": summary["beta_median"].map("{:.3g}".format),
-            "quartiles": [f"{a:.3g} to {b:.3g}" for a, b in zip(summary["beta_q1"], summary["beta_q3"], strict=True)],
-            "s (median)": summary["scale_median"].map("{:.3g}".format),
-            "H, nats/token": summary["ref_entropy_mean"].map("{:.3f}".format),
-            "rho(beta, H)": [
-                f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
-                for rho, low, high in zip(summary["rho"], summary["rho_low"], summary["rho_high"], strict=True)
-            ],
-        }
-    )
-    return rows.to_string(index=False)
+def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Put beta beside the answers of each variant that has one."""
+    if answers is None:
+        return None
+    if table is None:
+        return answers.assign(beta=float("nan"))
+    beta = table[["form", "task", "prompt", "beta"]].rename(columns={"form": "arm"})
+    return answers.merge(beta, how="left", on=["arm", "task", "prompt"])
 
 
-def entropy_as_text(summary: pd.DataFrame) -> str:
-    """`summarize_estimators`' table as text, estimators by tasks."""
-    cells = [f"{row.mean:.3f} ± {row.se:.3f} (n={row.n})" for row in summary.itertuples()]
-    order = {name: i for i, name in enumerate(dict.fromkeys(summary["estimator"]))}
-    wide = summary.assign(cell=cells).pivot(index="estimator", columns="task", values="cell")
-    return wide.loc[sorted(wide.index, key=order.get), list(dict.fromkeys(summary["task"]))].to_string()
-
-
-def accuracy_as_text(accuracy: pd.DataFrame) -> str:
-    """`summarize_accuracy`'s table as text."""
-    rows = pd.DataFrame(
-        {
-            "run": accuracy["arm"],
-            "task": accuracy["task"],
-            "pairs": accuracy["n"],
-            "accuracy": [
-                f"{a:.3f} [{b:.3f}, {c:.3f}]"
-                for a, b, c in accuracy[["accuracy", "accuracy_low", "accuracy_high"]].itertuples(index=False)
-            ],
-            "difference from fixed": [
-                "" if a != a else f"{a:+.3f} [{b:+.3f}, {c:+.3f}]"
-                for a, b, c in accuracy[["difference", "difference_low", "difference_high"]].itertuples(index=False)
-            ],
-        }
-    )
-    return rows.to_string(index=False)
+def _notes(config: Mapping[str, object]) -> list[str]:
+    return ["A --fast run: a tiny version for a first look, whose numbers say little."] if config.get("fast") else []

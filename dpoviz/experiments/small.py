@@ -2,67 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import random
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
-import pandas as pd
 import torch
-import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpoviz.beta import Beta
 from dpoviz.data import tasks
 from dpoviz.data.records import load_pairs, split_by_group
+from dpoviz.experiments.config import DemoConfig, WorldConfig
+from dpoviz.experiments.pipeline import Results, ScoredPairs, run
+from dpoviz.forms import FORMS
 from dpoviz.lm import models
 from dpoviz.lm.cache import code_digest
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
-from dpoviz.losses import FORMS, Form
-from dpoviz.training.config import TrainConfig, calibrate_alpha
-from dpoviz.training.stages import arm, held_out_table, run_arms
-
-
-def own_progress_only() -> None:
-    """Turn off the progress bars of datasets and transformers: ours name what takes time."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """The small world: its reference model and its preference pairs.
-
-    Attributes:
-        demonstrations: answers that the reference learns from, over all tasks.
-        hidden_size: width of the reference.
-        layers: depth of the reference.
-        problems: prompts a task that answers are sampled for.
-        samples: answers sampled for each prompt, out of which pairs are made.
-        pairs_per_prompt: the most pairs made of one prompt's answers.
-        held_out: share of the prompts that is held out.
-        entropy_samples: answers a prompt for the entropy of the reference.
-        max_new_tokens: limit of a sampled answer, in tokens.
-        seed: everything that is drawn.
-    """
-
-    demonstrations: int = 45_000
-    hidden_size: int = 128
-    layers: int = 4
-    problems: int = 320
-    samples: int = 8
-    pairs_per_prompt: int = 4
-    held_out: float = 0.25
-    entropy_samples: int = 8
-    max_new_tokens: int = 48
-    seed: int = 0
+from dpoviz.training.stages import Variant
 
 
 @dataclass(frozen=True)
@@ -84,6 +45,14 @@ class World:
     held_out: Dataset
     rewards: Mapping[str, float]
     left_out: Mapping[str, list[str]]
+
+    def scored(self) -> ScoredPairs:
+        """Return the pairs as a run takes them."""
+        metadata = {
+            "reference rewards": dict(self.rewards),
+            "prompts without a pair": {task: len(prompts) for task, prompts in self.left_out.items()},
+        }
+        return ScoredPairs(self.reference, self.tokenizer, self.train, self.held_out, metadata=metadata)
 
 
 def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
@@ -174,91 +143,22 @@ def _sample_pairs(
     return records, {"rewards": means, "left_out": left_out}
 
 
-@dataclass(frozen=True)
-class DemoConfig:
-    """The demo: the world and the two runs of stage 2.
-
-    Attributes:
-        world: the small world.
-        inverse: settings of the run in the inverse form.
-        standard: settings of the run in the standard form.
-    """
-
-    world: WorldConfig
-    inverse: TrainConfig
-    standard: TrainConfig
-
-    @classmethod
-    def default(cls, seed: int = 0, *, fast: bool = False, s0: float = 0.1) -> DemoConfig:
-        """The demo as the README shows it; `fast` is a minute's worth, for a first look and for tests."""
-        world, steps = WorldConfig(seed=seed), {}
-        if fast:
-            world = replace(world, demonstrations=12_000, problems=64, entropy_samples=4)
-            steps = {"stage1_steps": 10, "stage2_steps": 20, "probe_every": 10, "probe_prompts": 8}
-        forms = {form: TrainConfig.around(s0, form, seed=seed, **steps) for form in FORMS}
-        return cls(world=world, **forms)
-
-
 def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
-    """Where a notebook keeps the checkpoints of a demo, so that the next one need not train it again."""
+    """Return where a notebook keeps a demo, so that the next one need not train it again."""
     return Path(cache_dir) / f"demo-{_fingerprint(config)}"
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What `run_demo` returns.
-
-    Attributes:
-        world: the small world.
-        betas: by form, the trained beta.
-        policies: by form, the trained policy.
-        table: a row per form and held-out prompt (`beta_table`).
-        history: the rows of stage 1, once for each form, and of stage 2.
-        alpha: by form, beta per nat of entropy.
-    """
-
-    world: World
-    betas: Mapping[Form, Beta]
-    policies: Mapping[Form, PreTrainedModel]
-    table: pd.DataFrame
-    history: pd.DataFrame
-    alpha: Mapping[Form, float]
-
-
 def run_demo(
-    config: DemoConfig,
-    *,
-    out: Path | str | None = None,
-    cache_dir: Path | str | None = None,
-    progress: bool = True,
-) -> Demo:
-    """The small world, stage 1, and stage 2 in both forms.
+    config: DemoConfig, *, out: Path | str, cache_dir: Path | str | None = None, progress: bool = True
+) -> Results:
+    """Run the small world: stage 1, and stage 2 in both forms.
 
     Args:
         config: the settings.
-        out: a folder for the checkpoints; a run that was killed goes on from there.
+        out: the folder, also of the checkpoints; a run that was killed goes on from there.
         cache_dir: where the small world is kept; None keeps nothing.
         progress: show bars.
     """
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
-    policy = copy.deepcopy(world.reference)
-    trained = run_arms(
-        policy,
-        world.train,
-        {form: arm("network", getattr(config, form)) for form in FORMS},
-        held_out=world.held_out,
-        reference=world.reference,
-        pad_id=world.tokenizer.pad_token_id,
-        eos_id=world.tokenizer.eos_token_id,
-        out=out,
-        progress=progress,
-    )
-    betas, policies, tables, history, alpha = {}, {}, [], [], {}
-    for run in trained:
-        form, settings = run.name, getattr(config, run.name)
-        betas[form], policies[form] = run.beta, copy.deepcopy(policy)
-        history.append(run.history)
-        alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
-        tables.append(held_out_table(run.beta, world.held_out, form=form, seed=settings.seed))
-    table, history = pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
-    return Demo(world, betas, policies, table, history, alpha)
+    variants = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
+    return run(world.scored(), variants, out=Path(out), answers=config.answers, progress=progress)

@@ -11,13 +11,40 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from dpoviz.data.tokens import token_counts
+from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.real import Loaded
+from dpoviz.lm.processes import processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 
 _FEW, _MORE = 1, 9  # tokens of the answers that are drawn to measure the speed of drawing
 
 
-def forecast(
+def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> dict[str, float]:
+    """Return the seconds that each part of a run will take, as `time_parts`, on all its processes together.
+
+    Args:
+        config: the settings.
+        loaded: what `experiments.real.load` returned.
+        variants: runs of stage 2; 0 estimates the reference's pass alone.
+    """
+    settings = config.settings(len(loaded.train))
+    parts = time_parts(
+        loaded.model,
+        loaded.train,
+        loaded.held_out,
+        samples=config.entropy_samples,
+        max_new_tokens=settings.max_new_tokens,
+        steps=settings.stage1_steps + variants * settings.stage2_steps if variants else 0,
+        batch_size=settings.batch_size,
+        evaluations=1 + variants if variants else 0,  # at the end of each stage
+        eos_id=loaded.tokenizer.eos_token_id,
+        pad_id=loaded.tokenizer.pad_token_id,
+    )
+    return {name: seconds / processes().num_processes for name, seconds in parts.items() if seconds}
+
+
+def time_parts(
     model: PreTrainedModel,
     pairs: Dataset,
     held_out: Dataset,

@@ -16,7 +16,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from dpoviz.losses import Form
+from dpoviz.forms import Form
 
 # float32 answers are welcome (relative error 1e-7 per operation); two mistakes differ by more than 1e-3
 _TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dpoviz import tabular
 from dpoviz.analysis.plots import TERM_COLORS, task_colors
-from dpoviz.losses import scale
+from dpoviz.forms import scale
 
 FORM_COLORS = {"inverse": "#B4460F", "standard": "#0B6E75"}
 """The colour of a form, where both are in one picture."""

@@ -318,6 +318,16 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model {rows}; they do not belong together")
 
 
+def require_peft() -> None:
+    """Refuse adapters where the package peft is missing.
+
+    Raises:
+        ImportError: it is.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
+
+
 def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed: int = 0) -> PeftModel:
     r"""Low-rank adapters on all linear layers but the head, by `peft`: the model itself stays as it was.
 
@@ -338,8 +348,7 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
     """
     if rank < 1 or not alpha > 0:
         raise ValueError(f"rank, alpha: got {rank} and {alpha}, expected positive numbers")
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
+    require_peft()
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")

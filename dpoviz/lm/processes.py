@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import datasets
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
@@ -17,7 +20,7 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
+def map_over_processes(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
     """``work(task)`` for each task, in their order: every n-th by a process, and all results on every process.
 
     Args:
@@ -30,9 +33,17 @@ def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Res
     return [done[number] for number in range(len(tasks))]
 
 
-def own_seed(seed: int) -> int:
+def process_seed(seed: int) -> int:
     """A seed for this process's draws: `seed` itself on the first, others on the others.
 
     Far from the seeds that people take, and within the 32 bits that PyTorch's generator on the CPU reads.
     """
     return seed + (processes().process_index << 20)
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and the chatter of datasets, transformers and accelerate."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,9 +1,16 @@
-"""A batch out of rows of the data set."""
+"""Batches of scored pairs, and their order."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
+"""Columns that only a rule reads which looks at the reference's entropy along the answers."""
 
 COLUMNS = (
     "prompt_ids",
@@ -15,20 +22,66 @@ COLUMNS = (
     "ref_entropy",
     "ref_features",
 )
+"""Columns that training reads; `reference_pass` makes them."""
 
 
-def batch_columns(rows: dict[str, list], device: torch.device) -> dict[str, object]:
-    """A batch out of rows of the data set: token ids as lists, numbers as (B,) tensors, x (B, D)."""
+class Batch(NamedTuple):
+    """B scored pairs.
 
-    def tensor(name: str) -> Tensor:
-        return torch.tensor(rows[name], dtype=torch.float32, device=device)
+    Attributes:
+        prompts: B prompts as token ids.
+        answers: for each the chosen and the rejected answer as token ids.
+        task: B names.
+        ref_logps: (B, 2) log π_ref of chosen and rejected, in nats.
+        ref_entropy: (B,) entropy of the reference at the prompt, in nats per token.
+        x: (B, D) features of the prompts.
+        answer_entropy: (B,) the reference's next-token entropy in nats per token, averaged along each answer and then
+            over the two; None where the pairs lack it.
+    """
 
-    return {
-        "rows": rows,
-        "prompt_ids": rows["prompt_ids"],
-        "answer_ids": [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)],
-        "task": rows["task"],
-        "ref_logps": torch.stack([tensor("ref_chosen_logps"), tensor("ref_rejected_logps")], dim=1),
-        "ref_entropy": tensor("ref_entropy"),
-        "x": tensor("ref_features"),
-    }
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]
+    task: list[str]
+    ref_logps: Tensor
+    ref_entropy: Tensor
+    x: Tensor
+    answer_entropy: Tensor | None
+
+
+def read_batch(rows: Mapping[str, Sequence], device: torch.device | str) -> Batch:
+    """Make a batch of rows of the data set, such as ``pairs[[3, 1, 4]]``."""
+
+    def tensor(values: Sequence) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    known = all(name in rows for name in ANSWER_ENTROPY)
+    return Batch(
+        prompts=rows["prompt_ids"],
+        answers=[list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)],
+        task=rows["task"],
+        ref_logps=torch.stack([tensor(rows["ref_chosen_logps"]), tensor(rows["ref_rejected_logps"])], dim=1),
+        ref_entropy=tensor(rows["ref_entropy"]),
+        x=tensor(rows["ref_features"]),
+        answer_entropy=answer_entropy(rows).to(device) if known else None,
+    )
+
+
+def answer_entropy(rows: Mapping[str, Sequence]) -> Tensor:
+    """Return (B,) the reference's entropy along the answers of each pair, in nats per token.
+
+    Args:
+        rows: of what `reference_pass` returned.
+    """
+    means = [
+        [total / len(ids) for total, ids in zip(rows[sums], rows[answers], strict=True)]
+        for sums, answers in zip(ANSWER_ENTROPY, ("chosen_ids", "rejected_ids"), strict=True)
+    ]
+    return torch.tensor(means, dtype=torch.float32).mean(dim=0)
+
+
+def shuffled_rows(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Return the rows of each step: one permutation of the data after another, cut into batches."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(steps * batch_size / n)
+    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)] or [torch.empty(0)])
+    return order[: steps * batch_size].long().view(steps, batch_size).tolist()

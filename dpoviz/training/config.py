@@ -1,129 +1,243 @@
-"""The training loop, on `accelerate`: a policy by DPO, and beta(x) with it.
-
-Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and all four terms of the objective
-(the derivation, §5 and §6.4). `train` runs one stage; call it twice.
-"""
+"""The settings of training, and the rules for beta by name. Importing this loads no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, NamedTuple
 
-from dpoviz.losses import Form, scale
+from dpoviz.forms import FORMS, Form, scale
+
+if TYPE_CHECKING:
+    from dpoviz.regularizers import Regularization
+
+
+class RuleInfo(NamedTuple):
+    """A rule that a run can ask for by its name.
+
+    Attributes:
+        forms: the forms it is defined in.
+        setting: the name of its one hyperparameter; "" where it has none but beta0.
+        default: value of the hyperparameter: the published one, or ours where nothing is published.
+    """
+
+    forms: tuple[Form, ...] = FORMS
+    setting: str = ""
+    default: float = 0.0
+
+
+RULES: dict[str, RuleInfo] = {
+    "constant": RuleInfo(),
+    "network": RuleInfo(),
+    "task": RuleInfo(),
+    "entropy": RuleInfo(),
+    "beta-dpo": RuleInfo(("standard",), "a", 0.6),
+    "epsilon-dpo": RuleInfo(("standard",), "epsilon", 0.01),
+    "mallows": RuleInfo(("standard",), "sign", 1.0),
+    "lsc": RuleInfo(("standard",), "target margin", 0.4),
+    "lsc-at-once": RuleInfo(("standard",), "target margin", 0.4),
+    "dual-kl": RuleInfo(("standard",), "KL in nats", 1.0),
+    "dual-kl-task": RuleInfo(("standard",), "KL in nats", 1.0),
+}
+"""What `training.methods` can build, by name."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainSettings:
+    """Settings of training that hold in both forms.
+
+    Everything about beta is in units of beta0, the beta that starts at `initial_scale`: a given relative departure of
+    beta then costs the same in both forms.
+
+    Attributes:
+        initial_scale: the scale s that multiplies h at the start; beta0 is 1/s (inverse) or s (standard).
+        scale_min: lower end of the range of s(x); None: initial_scale / 4.
+        scale_max: upper end of the range of s(x); None: 4 · initial_scale.
+        alpha: beta per nat of entropy, over beta0; None: 1 / mean H, so that the mean of alpha·H is beta0.
+        lambda_range: weight λ1 of the range term, for beta0 = 1.
+        lambda_smoothness: weight λ2 of the gradient penalty, for beta0 = 1.
+        lambda_consistency: weight of the variance of beta within a task, for beta0 = 1.
+        lambda_entropy: weight λ3 of the entropy term, for beta0 = 1; 0 leaves it out.
+        stage1_steps: steps with the fixed beta; None: one pass over the pairs.
+        stage2_steps: steps with beta(x); None: one pass over the pairs.
+        batch_size: pairs per step, over all processes: a multiple of their number; None: 8, or all pairs if they are
+            fewer.
+        eval_batch_size: pairs, or prompts with all their samples, at once where nothing is trained.
+        policy_learning_rate: learning rate of AdamW on the policy; None: 1e-4 with adapters, 1e-6 for all weights.
+        beta_learning_rate: learning rate of AdamW on beta.
+        policy_max_norm: norm at which the policy's gradient is clipped.
+        beta_max_norm: norm at which beta's gradient is clipped, by itself.
+        warmup_steps: steps in which both learning rates rise from 0, in each stage; None: a tenth of stage 1.
+        dropout: leave the model's dropout on while it trains; the reference is always scored without.
+        log_every: steps between rows of the history; None: about a hundred rows.
+        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0 measures at
+            the end of a stage alone.
+        probe_prompts: held-out prompts per task in such a measurement.
+        max_new_tokens: limit of a sampled answer, in tokens.
+        checkpoint_every: steps between checkpoints; None: about ten per stage.
+        seed: random seed of all that is sampled, shuffled and initialised.
+    """
+
+    initial_scale: float = 0.1
+    scale_min: float | None = None
+    scale_max: float | None = None
+    alpha: float | None = None
+    lambda_range: float = 4.0
+    lambda_smoothness: float = 0.01
+    lambda_consistency: float = 0.0
+    lambda_entropy: float = 0.1
+    stage1_steps: int | None = 60
+    stage2_steps: int | None = 120
+    batch_size: int | None = 32
+    eval_batch_size: int = 32
+    policy_learning_rate: float | None = 2e-4
+    beta_learning_rate: float = 3e-3
+    policy_max_norm: float = 1.0
+    beta_max_norm: float = 1.0
+    warmup_steps: int | None = 10
+    dropout: bool = False
+    log_every: int | None = 5
+    probe_every: int = 30
+    probe_prompts: int = 32
+    max_new_tokens: int = 48
+    checkpoint_every: int | None = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("initial_scale", "scale_min", "scale_max", "alpha", "policy_learning_rate"):
+            if name == "initial_scale" or getattr(self, name) is not None:
+                self._require(name, 0 < getattr(self, name) < math.inf, "a positive finite number")
+        self._require("initial_scale", 1e-6 <= self.initial_scale <= 1e6, "a number from 1e-6 to 1e6")
+        for name in ("beta_learning_rate", "policy_max_norm", "beta_max_norm"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive finite number")
+        low, high = self.scale_range
+        if not low <= self.initial_scale <= high or low >= high:
+            raise ValueError(
+                f"scale_min, scale_max: got {low}, {high}, expected scale_min <= initial_scale = {self.initial_scale} "
+                "<= scale_max, and scale_min < scale_max"
+            )
+        for name in ("lambda_range", "lambda_smoothness", "lambda_consistency", "lambda_entropy"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number, at least 0")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _OPEN:
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            self._require(name, whole and least <= value <= _MOST, f"a whole number from {least} to {_MOST}")
+        self._require("seed", 0 <= self.seed < 2**31, "a whole number from 0 to below 2**31")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @property
+    def scale_range(self) -> tuple[float, float]:
+        """The lower and the upper end of s(x)."""
+        low = self.initial_scale / 4 if self.scale_min is None else self.scale_min
+        high = self.initial_scale * 4 if self.scale_max is None else self.scale_max
+        return low, high
+
+    def resolved(self, pairs: int, *, adapters: bool) -> TrainSettings:
+        """Fill in what is left open.
+
+        Args:
+            pairs: number of training pairs.
+            adapters: whether adapters are trained, or all weights.
+        """
+        batch_size = min(8, pairs) if self.batch_size is None else self.batch_size
+        one_pass = max(1, pairs // batch_size)
+        stage1 = one_pass if self.stage1_steps is None else self.stage1_steps
+        stage2 = one_pass if self.stage2_steps is None else self.stage2_steps
+        open_ = {
+            "batch_size": batch_size,
+            "stage1_steps": stage1,
+            "stage2_steps": stage2,
+            "policy_learning_rate": 1e-4 if adapters else 1e-6,
+            "warmup_steps": max(1, stage1 // 10),
+            "log_every": max(1, (stage1 + stage2) // 100),
+            "checkpoint_every": max(5, stage2 // 10),
+        }
+        return replace(self, **{name: value for name, value in open_.items() if getattr(self, name) is None})
+
+    def in_form(self, form: Form) -> TrainConfig:
+        """Return the configuration of a run in one form; what is left open must be filled in before (`resolved`)."""
+        return TrainConfig(form=form, **{field.name: getattr(self, field.name) for field in fields(TrainSettings)})
+
+
+_OPEN = ("batch_size", "stage1_steps", "stage2_steps", "warmup_steps", "log_every", "checkpoint_every")
+_LEAST = {name: 1 for name in ("batch_size", "eval_batch_size", "log_every", "checkpoint_every", "max_new_tokens")}
+_LEAST |= {name: 0 for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_every", "probe_prompts")}
+_MOST = 10**8  # a step takes a millisecond at least: more than a day
+
+
+@dataclass(frozen=True)
+class TrainConfig(TrainSettings):
     """Everything that a run depends on besides its model and its data.
 
     Attributes:
         form: what multiplies h, "inverse" (1/beta, as the derivation prints) or "standard" (beta).
-        beta0: the fixed beta of stage 1, where beta(x) starts.
-        beta_min: lower end of the range.
-        beta_max: upper end of the range.
-        alpha: beta per nat of entropy; None calibrates it once, so that the mean of alpha·H is beta0.
-        lambda_range: weight λ1 of the range term, per unit of beta.
-        lambda_smoothness: weight λ2 of the gradient penalty, per squared unit of beta.
-        lambda_consistency: weight of the variance of beta within a task, per squared unit of beta.
-        lambda_entropy: weight λ3 of the entropy term, per squared unit of beta.
-        stage1_steps: steps with the fixed beta.
-        stage2_steps: steps with beta(x).
-        batch_size: pairs in a step, over all processes: a multiple of their number.
-        policy_learning_rate: AdamW on the policy.
-        beta_learning_rate: AdamW on beta.
-        policy_max_norm: the policy's gradient is clipped at this norm.
-        beta_max_norm: the beta-network's gradient is clipped at this norm, by itself.
-        warmup_steps: steps in which both learning rates rise from 0, in each stage.
-        log_every: steps between rows of the history.
-        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0 measures at
-            the end of a stage alone.
-        probe_prompts: held-out prompts a task in such a measurement.
-        max_new_tokens: limit of a sampled answer, in tokens.
-        checkpoint_every: steps between checkpoints.
-        seed: order of the data, dropout, sampling.
     """
 
     form: Form = "inverse"
-    beta0: float = 10.0
-    beta_min: float = 2.5
-    beta_max: float = 40.0
-    alpha: float | None = None
-    lambda_range: float = 0.4
-    lambda_smoothness: float = 0.0001
-    lambda_consistency: float = 0.0
-    lambda_entropy: float = 0.001
-    stage1_steps: int = 60
-    stage2_steps: int = 120
-    batch_size: int = 32
-    policy_learning_rate: float = 2e-4
-    beta_learning_rate: float = 3e-3
-    policy_max_norm: float = 1.0
-    beta_max_norm: float = 1.0
-    warmup_steps: int = 10
-    log_every: int = 5
-    probe_every: int = 30
-    probe_prompts: int = 32
-    max_new_tokens: int = 48
-    checkpoint_every: int = 50
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        scale(self.beta0, self.form)
-        for name in ("beta_min", "beta_max", "policy_learning_rate", "beta_learning_rate"):
-            require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a positive number")
-        if self.beta_min >= self.beta_max:
-            raise ValueError(f"beta_min, beta_max: got {self.beta_min}, {self.beta_max}, expected beta_min < beta_max")
-        inside = self.beta_min <= self.beta0 <= self.beta_max
-        require("beta0", self.beta0, inside, f"a number from {self.beta_min} to {self.beta_max}")
-        if self.alpha is not None:
-            require("alpha", self.alpha, 0 < self.alpha < math.inf, "a positive number, or None to calibrate")
-        for name in ("lambda_range", "lambda_smoothness", "lambda_consistency", "lambda_entropy"):
-            require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a number, at least 0")
-        for name in ("policy_max_norm", "beta_max_norm"):
-            require(name, getattr(self, name), getattr(self, name) > 0, "a positive number")
-        for name in ("batch_size", "log_every", "checkpoint_every", "max_new_tokens"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_every", "probe_prompts"):
-            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        super().__post_init__()
+        scale(self.initial_scale, self.form)
+        left = [name for name in (*_OPEN, "policy_learning_rate") if getattr(self, name) is None]
+        if left:
+            raise ValueError(f"{', '.join(left)}: got None, expected a number; TrainSettings.resolved fills it in")
 
     @classmethod
-    def around(cls, s0: float, form: Form, **settings) -> TrainConfig:
-        """A configuration in which both forms start alike and are regularised alike.
+    def around(cls, initial_scale: float, form: Form, **settings) -> TrainConfig:
+        """Return the configuration that starts at a scale; `settings` are other fields by name."""
+        return cls(form=form, initial_scale=initial_scale, **settings)
 
-        The scale that multiplies h starts at `s0` in either form. The range is beta0/4 to 4·beta0, and the
-        weights are set relative to beta0 (λ1 ∝ 1/beta0, the others ∝ 1/beta0²), so that a given relative
-        departure of beta costs the same in both.
+    @property
+    def beta0(self) -> float:
+        """The fixed beta of stage 1, where beta(x) starts."""
+        return scale(self.initial_scale, self.form)
+
+    @property
+    def beta_min(self) -> float:
+        """The lower end of the range of beta."""
+        return min(scale(s, self.form) for s in self.scale_range)
+
+    @property
+    def beta_max(self) -> float:
+        """The upper end of the range of beta."""
+        return max(scale(s, self.form) for s in self.scale_range)
+
+    def alpha_for(self, ref_entropy: Sequence[float]) -> float:
+        """Return α, beta per nat of entropy.
 
         Args:
-            s0: the scale at the start, 1/beta0 (inverse) or beta0 (standard).
-            form: "inverse" or "standard".
-            **settings: other fields; the four λ are then those for beta0 = 1 and are divided as above.
+            ref_entropy: (N,) entropies of the training prompts; read where `alpha` is left open.
         """
-        beta0 = scale(s0, form)  # its own inverse, or itself
-        for name, default, power in (
-            ("lambda_range", 4.0, 1),
-            ("lambda_smoothness", 0.01, 2),
-            ("lambda_consistency", 0.0, 2),
-            ("lambda_entropy", 0.1, 2),
-        ):
-            settings[name] = settings.get(name, default) / beta0**power
-        settings = {"beta_min": beta0 / 4, "beta_max": beta0 * 4, **settings}
-        return cls(form=form, beta0=beta0, **settings)
+        return alpha_for_mean(ref_entropy, self.beta0) if self.alpha is None else self.alpha * self.beta0
+
+    def regularization(self, alpha: float) -> Regularization:
+        """Return the penalties' weights in units of beta: λ1 per unit, the others per squared unit."""
+        from dpoviz.regularizers import Regularization
+
+        return Regularization(
+            beta_min=self.beta_min,
+            beta_max=self.beta_max,
+            alpha=alpha,
+            range=self.lambda_range / self.beta0,
+            smoothness=self.lambda_smoothness / self.beta0**2,
+            consistency=self.lambda_consistency / self.beta0**2,
+            entropy=self.lambda_entropy / self.beta0**2,
+        )
 
 
-def require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def calibrate_alpha(ref_entropy: Sequence[float], beta0: float) -> float:
-    """alpha such that the mean of alpha·H over the prompts is beta0.
+def alpha_for_mean(ref_entropy: Sequence[float], beta0: float) -> float:
+    """Return the α at which the mean of α·H over the prompts is beta0.
 
     Raises:
-        ValueError: the mean entropy is not positive, so that no alpha does it.
+        ValueError: the mean entropy is not positive, so that no α does it.
     """
     mean = sum(ref_entropy) / len(ref_entropy)
     if not 0 < mean < math.inf:
-        raise ValueError(f"ref_entropy: mean {mean} nats, expected a positive one; give alpha as a number")
+        raise ValueError(f"ref_entropy: got a mean of {mean} nats, expected a positive one; give alpha as a number")
     return beta0 / mean

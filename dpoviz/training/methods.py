@@ -1,113 +1,148 @@
-"""Every rule for beta by its name: the forms it has, its one setting, and how it starts on a set of pairs."""
+"""Build what gives beta by the name of a rule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
-from dpoviz.losses import FORMS, Form
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO, Rule
-from dpoviz.training.config import TrainConfig, calibrate_alpha
-from dpoviz.training.observe import ANSWER_ENTROPY, answer_entropy
+from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
+from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 
 
-@dataclass(frozen=True)
-class Method:
-    """A rule that a run can ask for.
+def build(
+    rule: str, config: TrainConfig, pairs: Dataset, *, vocabulary: int, strength: float | None = None
+) -> Beta | Rule:
+    """Return what gives beta.
 
-    Attributes:
-        make: (settings, training pairs, size of the vocabulary, strength) → what gives beta.
-        forms: the forms that it is defined in.
-        strength: what its one setting is called, for messages; "" where it has none but beta0.
-        default: of the strength.
+    Args:
+        rule: a name of `RULES`.
+        config: the settings.
+        pairs: what `reference_pass` returned for the training pairs.
+        vocabulary: size of the model's vocabulary.
+        strength: value of the rule's hyperparameter; None is its default.
+
+    Raises:
+        ValueError: an unknown rule, one that is not defined in the configuration's form or has no hyperparameter, or
+            a value that the rule refuses.
     """
-
-    make: Callable[[TrainConfig, Dataset, int, float], Beta | Rule]
-    forms: tuple[Form, ...] = FORMS
-    strength: str = ""
-    default: float = 0.0
-
-    def start(
-        self, config: TrainConfig, pairs: Dataset, *, vocabulary: int, strength: float | None = None
-    ) -> Beta | Rule:
-        """What gives beta.
-
-        Args:
-            config: the settings.
-            pairs: what `reference_pass` returned for the training pairs.
-            vocabulary: size of the model's vocabulary.
-            strength: None is the published default, or ours where nothing is published.
-
-        Raises:
-            ValueError: the method is not defined in the configuration's form, or has no strength.
-        """
-        if config.form not in self.forms:
-            raise ValueError(f"form: got {config.form!r}, expected one of {', '.join(self.forms)}")
-        if strength is not None and not self.strength:
-            raise ValueError(f"strength: got {strength!r}, but this rule has no setting besides beta0")
-        return self.make(config, pairs, vocabulary, self.default if strength is None else strength)
+    require_rule(rule, strength)
+    info = RULES[rule]
+    if config.form not in info.forms:
+        raise ValueError(f"form: got {config.form!r}, expected one of {', '.join(info.forms)}")
+    return _BUILDERS[rule](config, pairs, vocabulary, info.default if strength is None else strength)
 
 
-def _network(config: TrainConfig, pairs: Dataset, vocabulary: int, strength: float) -> BetaNetwork:
-    """The source's beta(x): a network on the reference's view of the prompt."""
+def require_rule(rule: str, strength: float | None) -> None:
+    """Refuse a rule, or a value of its hyperparameter, before anything is computed.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES)}")
+    if strength is None:
+        return
+    if not RULES[rule].setting:
+        raise ValueError(f"strength: got {strength!r}, but the rule {rule!r} has no hyperparameter besides beta0")
+    try:
+        _TRIALS[rule](strength)
+    except ValueError as error:
+        raise ValueError(f"strength: got {strength!r}, which the rule {rule!r} refuses: {error}") from None
+
+
+def _network(config: TrainConfig, pairs: Dataset, _vocabulary: int, _strength: float) -> BetaNetwork:
     x = features(pairs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         beta = BetaNetwork(x.shape[1], beta0=config.beta0)
-    beta.calibrate(x)
+    if len(x) > 1:  # one prompt has no variance
+        beta.fit_running_statistics(x)
     return beta
 
 
-def _by_entropy(config: TrainConfig, pairs: Dataset, vocabulary: int, strength: float) -> EntropyBeta:
-    return EntropyBeta(calibrate_alpha(pairs["ref_entropy"], config.beta0), config.beta_min, config.beta_max)
+def _constant(config: TrainConfig, _pairs: Dataset, _vocabulary: int, _strength: float) -> ConstantBeta:
+    return ConstantBeta(config.beta0)
+
+
+def _task(config: TrainConfig, pairs: Dataset, _vocabulary: int, _strength: float) -> TaskBeta:
+    return TaskBeta(_tasks(pairs), config.beta0)
+
+
+def _entropy(config: TrainConfig, pairs: Dataset, _vocabulary: int, _strength: float) -> EntropyBeta:
+    return EntropyBeta(alpha_for_mean(pairs["ref_entropy"], config.beta0), config.beta_min, config.beta_max)
+
+
+def _beta_dpo(config: TrainConfig, _pairs: Dataset, _vocabulary: int, a: float) -> BetaDPO:
+    return BetaDPO(config.beta0, a=a, seed=config.seed)
+
+
+def _epsilon_dpo(config: TrainConfig, _pairs: Dataset, _vocabulary: int, epsilon: float) -> EpsilonDPO:
+    return EpsilonDPO(config.beta0, epsilon=epsilon)
 
 
 def _mallows(config: TrainConfig, pairs: Dataset, vocabulary: int, sign: float) -> MallowsPO:
     rows = pairs.select_columns([*ANSWER_ENTROPY, "chosen_ids", "rejected_ids"])[:]
-    return MallowsPO.calibrated(config.beta0, answer_entropy(rows, vocabulary), sign=int(sign))
+    normalised = answer_entropy(rows) / torch.tensor(float(vocabulary)).log()
+    return MallowsPO.with_mean(config.beta0, normalised, sign=int(sign))
 
 
-def _dual(config: TrainConfig, pairs: Dataset, target: float, tasks: list[str] | None) -> DualKL:
+def _lsc(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> LSC:
+    return LSC(config.beta0, target=target)
+
+
+def _lsc_at_once(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> LSC:
+    # as published it waits until margins have grown, which a short training may never see
+    return LSC(config.beta0, target=target, start=1.0)
+
+
+def _dual_kl(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> DualKL:
+    return _controller(config.beta0, target, None)
+
+
+def _dual_kl_task(config: TrainConfig, pairs: Dataset, _vocabulary: int, target: float) -> DualKL:
+    return _controller(config.beta0, target, _tasks(pairs))
+
+
+def _controller(beta0: float, target: float, tasks: list[str] | None) -> DualKL:
     # a horizon of 10, the published gain, swings between too much and too little when it is measured every 10
-    return DualKL(config.beta0, target=target, tasks=tasks, every=10, horizon=20)
+    return DualKL(beta0, target=target, tasks=tasks, every=10, horizon=20)
 
 
 def _tasks(pairs: Dataset) -> list[str]:
     return sorted(set(pairs["task"]))
 
 
-_STANDARD: tuple[Form, ...] = ("standard",)
-
-METHODS = {
-    "constant": Method(lambda config, *_: ConstantBeta(config.beta0)),
-    "network": Method(_network),
-    "task": Method(lambda config, pairs, *_: TaskBeta(_tasks(pairs), config.beta0)),
-    "entropy": Method(_by_entropy),
-    "beta-dpo": Method(lambda config, _, __, a: BetaDPO(config.beta0, a=a, seed=config.seed), _STANDARD, "a", 0.6),
-    "epsilon-dpo": Method(
-        lambda config, _, __, epsilon: EpsilonDPO(config.beta0, epsilon=epsilon), _STANDARD, "epsilon", 0.01
-    ),
-    "mallows": Method(_mallows, _STANDARD, "sign", 1.0),
-    "lsc": Method(lambda config, _, __, target: LSC(config.beta0, target=target), _STANDARD, "target margin", 0.4),
-    # as published it waits until margins have grown, which a short training may never see
-    "lsc-at-once": Method(
-        lambda config, _, __, target: LSC(config.beta0, target=target, start=1.0), _STANDARD, "target margin", 0.4
-    ),
-    "dual-kl": Method(
-        lambda config, pairs, _, target: _dual(config, pairs, target, None), _STANDARD, "KL in nats", 1.0
-    ),
-    "dual-kl-task": Method(
-        lambda config, pairs, _, target: _dual(config, pairs, target, _tasks(pairs)), _STANDARD, "KL in nats", 1.0
-    ),
+_BUILDERS: dict[str, Callable[[TrainConfig, Dataset, int, float], Beta | Rule]] = {
+    "constant": _constant,
+    "network": _network,
+    "task": _task,
+    "entropy": _entropy,
+    "beta-dpo": _beta_dpo,
+    "epsilon-dpo": _epsilon_dpo,
+    "mallows": _mallows,
+    "lsc": _lsc,
+    "lsc-at-once": _lsc_at_once,
+    "dual-kl": _dual_kl,
+    "dual-kl-task": _dual_kl_task,
 }
-"""By name."""
+
+_TRIALS: dict[str, Callable[[float], object]] = {
+    "beta-dpo": lambda a: BetaDPO(1.0, a=a),
+    "epsilon-dpo": lambda epsilon: EpsilonDPO(1.0, epsilon=epsilon),
+    "mallows": lambda sign: MallowsPO(1.0, c=1.0, sign=sign),
+    "lsc": lambda target: LSC(1.0, target=target),
+    "lsc-at-once": lambda target: LSC(1.0, target=target),
+    "dual-kl": lambda target: _controller(1.0, target, None),
+    "dual-kl-task": lambda target: _controller(1.0, target, None),
+}
+"""Each rule's hyperparameter, tried on its own."""
 
 
 def features(pairs: Dataset) -> Tensor:
-    """(N, D) the reference's features of the prompts."""
+    """Return (N, D) the reference's features of the prompts."""
     return torch.tensor(pairs["ref_features"][:])

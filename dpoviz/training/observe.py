@@ -1,91 +1,53 @@
-"""The training loop, on `accelerate`: a policy by DPO, and beta(x) with it.
-
-Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and all four terms of the objective
-(the derivation, §5 and §6.4). `train` runs one stage; call it twice.
-"""
+"""What a rule may observe in a step; what it does not need is not computed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
-from accelerate import Accelerator
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpoviz.lm.packing import Tokens
 from dpoviz.lm.scoring import score_both
-from dpoviz.rules import Rule, Seen
-from dpoviz.training.config import TrainConfig
-from dpoviz.training.probes import Probe
-
-ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
-"""Columns that only a rule reads which looks at the reference's entropy along the answers."""
+from dpoviz.rules import Observation, Rule
+from dpoviz.training.batch import Batch
+from dpoviz.training.probes import Models
 
 
-def answer_entropy(rows: Mapping[str, Sequence], vocabulary: int) -> Tensor:
-    """(B,) the reference's next-token entropy over log V, averaged along each answer, then over the two.
+@torch.no_grad()
+def observe(
+    rule: Rule, batch: Batch, logps: Tensor, models: Models, step: int, kl: Callable[[int], Mapping[str, float]]
+) -> Observation:
+    """Return what a rule looks at before the policy's update.
 
     Args:
-        rows: of what `reference_pass` returned.
-        vocabulary: V.
+        rule: its `needs` say what is computed.
+        batch: B pairs.
+        logps: (B, 2) the policy's log-probabilities of chosen and rejected.
+        models: policy and reference.
+        step: of the stage.
+        kl: step → what `sampled_kl` returns; asked every `rule.every` steps by a rule that needs it.
     """
-    means = [
-        [total / len(ids) for total, ids in zip(rows[sums], rows[answers], strict=True)]
-        for sums, answers in zip(ANSWER_ENTROPY, ("chosen_ids", "rejected_ids"), strict=True)
-    ]
-    return torch.tensor(means, dtype=torch.float32).mean(dim=0) / math.log(vocabulary)
-
-
-class Observer:
-    """What a rule may look at in a step; what it does not need is not computed."""
-
-    def __init__(
-        self,
-        rule: Rule,
-        pairs: Dataset,
-        policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        *,
-        pad_id: int,
-        eos_id: int,
-    ) -> None:
-        self.rule, self.policy, self.reference, self.pad_id = rule, policy, reference, pad_id
-        self.vocabulary = policy.config.get_text_config().vocab_size
-        self.probe = None
-        if "kl" in rule.needs:
-            self.probe = Probe(pairs, reference, config, accelerator, pad_id=pad_id, eos_id=eos_id)
-
-    @torch.no_grad()
-    def __call__(self, batch: dict, logps: Tensor, step: int) -> Seen:
-        needs = self.rule.needs
-        extras = {}
-        if "answer_entropy" in needs:
-            extras["answer_entropy"] = answer_entropy(batch["rows"], self.vocabulary).to(logps.device)
-        if "direction" in needs:
-            extras["direction"] = perturbed_directions(
-                self.policy,
-                self.reference,
-                batch["prompt_ids"],
-                batch["answer_ids"],
-                epsilon=self.rule.epsilon,
-                pad_id=self.pad_id,
-            )
-        if "kl" in needs and step % self.rule.every == 0:
-            measured = self.probe.kl(self.policy, seed_shift=step)
-            extras["kl"] = {name.removeprefix("kl/"): v for name, v in measured.items() if name.startswith("kl/")}
-        ratios = logps.detach() - batch["ref_logps"]
-        return Seen(
-            h=ratios[:, 0] - ratios[:, 1],
-            x=batch["x"],
-            task=batch["task"],
-            ref_entropy=batch["ref_entropy"],
-            **extras,
+    ratios = logps.detach() - batch.ref_logps
+    extras = {}
+    if "answer_entropy" in rule.needs:
+        extras["answer_entropy"] = batch.answer_entropy / math.log(models.policy.config.get_text_config().vocab_size)
+    if "direction" in rule.needs:
+        extras["direction"] = perturbed_directions(
+            models.policy,
+            models.reference,
+            batch.prompts,
+            batch.answers,
+            epsilon=rule.epsilon,
+            pad_id=models.pad_id,
         )
+    if "kl" in rule.needs and step % rule.every == 0:
+        extras["kl"] = {name.removeprefix("kl/"): v for name, v in kl(step).items() if name.startswith("kl/")}
+    return Observation(
+        h=ratios[:, 0] - ratios[:, 1], x=batch.x, task=batch.task, ref_entropy=batch.ref_entropy, **extras
+    )
 
 
 def perturbed_directions(

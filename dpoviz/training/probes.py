@@ -1,135 +1,175 @@
-"""The training loop, on `accelerate`: a policy by DPO, and beta(x) with it.
-
-Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and all four terms of the objective
-(the derivation, §5 and §6.4). `train` runs one stage; call it twice.
-"""
+"""Measurements of a policy on scored pairs: log-ratios, accuracy, beta by task, sampled KL."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from dpoviz.data.tokens import IDS, token_counts
+from dpoviz.lm.packing import by_length
+from dpoviz.lm.processes import map_over_processes, processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import evaluating, score_answers, supports_shared_prefix
-from dpoviz.rules import FromPrompt, Rule
-from dpoviz.training.batch import batch_columns
-from dpoviz.training.config import TrainConfig
+from dpoviz.rules import PromptRule, Rule
 
 
-def by_task(name: str, values: Sequence[float], task: Sequence[str]) -> dict[str, float]:
+class Models(NamedTuple):
+    """What is trained, and what it started from.
+
+    Attributes:
+        policy: a causal language model, or one with PEFT's adapters.
+        reference: the model it started from; the policy itself if its adapters turned off are the reference; None
+            where nothing asks for it.
+        pad_id: token that pads.
+        eos_id: token that ends an answer.
+    """
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    pad_id: int
+    eos_id: int
+
+    def adapter_off(self) -> AbstractContextManager:
+        """Turn the policy into the reference while it lasts, where the policy stands for its own reference.
+
+        Raises:
+            ValueError: the policy stands for its reference and has no adapter.
+        """
+        if self.reference is not self.policy:
+            return nullcontext()
+        if not hasattr(self.policy, "disable_adapter"):
+            raise ValueError(
+                f"reference: got the policy itself, a {type(self.policy).__name__} without an adapter to turn off; "
+                "expected a copy of it from before training, or a PEFT model"
+            )
+        return self.policy.disable_adapter()
+
+
+class HeldOut(NamedTuple):
+    """Pairs that are measured while a policy trains.
+
+    Attributes:
+        pairs: N scored pairs.
+        task: N names.
+        x: (N, D) features of the prompts.
+        ref_entropy: (N,) in nats per token.
+        prompts: the prompts that KL is sampled at, as token ids.
+        prompt_tasks: the task of each of them.
+    """
+
+    pairs: Dataset
+    task: list[str]
+    x: Tensor
+    ref_entropy: Tensor
+    prompts: list[list[int]]
+    prompt_tasks: list[str]
+
+    @classmethod
+    def of(cls, pairs: Dataset, prompts_per_task: int, device: torch.device) -> HeldOut:
+        """Read scored pairs; KL is sampled at the first `prompts_per_task` prompts of each task."""
+        task = pairs["task"][:]
+        table = pd.DataFrame({"task": task, "prompt": map(tuple, pairs["prompt_ids"])})
+        few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
+        x, ref_entropy = (
+            torch.tensor(pairs[name][:], dtype=torch.float32, device=device) for name in ("ref_features", "ref_entropy")
+        )
+        return cls(pairs, task, x, ref_entropy, [list(prompt) for prompt in few["prompt"]], few["task"].tolist())
+
+
+def means_by_task(name: str, values: Sequence[float], task: Sequence[str]) -> dict[str, float]:
+    """Return the mean of the values of each task, named <name>/<task>."""
     means = pd.Series(values).groupby(list(task)).mean()
     return {f"{name}/{t}": mean for t, mean in means.items()}
 
 
-def correctly_ranked(h: Tensor) -> Tensor:
-    """1 where h > 0, 0 where h < 0, a half at a tie; what float32 rounds a zero to counts as one."""
-    return (h.sign() * (h.abs() > 1e-4) + 1) / 2
+def correctly_ranked(h: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """Return 1 where h > 0, 0 where h < 0, and ½ at a tie; |h| ≤ 1e-4, the rounding of float32, is a tie."""
+    return ((h > 1e-4) * 1.0 + (h >= -1e-4) * 1.0) / 2
 
 
-class Probe:
-    """Measurements on held-out prompts, the same prompts and the same draws each time."""
-
-    def __init__(
-        self,
-        held_out: Dataset | None,
-        reference: PreTrainedModel | None,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        *,
-        pad_id: int,
-        eos_id: int,
-    ) -> None:
-        self.reference, self.config, self.pad_id, self.eos_id = reference, config, pad_id, eos_id
-        self.accelerator = accelerator
-        self.data = held_out
-        if held_out is not None:
-            self.task = held_out["task"][:]
-            self.x, self.ref_entropy = (
-                torch.tensor(held_out[name][:], dtype=torch.float32, device=accelerator.device)
-                for name in ("ref_features", "ref_entropy")
-            )
-            first = pd.DataFrame({"task": self.task, "prompt": map(tuple, held_out["prompt_ids"])})
-            some = first.drop_duplicates("prompt").groupby("task").head(config.probe_prompts)
-            self.prompts, self.tasks = [list(prompt) for prompt in some["prompt"]], some["task"].tolist()
-
-    @torch.no_grad()
-    def beta(self, rule: Rule) -> dict[str, float]:
-        """Mean beta by task over the held-out prompts, in evaluation mode, where beta is a function of the prompt."""
-        if self.data is None or not isinstance(rule, FromPrompt):
-            return {}
-        rule.eval()
-        values = rule.beta(self.x, task=self.task, ref_entropy=self.ref_entropy)
-        return by_task("beta", values.tolist(), self.task)
-
-    @torch.no_grad()
-    def policy(self, scorer: nn.Module, policy: PreTrainedModel) -> dict[str, float]:
-        """Reward accuracy on all held-out pairs; KL(policy ‖ reference) from one sampled answer a prompt."""
-        if self.data is None:
-            return {}
-        scorer = self.accelerator.unwrap_model(scorer).eval()
-        size, right = self.config.batch_size, []
-        starts = range(0, len(self.data), size)
-        for start in starts[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = batch_columns(self.data[start : start + size], self.accelerator.device)
-            ratios = scorer(batch["prompt_ids"], batch["answer_ids"]) - batch["ref_logps"]
-            right.append((start, correctly_ranked(ratios[:, 0] - ratios[:, 1]).tolist()))
-        right = [value for _, values in sorted(gather_object(right)) for value in values]
-        row = {"held_out_accuracy": sum(right) / len(right)}
-        row |= by_task("held_out_accuracy", right, self.task)
-        return row if self.reference is None or not self.prompts else row | self.kl(policy)
-
-    @torch.no_grad()
-    def kl(self, policy: PreTrainedModel, *, seed_shift: int = 0) -> dict[str, float]:
-        """KL(policy ‖ reference) over the prompts, its standard error, and by task; one sampled answer a prompt."""
-        row = [self._kl(policy, seed_shift) if self.accelerator.is_main_process else None]
-        return broadcast_object_list(row)[0]
-
-    def _kl(self, policy: PreTrainedModel, seed_shift: int) -> dict[str, float]:
-        config = self.config
-        answers = sample_answers(
-            policy,
-            self.prompts,
-            1,
-            max_new_tokens=config.max_new_tokens,
-            eos_id=self.eos_id,
-            pad_id=self.pad_id,
-            seed=config.seed + seed_shift,
-        ).answers
-        shared = supports_shared_prefix(policy)
-
-        def logps(model: PreTrainedModel) -> Tensor:
-            return score_answers(model, self.prompts, answers, pad_id=self.pad_id, shared_prefix=shared).logps[:, 0]
-
-        with evaluating(policy):
-            of_policy = logps(policy)
-            with adapter_off(policy) if self.reference is policy else nullcontext():
-                of_reference = logps(self.reference)
-        # the mean of log pi - log pi_ref over answers of the policy is unbiased for the KL
-        difference = (of_policy - of_reference).double()
-        row = {"kl": difference.mean().item(), "kl_se": (difference.std() / len(difference) ** 0.5).item()}
-        return row | by_task("kl", difference.tolist(), self.tasks)
+@torch.no_grad()
+def mean_betas(rule: Rule, held_out: HeldOut) -> dict[str, float]:
+    """Return the mean beta by task in evaluation mode; nothing where beta is not a function of the prompt."""
+    if not isinstance(rule, PromptRule):
+        return {}
+    rule.eval()
+    values = rule.beta(held_out.x, task=held_out.task, ref_entropy=held_out.ref_entropy)
+    return means_by_task("beta", values.tolist(), held_out.task)
 
 
-def adapter_off(policy: PreTrainedModel) -> AbstractContextManager:
-    """The reference under a PEFT policy: the same weights with the adapter off, no second copy.
+@torch.no_grad()
+def log_ratios(
+    policy: PreTrainedModel, pairs: Dataset, *, pad_id: int, batch_size: int, progress: bool = True
+) -> np.ndarray:
+    """Return log π/π_ref of the chosen and the rejected answer of each pair; processes share the work.
 
-    Raises:
-        ValueError: the model has no adapter.
+    Returns:
+        (N, 2) in nats, float64, in the order of the pairs; chosen minus rejected is h.
     """
-    if not hasattr(policy, "disable_adapter"):
-        raise ValueError(
-            f"reference: got the policy itself, a {type(policy).__name__} without an adapter to turn off; expected "
-            "a copy of it from before training, or a PEFT model"
-        )
-    return policy.disable_adapter()
+    read = pairs.select_columns([*IDS, "ref_chosen_logps", "ref_rejected_logps"])
+    sizes = token_counts(pairs).sum(axis=1)
+    batches = by_length(sizes.tolist(), batch_size)
+    ratios = np.empty((len(sizes), 2))
+
+    def score(rows: list[int]) -> np.ndarray:
+        prompts, chosen, rejected, *ref = read[rows].values()
+        answers = list(zip(chosen, rejected, strict=True))
+        logps = score_answers(policy, prompts, answers, pad_id=pad_id).logps.double().cpu().numpy()
+        bar.update(len(rows))
+        return logps - np.array(ref).T
+
+    hidden = not (progress and processes().is_main_process)
+    with evaluating(policy), tqdm(total=len(sizes), desc="held-out pairs", unit="pair", disable=hidden or None) as bar:
+        for rows, part in zip(batches, map_over_processes(batches, score), strict=True):
+            ratios[rows] = part
+    return ratios
+
+
+def accuracy(ratios: np.ndarray, task: Sequence[str]) -> dict[str, float]:
+    """Return the fraction of pairs with h > 0, of all and by task, from what `log_ratios` returned."""
+    ranked = correctly_ranked(ratios[:, 0] - ratios[:, 1])
+    return {"held_out_accuracy": ranked.mean(), **means_by_task("held_out_accuracy", ranked, task)}
+
+
+@torch.no_grad()
+def sampled_kl(
+    models: Models, prompts: Sequence[list[int]], tasks: Sequence[str], *, max_new_tokens: int, seed: int
+) -> Mapping[str, float]:
+    """Estimate KL(policy ‖ reference) from one sampled answer per prompt; the main process samples.
+
+        KL = E_{y ~ π}[log π(y|x) − log π_ref(y|x)]
+
+    Returns:
+        kl, kl_se (its standard error over prompts) and kl/<task>, in nats.
+    """
+    measured = [_sampled_kl(models, prompts, tasks, max_new_tokens, seed) if processes().is_main_process else None]
+    return broadcast_object_list(measured)[0]
+
+
+def _sampled_kl(
+    models: Models, prompts: Sequence[list[int]], tasks: Sequence[str], max_new_tokens: int, seed: int
+) -> dict[str, float]:
+    ends = {"eos_id": models.eos_id, "pad_id": models.pad_id}
+    answers = sample_answers(models.policy, prompts, 1, max_new_tokens=max_new_tokens, seed=seed, **ends).answers
+    shared = supports_shared_prefix(models.policy)
+
+    def logps(model: PreTrainedModel) -> Tensor:
+        return score_answers(model, prompts, answers, pad_id=models.pad_id, shared_prefix=shared).logps[:, 0]
+
+    with evaluating(models.policy):
+        of_policy = logps(models.policy)
+        with models.adapter_off():
+            of_reference = logps(models.reference)
+    difference = (of_policy - of_reference).double()
+    row = {"kl": difference.mean().item(), "kl_se": (difference.std() / len(difference) ** 0.5).item()}
+    return row | means_by_task("kl", difference.tolist(), tasks)

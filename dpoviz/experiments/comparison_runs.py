@@ -1,0 +1,320 @@
+"""Run the jobs of the comparison: each trains a policy and measures it; several run side by side."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from scipy.stats import spearmanr
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from dpoviz.analysis.evaluate import MEASURES, calibration, evaluate_policy, reliability, summarize_evaluation
+from dpoviz.beta import ConstantBeta
+from dpoviz.data import tasks
+from dpoviz.data.records import split_by_group
+from dpoviz.experiments.comparison import best_rates
+from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
+from dpoviz.experiments.small import World, small_world
+from dpoviz.experiments.workers import run_side_by_side
+from dpoviz.forms import Form, scale
+from dpoviz.rules import LookupBeta, Observation, PromptRule, RandomBeta, Rule, RuleOutput
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.loop import train
+from dpoviz.training.methods import build
+from dpoviz.training.probes import correctly_ranked, log_ratios
+
+
+class _Ground(NamedTuple):
+    """What all jobs of a seed share."""
+
+    world: World
+    problems: list[tasks.Problem]
+    preference: np.ndarray  # of each held-out pair: P(chosen preferred)
+
+
+@lru_cache(maxsize=2)
+def _ground(config: CompareConfig, cache_dir: str, seed: int) -> _Ground:
+    world = small_world(replace(config.world, seed=seed), cache_dir=cache_dir, progress=False)
+    known = {*world.train["prompt"], *world.held_out["prompt"]}
+    problems = []
+    for task in tasks.TASKS:
+        # so many that enough are fresh, whichever they are
+        drawn = tasks.sample_problems(task, config.world.problems + config.prompts, 10_000 + seed)
+        problems += [problem for problem in drawn if problem.prompt not in known][: config.prompts]
+    held_out = world.held_out[:]
+    for name, part in (("train on", world.train), ("measure on", world.held_out)):
+        lacking = [task for task in tasks.TASKS if task not in set(part["task"])]
+        if lacking:
+            raise ValueError(f"world: seed {seed} has no pairs of {lacking} to {name}; give it more demonstrations")
+    truth = [
+        tasks.preference_probability(task, chosen, rejected)
+        for task, chosen, rejected in zip(
+            held_out["task"], held_out["reward_chosen"], held_out["reward_rejected"], strict=True
+        )
+    ]
+    return _Ground(world, problems, np.array(truth))
+
+
+@lru_cache(maxsize=2)
+def _noisy(config: CompareConfig, cache_dir: str, seed: int, noise: float) -> Dataset:
+    return flip_labels(_ground(config, cache_dir, seed).world.train, noise, seed)
+
+
+def flip_labels(pairs: Dataset, share: float, seed: int) -> Dataset:
+    """The pairs with chosen and rejected exchanged in a share of them; a larger share turns the same and more."""
+    turned = np.random.default_rng([seed, 7]).random(len(pairs)) < share
+    columns = pairs.to_dict()
+    found = {}
+    for name, values in columns.items():
+        other = name.replace("chosen", "\0").replace("rejected", "chosen").replace("\0", "rejected")
+        found[name] = [b if t else a for a, b, t in zip(values, columns[other], turned, strict=True)]
+    return Dataset.from_dict(found, features=pairs.features)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The last digits of a sum depend on the number of threads: every job has one, wherever it runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
+def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -> dict:
+    """Run a job on one thread and leave its file, or read what is there.
+
+    Raises:
+        ValueError: a main job whose tuning jobs have not all been run.
+    """
+    file = out / "runs" / f"{job.name}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    began = time.monotonic()
+    ground = _ground(config, str(cache_dir), job.seed)
+    if job.phase == "reference":
+        found = _measured(config, ground, copy.deepcopy(ground.world.reference), job.seed)
+        found["learning_rate"] = 0.0
+    else:
+        rate = job.learning_rate or best_rates(config, out)[CONTENDERS[job.contender].rates_of or job.contender]
+        found = _trained(config, job, rate, ground, out, cache_dir)
+        found["learning_rate"] = rate
+    found = {**job._asdict(), **found, "seconds": time.monotonic() - began}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(found))
+    scratch.replace(file)
+    return found
+
+
+LAST = 10
+"""Steps at the end of training whose betas are what is told of a rule that is no function of the prompt."""
+
+
+def _settings(config: CompareConfig, job: Job, rate: float) -> TrainConfig:
+    contender = CONTENDERS[job.contender]
+    return TrainConfig.around(
+        job.value if contender.swept == "scale" else config.scales[0],
+        contender.form,
+        stage1_steps=config.stage1_steps,
+        stage2_steps=config.stage2_steps,
+        batch_size=config.batch_size,
+        policy_learning_rate=rate,
+        beta_learning_rate=config.beta_learning_rate,
+        warmup_steps=min(10, config.stage1_steps),
+        log_every=10_000,
+        probe_every=0,
+        probe_prompts=16,
+        max_new_tokens=config.world.max_new_tokens,
+        checkpoint_every=10_000,
+        seed=job.seed,
+    )
+
+
+def _trained(config: CompareConfig, job: Job, rate: float, ground: _Ground, out: Path, cache_dir: Path | str) -> dict:
+    contender, world = CONTENDERS[job.contender], ground.world
+    settings = _settings(config, job, rate)
+    pairs, others = _noisy(config, str(cache_dir), job.seed, job.noise), None
+    if contender.calibrated:
+        pairs, others = split_by_group(pairs, config.calibration, job.seed)
+    if contender.control:
+        beta = _control(config, job, pairs, out, cache_dir)
+    else:
+        strength = job.value if contender.swept == "strength" else contender.strength
+        vocabulary = world.reference.config.vocab_size
+        beta = build(contender.method, settings, pairs, vocabulary=vocabulary, strength=strength)
+    rule = beta if isinstance(beta, Rule) else PromptRule(beta)
+    seen: deque[tuple[Observation, RuleOutput]] = deque(maxlen=LAST * (2 if contender.calibrated else 1))
+    policy = copy.deepcopy(world.reference)
+    common = {"pad_id": world.tokenizer.pad_token_id, "eos_id": world.tokenizer.eos_token_id, "progress": False}
+    common |= {"reference": world.reference}
+    # what learns, and what was learned, starts from a fixed beta; the others are themselves from the first step
+    first = ConstantBeta(settings.beta0) if rule.trainable or contender.control else rule
+    train(policy, first, pairs, settings, stage=1, **common)
+    hook = rule.register_forward_hook(lambda _, given, gave: seen.append((given[0], gave)))
+    train(policy, rule, pairs, settings, stage=2, beta_pairs=others, **common)
+    hook.remove()
+    found = _measured(config, ground, policy, job.seed)
+    found |= _margins(config, ground, policy, rule, settings.form, list(seen))
+    if contender.method == "network" and not contender.control:
+        x, names = torch.tensor(pairs["ref_features"][:]), pairs["task"][:]
+        with torch.no_grad():
+            betas = rule.beta(x, task=names, ref_entropy=torch.tensor(pairs["ref_entropy"][:]))
+        found["training_betas"] = betas.tolist()
+    return found
+
+
+def _control(config: CompareConfig, job: Job, pairs: Dataset, out: Path, cache_dir: Path | str) -> Rule:
+    """The trained beta(x) of the network, frozen, dealt out anew, or drawn at random with its mean and spread."""
+    contender = CONTENDERS[job.contender]
+    source = job._replace(contender=f"{contender.method} {contender.form}")
+    betas = torch.tensor(run_job(config, source, out, cache_dir)["training_betas"])
+    x, names = torch.tensor(pairs["ref_features"][:]), pairs["task"][:]
+    if contender.control == "frozen":
+        return LookupBeta(x, betas)
+    if contender.control == "random":
+        return RandomBeta(betas.mean().item(), spread=betas.log().std().item(), seed=job.seed)
+    return LookupBeta.shuffled(x, betas, names, within_task=contender.control == "shuffled within tasks", seed=job.seed)
+
+
+def _measured(config: CompareConfig, ground: _Ground, policy: PreTrainedModel, seed: int) -> dict:
+    """Reward, KL and entropy of a policy on fresh prompts: <measure>/<task>, and <measure>_se/<task>."""
+    # the answers of a task are about as long: drawn by themselves, none waits for another task's
+    parts = [
+        evaluate_policy(
+            policy,
+            ground.world.reference,
+            ground.world.tokenizer,
+            [problem for problem in ground.problems if problem.task == task],
+            samples=config.samples,
+            max_new_tokens=config.world.max_new_tokens,
+            seed=seed,
+        )
+        for task in tasks.TASKS
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    summary = summarize_evaluation(table).set_index("task")
+    return {f"{name}/{task}": float(summary.loc[task, name])
+            for measure in MEASURES for name in (measure, f"{measure}_se") for task in summary.index}  # fmt: skip
+
+
+@torch.no_grad()
+def _margins(
+    config: CompareConfig, ground: _Ground, policy: PreTrainedModel, rule: Rule, form: Form,
+    seen: Sequence[tuple[Observation, RuleOutput]],
+) -> dict:  # fmt: skip
+    """On held-out pairs, whose labels nobody turned: accuracy, h, s, s·h, calibration; and where beta went."""
+    held_out, truth = ground.world.held_out, ground.preference
+    chosen, rejected = log_ratios(
+        policy, held_out, pad_id=ground.world.tokenizer.pad_token_id, batch_size=64, progress=False
+    ).T
+    h = chosen - rejected
+    names = np.array(held_out["task"])
+    betas = torch.cat([gave.beta.detach() for _, gave in seen]).double().numpy()
+    of_task = np.array([name for given, _ in seen for name in given.task])
+    entropy = torch.cat([given.ref_entropy for given, _ in seen]).double().numpy()
+    own = isinstance(rule, PromptRule)
+    if own:  # a function of the prompt: its values at the held-out prompts
+        rule.eval()
+        x = torch.tensor(held_out["ref_features"][:])
+        entropy = np.array(held_out["ref_entropy"])
+        betas = rule.beta(x, task=held_out["task"], ref_entropy=torch.tensor(held_out["ref_entropy"][:]))
+        betas, of_task = betas.double().numpy(), names
+        at_pairs = betas
+    else:
+        logs = pd.Series(np.log(betas))
+        means = logs.groupby(of_task).mean()
+        # a task that the last batches happened to lack has the mean of the others
+        at_pairs = np.exp([means.get(name, logs.mean()) for name in names])
+    s = np.asarray(scale(torch.tensor(at_pairs), form))
+    said = 1 / (1 + np.exp(-s * h))
+    right = correctly_ranked(h)
+    # both ways round: labels are drawn by the truth, so that the chosen answer alone would have it above a half
+    both_said, both_truth = np.concatenate([said, 1 - said]), np.concatenate([truth, 1 - truth])
+    found = {"function_of_prompt": own, **calibration(both_said, both_truth)}
+    for task in (*tasks.TASKS, "all"):
+        rows = slice(None) if task == "all" else names == task
+        found |= {f"accuracy/{task}": right[rows].mean(), f"h/{task}": h[rows].mean(), f"s/{task}": s[rows].mean(),
+                  f"margin/{task}": (s * h)[rows].mean()}  # fmt: skip
+        rows = slice(None) if task == "all" else of_task == task
+        logs = pd.Series(np.log(betas)[rows])
+        found |= {f"beta/{task}": math.exp(logs.mean()), f"beta_spread/{task}": logs.std(ddof=0)}
+        varies = logs.std() > 1e-6 and np.std(entropy[rows]) > 0
+        found[f"rho/{task}"] = spearmanr(logs, entropy[rows])[0] if varies else math.nan
+    bins = reliability(both_said, both_truth)
+    found["reliability"] = bins.to_dict("list")
+    found["betas"] = {"task": of_task.tolist(), "ref_entropy": entropy.tolist(), "beta": betas.tolist()}
+    return {key: float(value) if isinstance(value, np.floating) else value for key, value in found.items()}
+
+
+def compare(
+    config: CompareConfig,
+    out: Path,
+    *,
+    cache_dir: Path | str,
+    only: int | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Run the jobs that are not done, on all cores; a killed experiment goes on where it was.
+
+    Args:
+        config: the experiment.
+        out: the folder; each job leaves a file under out/runs.
+        cache_dir: where the small worlds are kept.
+        only: the row of `jobs` to run, and no other.
+        workers: processes; None takes one for each core.
+        progress: show a bar.
+
+    Raises:
+        ValueError: `only` is no row, or a main job whose tuning jobs have not been run.
+    """
+    rows = jobs(config)
+    if only is not None:
+        if not 0 <= only < len(rows):
+            raise ValueError(f"only: got {only}, expected a row from 0 to {len(rows) - 1}")
+        run_job(config, rows[only], out, cache_dir)
+        return
+    left = [job for job in rows if not (out / "runs" / f"{job.name}.json").is_file()]
+    with tqdm(total=len(rows), initial=len(rows) - len(left), desc="runs", unit="run", disable=not progress) as bar:
+        for some in ([job for job in left if job.seed >= 1000], [job for job in left if job.seed < 1000]):
+            _run_all(config, some, out, cache_dir, workers or len(os.sched_getaffinity(0)), bar.update)
+
+
+def _run_all(
+    config: CompareConfig,
+    some: Sequence[Job],
+    out: Path,
+    cache_dir: Path | str,
+    workers: int,
+    done: Callable[[], object],
+) -> None:
+    # a world is built once, by one process, before any of its jobs begins
+    seeds = sorted({job.seed for job in some})
+    for _ in run_side_by_side(partial(_build, config, str(cache_dir)), seeds, workers=workers):
+        pass
+    # a worker keeps the worlds that it works in: near jobs share one
+    for _ in run_side_by_side(partial(run_job, config, out=out, cache_dir=cache_dir), some, workers=workers):
+        done()
+
+
+@_one_thread()
+def _build(config: CompareConfig, cache_dir: str, seed: int) -> None:
+    small_world(replace(config.world, seed=seed), cache_dir=cache_dir, progress=False)

@@ -1,0 +1,262 @@
+"""The settings of whole runs. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dpoviz.forms import Form
+from dpoviz.training.config import RULES, TrainConfig, TrainSettings
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The small world: its reference model and its preference pairs.
+
+    Attributes:
+        demonstrations: answers that the reference learns from, over all tasks.
+        hidden_size: width of the reference.
+        layers: depth of the reference.
+        problems: prompts per task that answers are sampled for.
+        samples: answers sampled per prompt, out of which pairs are made.
+        pairs_per_prompt: the most pairs made of one prompt's answers.
+        held_out: fraction of the prompts that is held out.
+        entropy_samples: answers per prompt for the entropy of the reference.
+        max_new_tokens: limit of a sampled answer, in tokens.
+        seed: random seed of the world.
+    """
+
+    demonstrations: int = 45_000
+    hidden_size: int = 128
+    layers: int = 4
+    problems: int = 320
+    samples: int = 8
+    pairs_per_prompt: int = 4
+    held_out: float = 0.25
+    entropy_samples: int = 8
+    max_new_tokens: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"demonstrations": 3, "hidden_size": 8, "layers": 1, "problems": 2, "samples": 2, "seed": 0}
+        _require_whole(self, {**least, "pairs_per_prompt": 1, "entropy_samples": 2, "max_new_tokens": 1})
+        _require_fraction("held_out", self.held_out)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a tiny reference, DPO with a fixed beta, then with beta(x) in both forms.
+
+    Leaves the numbers, the pictures, the models and a report in a folder. A run that was killed goes on where it
+    stopped when the same command is given again.
+
+    Attributes:
+        world: the small world.
+        training: settings of training.
+        answers: held-out prompts per task whose answers before and after are kept.
+        fast: a tiny version for a first look, whose numbers say little.
+    """
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    answers: int = 3
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        _require_whole(self, {"answers": 0})
+        self.training.in_form("inverse")  # refuses what is left open
+
+    @classmethod
+    def default(cls, seed: int = 0, *, fast: bool = False) -> DemoConfig:
+        """Return the demo as the README shows it; `fast` is a minute's worth, for a first look and for tests."""
+        world, training = WorldConfig(seed=seed), TrainSettings(seed=seed)
+        if fast:
+            world = replace(world, demonstrations=12_000, problems=64, entropy_samples=4)
+            training = replace(training, stage1_steps=10, stage2_steps=20, probe_every=10, probe_prompts=8)
+        return cls(world, training, fast=fast)
+
+    @property
+    def inverse(self) -> TrainConfig:
+        """The run in the inverse form."""
+        return self.training.in_form("inverse")
+
+    @property
+    def standard(self) -> TrainConfig:
+        """The run in the standard form."""
+        return self.training.in_form("standard")
+
+
+def _real_training() -> TrainSettings:
+    return TrainSettings(
+        stage1_steps=None,
+        stage2_steps=None,
+        batch_size=None,
+        eval_batch_size=8,
+        policy_learning_rate=None,
+        warmup_steps=None,
+        log_every=None,
+        probe_every=0,  # sampling takes long on a real model
+        probe_prompts=8,
+        max_new_tokens=64,
+        checkpoint_every=None,
+    )
+
+
+@dataclass(frozen=True)
+class RealConfig:
+    """Run the reference over your pairs, then train DPO with a fixed beta and with beta(x) in both forms.
+
+    The fixed beta goes on for as many steps, as the baseline. Leaves the numbers, the pictures, the adapters and a
+    report in a folder. A run that was killed goes on where it stopped when the same command is given again.
+
+    Attributes:
+        data: files, folders, a hub name or a preset's name.
+        model: a folder, a GGUF file, a hub name, or smollm2-135m.
+        preset: the layout of a known public set, for a file of it.
+        task: the task of all pairs, where they name none.
+        columns: other people's column names, to ours, as question=prompt.
+        ignore_columns: columns that would change the prompt and are not to be used.
+        chat: tasks whose plain prompts become a user's message.
+        pairs_per_task: the most pairs per task that are used, sampled by the seed; None: all.
+        held_out: fraction of the prompts that is held out.
+        max_length: limit of the prompt and one answer together, in tokens; longer pairs are left out and named.
+        entropy_samples: answers per prompt for the entropy of the reference.
+        lora_rank: rank of the adapters; 0 trains all weights.
+        rule: what gives beta, in the forms that it has.
+        strength: value of the rule's hyperparameter; None: its default.
+        answers: held-out prompts per task whose answers before and after are kept.
+        training: settings of training.
+    """
+
+    data: tuple[str, ...] = ()
+    model: str = "smollm2-135m"
+    preset: str | None = None
+    task: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignore_columns: tuple[str, ...] = ()
+    chat: tuple[str, ...] = ()
+    pairs_per_task: int | None = None
+    held_out: float = 0.25
+    max_length: int = 512
+    entropy_samples: int = 8
+    lora_rank: int = 16
+    rule: str = "network"
+    strength: float | None = None
+    answers: int = 3
+    training: TrainSettings = field(default_factory=_real_training)
+
+    def __post_init__(self) -> None:
+        _require_whole(self, {"entropy_samples": 2, "max_length": 2, "lora_rank": 0, "answers": 0})
+        if self.pairs_per_task is not None:
+            _require_whole(self, {"pairs_per_task": 2})
+        _require_fraction("held_out", self.held_out)
+        if self.rule not in RULES:
+            raise ValueError(f"rule: got {self.rule!r}, expected one of {', '.join(RULES)}")
+        if self.strength is not None and not RULES[self.rule].setting:
+            raise ValueError(f"strength: got {self.strength!r}, but the rule {self.rule!r} has no hyperparameter")
+
+    def require_data(self) -> None:
+        """Refuse settings that name no data."""
+        if not self.data:
+            raise ValueError("data: got none, expected a file, a folder, a hub name or a preset")
+
+    def settings(self, pairs: int) -> TrainSettings:
+        """Return the settings of training on so many pairs, with nothing left open."""
+        return self.training.resolved(pairs, adapters=self.lora_rank > 0)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms that the rule is trained in."""
+        return RULES[self.rule].forms
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sample preference pairs from a model, labelled by programs.
+
+    Answers to HumanEval's problems, to generated word problems and to chat openers are labelled by running the
+    problems' tests, by the number and by the dialogue's reward.
+
+    Attributes:
+        model: a folder, a GGUF file, a hub name, or smollm2-135m.
+        tasks: what to sample, some of math, code and dialogue.
+        prompts: prompts per task.
+        samples: answers per prompt.
+        max_new_tokens: limit of an answer, in tokens.
+        batch: prompts at once.
+        seed: random seed of the samples.
+    """
+
+    model: str = "smollm2-135m"
+    tasks: tuple[str, ...] = ("math", "code", "dialogue")
+    prompts: int = 50
+    samples: int = 8
+    max_new_tokens: int = 128
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_whole(self, {"prompts": 1, "samples": 2, "max_new_tokens": 1, "batch": 1, "seed": 0})
+        unknown = sorted(set(self.tasks) - {"math", "code", "dialogue"})
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks: got {list(self.tasks)}, expected some of math, code, dialogue")
+
+
+def _require_whole(config: object, least: Mapping[str, int]) -> None:
+    for name, smallest in least.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value < 2**31:
+            raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {smallest}")
+
+
+def _require_fraction(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a fraction between 0 and 1")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time a training step, the reference's pass and sampling, a peer and us side by side.
+
+    TRL's DPOTrainer (where it is installed), the plain concatenated step and ours take the same pairs of each task in
+    turn; the reference's pass stands against the bare forward, sampling with entropies against generate.
+
+    Attributes:
+        data: files, folders, a hub name or a preset's name; none: the small world of `dpoviz demo`, model and all.
+        model: a folder, a GGUF file, a hub name, or smollm2-135m.
+        preset: the layout of a known public set, for a file of it.
+        task: the task of all pairs, where they name none.
+        columns: other people's column names, to ours, as question=prompt.
+        chat: tasks whose plain prompts become a user's message.
+        pairs_per_task: the most pairs per task that are used, sampled by the seed; None: all.
+        max_length: limit of the prompt and one answer together, in tokens.
+        max_new_tokens: limit of a sampled answer, in tokens.
+        batch_size: pairs per step.
+        dtype: type of the model's weights.
+        repeats: timed turns.
+        seed: random seed.
+    """
+
+    data: tuple[str, ...] = ()
+    model: str = "smollm2-135m"
+    preset: str | None = None
+    task: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    chat: tuple[str, ...] = ()
+    pairs_per_task: int | None = None
+    max_length: int = 512
+    max_new_tokens: int = 64
+    batch_size: int = 4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_whole(self, {"batch_size": 1, "repeats": 1, "max_length": 2, "max_new_tokens": 1, "seed": 0})
+
+    def real(self) -> RealConfig:
+        """Return the settings under which `experiments.real` loads and scores the pairs."""
+        training = replace(_real_training(), max_new_tokens=self.max_new_tokens, seed=self.seed)
+        names = ("data", "model", "preset", "task", "columns", "chat", "pairs_per_task", "max_length")
+        return RealConfig(**{name: getattr(self, name) for name in names}, lora_rank=0, training=training)

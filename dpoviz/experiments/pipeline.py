@@ -1,0 +1,197 @@
+"""The one road of every run: scored pairs → stages → tables → folder."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.analysis.tables import beta_table
+from dpoviz.beta import Beta
+from dpoviz.experiments.folder import environment, write_tables
+from dpoviz.forms import Form
+from dpoviz.lm.models import add_lora
+from dpoviz.lm.processes import processes
+from dpoviz.lm.sampling import sample_answers
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.stages import TrainedVariant, Variant, betas_at, run_variants
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """The reference, and pairs beside which its scores stand.
+
+    Attributes:
+        model: the reference.
+        tokenizer: its tokenizer.
+        train: pairs to train on, with the reference's columns (`reference_pass`).
+        held_out: pairs of other prompts, likewise.
+        entropy: a row per estimator and prompt: estimator, task, prompt, entropy, se, example; None where a run does
+            not compare estimators.
+        metadata: what else the report is to show, by name.
+        seconds: what it took, by part.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_out: Dataset
+    entropy: pd.DataFrame | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The tables of a finished run.
+
+    Attributes:
+        table: beta at each held-out prompt, a row per form and prompt (`beta_table`); empty where beta is no function
+            of the prompt.
+        history: rows of training; `arm` names the variant.
+        scores: a row per variant and held-out pair: arm, form, task, group, prompt, chosen, rejected (log π/π_ref of
+            the two answers) and h, their difference; nats.
+        answers: a row per variant and prompt shown: arm ("reference" before training), task, prompt, answer.
+        alpha: by form, beta per nat of entropy.
+        entropy: as in `ScoredPairs`.
+    """
+
+    table: pd.DataFrame
+    history: pd.DataFrame
+    scores: pd.DataFrame
+    answers: pd.DataFrame
+    alpha: Mapping[Form, float]
+    entropy: pd.DataFrame | None
+
+
+def run(
+    scored: ScoredPairs,
+    variants: Mapping[str, Variant],
+    *,
+    out: Path,
+    baseline: str | None = None,
+    lora_rank: int = 0,
+    answers: int = 3,
+    progress: bool = True,
+) -> Results:
+    """Train every variant on the scored pairs; leave its models, then the tables, in a folder.
+
+    Args:
+        scored: the pairs.
+        variants: by name.
+        out: the folder, also of the checkpoints; a run that was killed goes on from there.
+        baseline: the variant that the others are compared with; its beta is not drawn.
+        lora_rank: rank of the adapters that are trained; 0 trains all weights of a copy of the model. With adapters,
+            the model holds those of the last variant afterwards.
+        answers: held-out prompts per task whose answers before and after are kept.
+        progress: show bars.
+    """
+    began = time.monotonic()
+    seed = next(iter(variants.values())).config.seed
+    if lora_rank:
+        policy = reference = add_lora(scored.model, rank=lora_rank, seed=seed)
+    else:
+        policy, reference = copy.deepcopy(scored.model), scored.model
+    shown = scored.held_out.to_pandas().drop_duplicates("prompt").groupby("task").head(answers)
+    parts = _Parts()
+    first = next(iter(variants.values())).config
+    parts.answers.append(_answers(policy, scored.tokenizer, shown, "reference", first))
+    trained = run_variants(
+        policy,
+        scored.train,
+        variants,
+        held_out=scored.held_out,
+        reference=reference,
+        pad_id=scored.tokenizer.pad_token_id,
+        eos_id=scored.tokenizer.eos_token_id,
+        out=out,
+        progress=progress and processes().is_main_process,
+    )
+    for variant in trained:
+        _save(variant, policy, scored.tokenizer, out, adapters=lora_rank > 0)
+        parts.add(variant, scored.held_out, drawn=variant.name != baseline)
+        parts.answers.append(_answers(policy, scored.tokenizer, shown, variant.name, variant.config))
+    results = parts.results(scored.entropy)
+    if processes().is_main_process:
+        configs = {own.config.form: own.config for name, own in variants.items() if name != baseline}
+        lines = {name: {form: getattr(c, name) for form, c in configs.items()} for name in _LINES}
+        seconds = {**scored.seconds, "training": time.monotonic() - began}
+        metadata = {**lines, "alpha": dict(results.alpha), "baseline": baseline, **scored.metadata}
+        metadata |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}, **environment()}
+        tables = {"beta": results.table, "history": results.history, "held_out": results.scores}
+        if scored.entropy is not None:
+            tables["entropy"] = scored.entropy
+        write_tables(out, metadata=metadata, **tables, answers=results.answers)
+    return results
+
+
+_LINES = ("beta0", "beta_min", "beta_max")
+"""What the figures draw as lines, by form."""
+
+
+@dataclass
+class _Parts:
+    """The tables of the variants that are done."""
+
+    tables: list[pd.DataFrame] = field(default_factory=list)
+    histories: list[pd.DataFrame] = field(default_factory=list)
+    scores: list[pd.DataFrame] = field(default_factory=list)
+    answers: list[pd.DataFrame] = field(default_factory=list)
+    alpha: dict[Form, float] = field(default_factory=dict)
+
+    def add(self, variant: TrainedVariant, held_out: Dataset, *, drawn: bool) -> None:
+        form, result = variant.config.form, variant.result
+        self.histories.append(result.history.assign(arm=variant.name))
+        chosen, rejected = np.asarray(result.held_out).T
+        rows = held_out.to_pandas()[["task", "group", "prompt"]]
+        columns = {"chosen": chosen, "rejected": rejected, "h": chosen - rejected}
+        self.scores.append(rows.assign(arm=variant.name, form=form, **columns))
+        if drawn and isinstance(variant.beta, Beta):
+            self.alpha[form] = result.alpha
+            columns = betas_at(variant.beta, held_out).to_dict("list")
+            self.tables.append(beta_table(form=form, seed=variant.config.seed, **columns))
+
+    def results(self, entropy: pd.DataFrame | None) -> Results:
+        table = pd.concat(self.tables, ignore_index=True) if self.tables else pd.DataFrame()
+        joined = [pd.concat(parts, ignore_index=True) for parts in (self.histories, self.scores, self.answers)]
+        return Results(table, *joined, self.alpha, entropy)
+
+
+def _save(
+    variant: TrainedVariant, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, adapters: bool
+) -> None:
+    """Save the variant's policy and beta in its folder."""
+    if not processes().is_main_process:
+        return
+    # peft would look for the base model's configuration, to see whether its vocabulary grew: ours did not
+    more = {"save_embedding_layers": False} if adapters else {}
+    policy.save_pretrained(out / variant.name / "policy", **more)
+    tokenizer.save_pretrained(out / variant.name / "policy")
+    if isinstance(variant.beta, Beta):
+        variant.beta.save_pretrained(out / variant.name / "beta")
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shown: pd.DataFrame, name: str, config: TrainConfig
+) -> pd.DataFrame:
+    """One answer to each prompt shown, sampled with the same seed by every variant."""
+    if shown.empty:
+        return pd.DataFrame(columns=["arm", "task", "prompt", "answer"])
+    sampled = sample_answers(
+        model,
+        [list(ids) for ids in shown["prompt_ids"]],
+        1,
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        seed=config.seed,
+    ).answers
+    texts = tokenizer.batch_decode([answers[0] for answers in sampled], skip_special_tokens=True)
+    return shown[["task", "prompt"]].assign(arm=name, answer=texts)

@@ -1,0 +1,236 @@
+"""What the training loop works with: devices, optimizers, scores of a batch, the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_constant_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpoviz.beta import BetaNetwork
+from dpoviz.lm.scoring import score_answers, supports_shared_prefix
+from dpoviz.regularizers import Regularization
+from dpoviz.rules import Observation, PromptRule, Rule
+from dpoviz.training.batch import Batch
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.observe import observe
+from dpoviz.training.probes import HeldOut, Models, accuracy, log_ratios, mean_betas, sampled_kl
+from dpoviz.validation import require
+
+
+class Scorer(nn.Module):
+    """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call.
+
+    Weights that do not learn, those under a LoRA adapter, are no part of its state: a checkpoint holds what
+    training changes.
+    """
+
+    def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
+        super().__init__()
+        self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+        self.frozen = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
+        self.register_state_dict_post_hook(Scorer._drop_frozen)
+        self.register_load_state_dict_post_hook(Scorer._expect_no_frozen)
+
+    @staticmethod
+    def _drop_frozen(module: Scorer, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        for name in module.frozen:
+            state.pop(prefix + name, None)
+
+    @staticmethod
+    def _expect_no_frozen(module: Scorer, keys: object) -> None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in module.frozen]
+
+    def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
+
+
+def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """Return the optimizer of what is trainable of a module, without weight decay.
+
+    Fused: one pass over the parameters instead of one per operation.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+@contextmanager
+def training_mode(policy: PreTrainedModel, *, dropout: bool) -> Iterator[None]:
+    """Put the policy in the mode in which it trains: without dropout, as the reference is scored, unless asked for.
+
+    Evaluation mode turns off dropout by any name, and routing noise. Gradient checkpointing acts only in layers that
+    are in training mode: their own flag is set, and their own dropout probabilities are 0 meanwhile.
+    """
+    before = [(module, module.training) for module in policy.modules()]
+    probabilities: list[tuple[nn.Module, str, float]] = []
+    policy.train(dropout)
+    if not dropout and getattr(policy, "is_gradient_checkpointing", False):
+        for layer in policy.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+                named = [(k, v) for k, v in vars(layer).items() if "dropout" in k and isinstance(v, float)]
+                probabilities += [(layer, name, value) for name, value in named]
+    for layer, name, _ in probabilities:
+        setattr(layer, name, 0.0)
+    try:
+        yield
+    finally:
+        for layer, name, value in probabilities:
+            setattr(layer, name, value)
+        for module, mode in before:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class State:
+    """What the loop works with.
+
+    Attributes:
+        models: policy and reference.
+        rule: what gives beta.
+        config: the settings.
+        accelerator: devices and processes.
+        scorer: the policy, as the accelerator wrapped it.
+        optimizers: of the policy, and of beta where it is trainable.
+        schedules: of their learning rates.
+        alpha: beta per nat of entropy.
+        regularization: the penalties on beta; None where there are none.
+        held_out: pairs to measure on; None where there are none.
+        kl_prompts: training prompts, for a rule that looks at their KL; else None.
+    """
+
+    models: Models
+    rule: Rule
+    config: TrainConfig
+    accelerator: Accelerator
+    scorer: nn.Module
+    optimizers: list
+    schedules: list
+    alpha: float
+    regularization: Regularization | None
+    held_out: HeldOut | None
+    kl_prompts: HeldOut | None
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Return (B, 2) log-probabilities of the whole batch, on every process; each computes its own rows.
+
+        Every process computes the loss of the whole batch, so that batch norm and moving averages match those of a
+        single process. Gradients flow only through the process's own rows, multiplied by the number of processes to
+        undo DDP's averaging.
+        """
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        if processes == 1:
+            return self.scorer(batch.prompts, batch.answers)
+        rows = len(batch.prompts) // processes
+        own = slice(rank * rows, (rank + 1) * rows)
+        mine = self.scorer(batch.prompts[own], batch.answers[own])
+        whole = self.accelerator.gather(mine.detach())
+        mine = mine.detach() + processes * (mine - mine.detach())
+        return torch.cat([whole[: own.start], mine, whole[own.stop :]])
+
+    def observe(self, batch: Batch, logps: Tensor, step: int) -> Observation:
+        """Return what the rule looks at."""
+        return observe(self.rule, batch, logps, self.models, step, kl=lambda step: self._kl(self.kl_prompts, step))
+
+    def update(self, total: Tensor) -> dict[str, float]:
+        """Take a step; return the gradients' norms before clipping, the policy's and beta's each by itself.
+
+        Clipped together, the few weights of beta would vanish beside a language model's.
+        """
+        self.accelerator.backward(total)
+        policy = self.models.policy.parameters()
+        norms = {"policy": self.accelerator.clip_grad_norm_(policy, self.config.policy_max_norm)}
+        if self.rule.trainable:
+            norms["beta"] = nn.utils.clip_grad_norm_(self.rule.parameters(), self.config.beta_max_norm)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return norms
+
+    def held_out_ratios(self) -> np.ndarray | None:
+        """Return (N, 2) log π/π_ref of chosen and rejected of the held-out pairs, in nats."""
+        if self.held_out is None:
+            return None
+        policy, ends, size = self.models.policy, self.models.pad_id, self.config.eval_batch_size
+        return log_ratios(policy, self.held_out.pairs, pad_id=ends, batch_size=size, progress=False)
+
+    def measure(self, ratios: np.ndarray | None) -> dict[str, float]:
+        """Return what the history says of the held-out pairs; accuracy and KL where `ratios` are given."""
+        if self.held_out is None:
+            return {}
+        row = mean_betas(self.rule, self.held_out)
+        if ratios is not None:
+            row |= accuracy(ratios, self.held_out.task)
+            if self.models.reference is not None and self.held_out.prompts:
+                row |= self._kl(self.held_out, 0)
+        return row
+
+    def _kl(self, data: HeldOut, seed_shift: int) -> Mapping[str, float]:
+        limit, seed = self.config.max_new_tokens, self.config.seed + seed_shift
+        return sampled_kl(self.models, data.prompts, data.prompt_tasks, max_new_tokens=limit, seed=seed)
+
+
+def prepare(
+    models: Models, rule: Rule, config: TrainConfig, stage: int, pairs: Dataset, held_out: Dataset | None
+) -> State:
+    """Set up devices, optimizers and what is measured."""
+    # batch_size is that of all processes together: the schedule takes one step per batch, not one per process
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    _check_accelerator(accelerator, config)
+    set_seed(config.seed + stage)
+    shared_prefix = supports_shared_prefix(models.policy)
+    scorer = accelerator.prepare(Scorer(models.policy, models.pad_id, shared_prefix))
+    optimizers = [accelerator.prepare(adamw(models.policy, config.policy_learning_rate))]
+    if rule.trainable:
+        optimizers.append(accelerator.prepare(adamw(rule, config.beta_learning_rate)))
+    if rule.state_dict():  # weights, or moving averages
+        accelerator.register_for_checkpointing(rule)
+    schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
+    rule.to(accelerator.device).load_state_dict(broadcast(rule.state_dict()))  # the main process's
+    if models.reference is not None:
+        models.reference.to(accelerator.device).eval()
+    alpha = config.alpha_for(pairs["ref_entropy"])
+    weights = _weights(rule, config, alpha) if stage == 2 and rule.trainable else None
+    held_out, kl_prompts = (
+        None if data is None else HeldOut.of(data, config.probe_prompts, accelerator.device)
+        for data in (held_out, pairs if "kl" in rule.needs else None)
+    )
+    return State(models, rule, config, accelerator, scorer, optimizers, schedules, alpha, weights, held_out, kl_prompts)
+
+
+def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
+    kind = accelerator.distributed_type
+    require(
+        "processes",
+        kind.value,
+        kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED),
+        "data parallelism; dpoviz.trl.BetaDPOTrainer trains a policy cut up by FSDP or DeepSpeed",
+    )
+    require(
+        "mixed_precision",
+        accelerator.mixed_precision,
+        accelerator.mixed_precision != "fp16",
+        "bf16 or no: policy and beta have an optimizer each, and float16 scales the loss for one",
+    )
+    require(
+        "batch_size",
+        config.batch_size,
+        config.batch_size % accelerator.num_processes == 0,
+        f"a multiple of the {accelerator.num_processes} processes",
+    )
+
+
+def _weights(rule: Rule, config: TrainConfig, alpha: float) -> Regularization:
+    """Return the penalties' weights; the gradient penalty acts only on a beta that reads x."""
+    weights = config.regularization(alpha)
+    reads_x = isinstance(rule, PromptRule) and isinstance(rule.beta, BetaNetwork)
+    return weights if reads_x else replace(weights, smoothness=0.0)

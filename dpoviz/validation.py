@@ -1,0 +1,98 @@
+"""One spelling of "got ..., expected ...": checks that several modules share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raise a ValueError that names the argument, what it got and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def require_positive(name: str, value: object) -> None:
+    """Refuse anything but a positive finite number of Python's own types, which can be written to a config file."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    require(name, value, plain and 0 < value < math.inf, "a positive finite number")
+
+
+def rows_where(wrong: Tensor) -> list[int]:
+    """Return the rows of a boolean tensor that hold a True."""
+    return wrong.reshape(len(wrong), -1).any(dim=1).nonzero().flatten().tolist()
+
+
+def require_rows(name: str, values: Tensor, batch: int | None = None) -> None:
+    """Refuse anything but one finite floating number per row.
+
+    Args:
+        name: what `values` is called in the message.
+        values: expected to be (B,), B at least 1.
+        batch: the B that is expected; None takes any.
+
+    Raises:
+        ValueError: not a floating tensor, not (B,), no rows, another B, or non-finite rows (which it lists).
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else repr(values)
+        raise ValueError(f"{name}: got {got}, expected a floating tensor of shape (B,)")
+    if values.ndim != 1 or len(values) == 0 or (batch is not None and len(values) != batch):
+        expected = "(B,) with B at least 1" if batch is None else f"({batch},)"
+        # (B, 1) is what a linear layer returns; against (B,) it would broadcast to (B, B) without a word
+        hint = "; drop the last axis with .squeeze(-1)" if values.ndim == 2 and values.shape[1] == 1 else ""
+        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {expected}{hint}")
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{name}: not finite in rows {rows_where(~torch.isfinite(values))}, expected finite numbers")
+
+
+def require_positive_rows(name: str, values: Tensor) -> None:
+    """Refuse anything but one positive finite floating number per row."""
+    require_rows(name, values)
+    if not (values > 0).all():
+        raise ValueError(f"{name}: not positive in rows {rows_where(values <= 0)}, expected > 0")
+
+
+def require_features(x: Tensor, width: int | None = None) -> None:
+    """Refuse anything but finite floating features (B, D), B at least 1; `width` is the D that is expected."""
+    if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or (width is not None and x.shape[1] != width):
+        expected = "(B, D)" if width is None else f"(B, {width})"
+        raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"x: not finite in rows {rows_where(~torch.isfinite(x))}, expected finite features")
+
+
+def task_index(task: Tensor | Sequence[str] | None, batch: int, names: Sequence[str] | None = None) -> Tensor:
+    """Number the tasks of a batch: (B,) int64.
+
+    Args:
+        task: (B,) integers, or B names.
+        batch: B.
+        names: the tasks that are known, in the order that integers count in; None numbers those of the batch from 0.
+
+    Raises:
+        ValueError: not one name or integer per row, or a task that is not known.
+    """
+    if isinstance(task, Tensor):
+        if task.is_floating_point() or task.shape != (batch,):
+            raise ValueError(
+                f"task: got {task.dtype} of shape {tuple(task.shape)}, expected integers of shape ({batch},)"
+            )
+        if names is None:
+            return torch.unique(task, return_inverse=True)[1]
+        if task.min() < 0 or task.max() >= len(names):
+            raise ValueError(f"task: got {task.unique().tolist()}, expected 0 to {len(names) - 1}")
+        return task.to(torch.int64)
+    # a single name is a sequence of letters, and one of B letters would pass for B tasks
+    if task is None or isinstance(task, str) or len(task) != batch or not all(isinstance(name, str) for name in task):
+        got = repr(task) if task is None or isinstance(task, str) else f"{len(task)} entries"
+        known = "" if names is None else f" of {list(names)}"
+        raise ValueError(f"task: got {got}, expected {batch} names{known}, one per row, or an integer tensor")
+    number = {name: i for i, name in enumerate(dict.fromkeys(task) if names is None else names)}
+    unknown = sorted(set(task) - set(number))
+    if unknown:
+        raise ValueError(f"task: got {unknown}, expected some of {list(number)}")
+    return torch.tensor([number[name] for name in task])
