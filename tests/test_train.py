@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpoviz.training.loop as module
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
-from dpoviz.rules import Rule, Weighed
+from dpoviz.rules import Rule, RuleOutput
 from dpoviz.training import probes
-from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.loop import COLUMNS, train
 from dpoviz.training.methods import METHODS
 
@@ -253,7 +253,7 @@ class TestHistory:
         # beta is beta0 everywhere at the first step, so the pull is 2 lambda (beta0 - alpha H), averaged by task
         config = TrainConfig.around(0.1, "inverse", **SMALL)
         pairs = world[1]
-        alpha = calibrate_alpha(pairs["ref_entropy"], config.beta0)
+        alpha = alpha_for_mean(pairs["ref_entropy"], config.beta0)
         rows = module._batches(len(pairs), 6, 7, seed=config.seed + 2)[0]
         for task in TASKS:
             entropies = [pairs[i]["ref_entropy"] for i in rows if pairs[i]["task"] == task]
@@ -308,7 +308,7 @@ class LastBatch(Rule):
         beta = (1 + self.seen).expand(len(seen.h))
         self.seen = seen.h.abs().mean()
         weight = (seen.h >= self.wrong).float()
-        return Weighed(beta, weight)
+        return RuleOutput(beta, weight)
 
 
 class TestRules:
@@ -521,7 +521,7 @@ class TestBadInput:
 
     def test_entropy_that_cannot_calibrate_alpha(self):
         with pytest.raises(ValueError, match=r"ref_entropy: mean 0\.0 nats"):
-            calibrate_alpha([0.0, 0.0], 0.1)
+            alpha_for_mean([0.0, 0.0], 0.1)
 
 
 class TestAround:
@@ -536,7 +536,7 @@ class TestAround:
         assert inverse == TrainConfig()
 
     def test_alpha_is_calibrated_so_that_alpha_h_means_beta0(self):
-        assert calibrate_alpha([1.0, 3.0], 10.0) == pytest.approx(5.0)
+        assert alpha_for_mean([1.0, 3.0], 10.0) == pytest.approx(5.0)
 
 
 def test_data_order_sees_every_pair_once_an_epoch():

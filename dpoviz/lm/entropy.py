@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import in_shares, processes
+from dpoviz.lm.processes import map_over_processes, processes
 from dpoviz.lm.sampling import Sampler, sampling
 
 
@@ -164,7 +164,7 @@ def _numbers(
         bar.update(len(rows))
         return batch
 
-    parts = in_shares(batches, numbers)
+    parts = map_over_processes(batches, numbers)
     back = np.argsort([row for rows in batches for row in rows])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in _NUMBERS}
 
