@@ -240,67 +240,37 @@ class TestKeep:
         assert self.same(run(), whole)
         assert draws == batches  # each batch once
 
-    def test_the_state_of_the_draws_is_needed_for_that(self, run, draws, monkeypatch):
-        """The control: without it the second half would repeat the first half's draws."""
+    def test_another_run_over_some_of_the_prompts_in_between_changes_nothing(self, run, draws):
         whole = run(keep=None)
         draws.clear()
         draws.limit = 2
         with pytest.raises(Killed):
             run()
         draws.limit = 99
-        read = journal.Journal.read
+        run([[3], [2, 1], [1]])
+        run([*self.PROMPTS, [2, 2], [3, 2]])
+        assert self.same(run(), whole)
 
-        def forgetful(self):
-            return {name: {**batch, "state": torch.Generator().manual_seed(0).get_state().numpy()}
-                    for name, batch in read(self).items()}  # fmt: skip
-
-        monkeypatch.setattr(journal.Journal, "read", forgetful)
-        assert not self.same(run(), whole)
+    def test_a_batch_is_decided_by_the_seed_and_its_prompts(self, run, draws):
+        """Alone or after others; and two batches of the same prompts are not the same draws."""
+        together = run([[1, 2], [2, 1], [3, 1, 2], [1, 3, 2]], keep=None)
+        assert [sorted(batch) for batch in draws] == [[[1, 2], [2, 1]], [[1, 3, 2], [3, 1, 2]]]
+        alone = run([[3, 1, 2], [1, 3, 2]], keep=None)
+        assert together.monte_carlo.value[2:].tolist() == alone.monte_carlo.value.tolist()
+        several = run([[1, 2]] * 6, keep=None).monte_carlo.value.tolist()
+        assert len(set(several)) == 6
 
     @pytest.mark.parametrize("number", [0, 1, 3])
     def test_a_damaged_batch_is_drawn_again_with_the_same_draws(self, run, draws, tmp_path, number, caplog):
         whole = run()
         batch = draws[number]
         draws.clear()
-        file = sorted(tmp_path.glob("entropy-*/*.npz"))[number]
+        file = sorted(tmp_path.glob("entropy-*/*.npz"), key=lambda path: path.stat().st_mtime_ns)[number]
         file.write_bytes(file.read_bytes()[:-40])
         with caplog.at_level(logging.WARNING):
             assert self.same(run(), whole)
         assert draws == [batch]
         assert f"{file} cannot be read" in caplog.text
-
-    def test_prompts_of_another_run_are_not_drawn_again(self, run, draws):
-        first = run([[3], [2, 1], [1]])
-        draws.clear()
-        new, old = [[1, 2, 3], [2]], [[1], [3]]
-        got = run([old[0], new[0], old[1], new[1]])
-        assert draws == [[[2], [1, 2, 3]]]
-        # the others' draws begin anew, as if they had been asked for alone
-        alone = run(new, keep=None)
-        for name in ("per_token", "sequence", "monte_carlo", "first_token"):
-            mixed, before, after = (getattr(x, name).value.tolist() for x in (got, first, alone))
-            assert mixed == [before[2], after[0], before[0], after[1]]
-        assert got.truncated.tolist() == [
-            first.truncated[2],
-            alone.truncated[0],
-            first.truncated[0],
-            alone.truncated[1],
-        ]
-
-    def test_such_a_run_that_was_killed_ends_the_same_too(self, run, draws, tmp_path):
-        ends = []
-        for limit in (99, 2):
-            keep = tmp_path / str(limit)
-            run([[3], [2, 1], [1]], keep=keep)
-            draws.clear()
-            draws.limit = limit
-            if limit == 2:
-                with pytest.raises(Killed):
-                    run([*self.PROMPTS, [2, 2], [3, 2]], keep=keep)
-                draws.limit = 99
-            ends.append(run([*self.PROMPTS, [2, 2], [3, 2]], keep=keep))
-            assert len(draws) == 3  # six of nine
-        assert self.same(*ends)
 
     def test_a_prompt_that_stands_twice_is_drawn_twice(self, run):
         kept = run([[1, 2], [1, 2]])

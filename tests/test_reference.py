@@ -296,10 +296,11 @@ class TestCache:
         kept = run()[1]
         (file,) = (tmp_path / "cache").glob(f"reference-*/{name}")
         damage(file)
-        with caplog.at_level(logging.WARNING, logger=module.__name__):
+        with caplog.at_level(logging.WARNING, logger=journal.__name__):
             worked, again = run()
         assert worked
-        assert "cannot be read" in caplog.text
+        (line,) = caplog.messages
+        assert str(file.parent) in line and f"{file.name} is " in line
         assert again == kept
         assert not run()[0]
 
@@ -376,17 +377,23 @@ class TestGoesOn:
         assert reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)[:] == whole
         assert f"{file} cannot be read" in caplog.text
 
-    def test_other_data_with_the_same_prompts_samples_only_what_is_new(self, model, tokenizer, tmp_path, monkeypatch):
-        reference_pass(model, tokenizer, pairs(ROWS[:3]), cache_dir=tmp_path, **SETTINGS)
-        drawn, draw = [], entropy._draw
+    def test_other_answers_to_the_same_prompts_sample_nothing(self, model, tokenizer, tmp_path, monkeypatch):
+        whole = reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        monkeypatch.setattr(entropy, "_draw", lambda *args: pytest.fail("sampled again"))
+        other = pairs([(prompt, rejected, chosen) for prompt, chosen, rejected in ROWS])
+        out = reference_pass(model, tokenizer, other, cache_dir=tmp_path, **SETTINGS)
+        assert out["ref_entropy"][:] == whole["ref_entropy"][:]
+        assert out["ref_chosen_logps"][:] == whole["ref_rejected_logps"][:]
 
-        def spy(prompts, *args):
-            drawn.extend(prompts)
-            return draw(prompts, *args)
-
-        monkeypatch.setattr(entropy, "_draw", spy)
-        out = reference_pass(model, tokenizer, pairs(ROWS), cache_dir=tmp_path, **SETTINGS)
-        assert sorted(drawn) == sorted({tuple(out[i]["prompt_ids"]) for i in (3, 4)})
+    def test_another_run_over_some_of_the_prompts_in_between(self, model, tokenizer, tmp_path, monkeypatch):
+        whole = reference_pass(model, tokenizer, pairs(), **SETTINGS)[:]
+        draw = entropy._draw
+        monkeypatch.setattr(entropy, "_draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)
+        monkeypatch.setattr(entropy, "_draw", draw)
+        reference_pass(model, tokenizer, pairs(ROWS[1:4]), cache_dir=tmp_path, **SETTINGS)
+        assert reference_pass(model, tokenizer, pairs(), cache_dir=tmp_path, **SETTINGS)[:] == whole
 
 
 class TestContext:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 import warnings
 
 import numpy as np
@@ -215,14 +214,6 @@ class TestResume:
         assert torch.equal(weights(policy, beta), weights(whole, whole_beta))
         pd.testing.assert_frame_equal(resumed, history, check_exact=True)
 
-    def test_a_kill_between_the_two_moves_of_a_checkpoint(self, world, tmp_path):
-        config = TrainConfig.around(0.1, "inverse", **SMALL)
-        _, history = run(world, config, network(), out=tmp_path)
-        (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-        shutil.rmtree(tmp_path / "checkpoint.new", ignore_errors=True)
-        _, again = run(world, config, network(seed=5), out=tmp_path)
-        pd.testing.assert_frame_equal(again, history)
-
     @pytest.mark.parametrize("changed", ["config", "data", "stage"])
     def test_another_run_in_the_folder_is_refused(self, world, tmp_path, changed):
         config = TrainConfig.around(0.1, "inverse", **SMALL)
@@ -232,7 +223,12 @@ class TestResume:
             config = TrainConfig.around(0.1, "inverse", **{**SMALL, "seed": 1})
         if changed == "data":
             world = reference, pairs.select(range(len(pairs) - 1)), held_out
-        with pytest.raises(ValueError, match="another configuration or other data; give another folder"):
+        told = {
+            "config": "config.seed: 0 there, 1 now",
+            "data": "pairs: '[0-9a-f]+' there",
+            "stage": "stage: 2 there, 1 now",
+        }
+        with pytest.raises(ValueError, match=rf"other data \({told[changed]}.*\); give another folder"):
             run(world, config, network(), out=tmp_path, stage=1 if changed == "stage" else 2)
 
 
@@ -461,7 +457,7 @@ class TestAdapters:
         frozen = sum(p.numel() * 4 for p in whole.parameters() if not p.requires_grad)
         policy = adapted(reference)
         train(policy, network(), pairs, config, out=tmp_path, **common)
-        saved = tmp_path / "checkpoint" / "model.safetensors"
+        saved = max(tmp_path.glob("checkpoint-*/model.safetensors"))
         assert saved.stat().st_size < frozen
         again = adapted(reference)
         train(again, network(), pairs, config, out=tmp_path, **common)  # finds the finished run

@@ -20,7 +20,7 @@ from dpoviz.experiments.config import DemoConfig, WorldConfig
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.forms import FORMS
 from dpoviz.lm import models
-from dpoviz.lm.cache import code_digest
+from dpoviz.lm.cache import code_digest, open_entry, require_writable, write_entry
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.training.stages import Variant
@@ -68,12 +68,12 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
         with tempfile.TemporaryDirectory() as scratch:
             return small_world(config, cache_dir=scratch, progress=progress)
     folder = Path(cache_dir) / f"small-world-{_fingerprint(config)}"
-    if not folder.exists():
+    built = open_entry(folder, _read)
+    if built is None:
+        require_writable(folder.parent, "cache")
         _build(config, folder, progress)
-    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
-    facts = json.loads((folder / "facts.json").read_text())
-    pairs = load_pairs(folder / "pairs.jsonl", tasks=tasks.TASKS)
+        built = _read(folder)
+    reference, tokenizer, facts, pairs = built
     train_pairs, held_out = (
         reference_pass(
             reference,
@@ -98,21 +98,28 @@ def _fingerprint(config: object) -> str:
 
 
 def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
-    """Make the reference and its labelled pairs, and move them to `folder` when they are complete."""
+    """Make the reference and its labelled pairs, and keep them in `folder` when they are complete."""
     demonstrations = tasks.corpus(config.demonstrations, config.seed)
     tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations[:6000]])
     reference = models.tiny_lm(tokenizer, hidden_size=config.hidden_size, layers=config.layers, seed=config.seed)
     models.fit_lm(reference, tokenizer, demonstrations, seed=config.seed, progress=progress)
     records, facts = _sample_pairs(reference, tokenizer, config, progress)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        reference.save_pretrained(new / "reference")
-        tokenizer.save_pretrained(new / "reference")
-        (new / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        (new / "facts.json").write_text(json.dumps(facts))
-        new.rename(folder)
+    def write(place: Path) -> None:
+        reference.save_pretrained(place / "reference")
+        tokenizer.save_pretrained(place / "reference")
+        (place / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (place / "facts.json").write_text(json.dumps(facts))
+
+    write_entry(folder, write)
+
+
+def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, dict], Dataset]:
+    """Return what `_build` kept: the reference, its tokenizer, facts and pairs."""
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
+    facts = json.loads((folder / "facts.json").read_text())
+    return reference, tokenizer, facts, load_pairs(folder / "pairs.jsonl", tasks=tasks.TASKS)
 
 
 def _sample_pairs(

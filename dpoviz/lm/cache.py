@@ -1,24 +1,219 @@
-"""What a long computation has done so far, kept batch by batch: a run that was killed goes on where it stopped."""
+"""What is kept on disk: written whole or not at all, with checksums, and read only where it is what was written."""
 
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import logging
 import os
+import platform
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import nn
+
+from dpoviz.lm.processes import processes
 
 logger = logging.getLogger(__name__)
 
+Read = TypeVar("Read")
+
+CHECKSUMS = "checksums.json"
+"""In a kept folder: the SHA-256 of each of its other files, by path."""
+
+
+def require_writable(folder: Path, name: str) -> None:
+    """Refuse a folder that cannot be written, before anything is computed for it. It is made if it is not there.
+
+    Args:
+        folder: where results will go.
+        name: the argument that named it.
+
+    Raises:
+        OSError: it cannot be made, or no file in it, with the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise OSError(
+            f"{name}: got {folder}, which cannot be written ({error.strerror}); give another folder"
+        ) from error
+
+
+@contextmanager
+def lock_folder(folder: Path, name: str = "out") -> Iterator[None]:
+    """Hold a folder for one run; of several processes of one run, the main one holds it.
+
+    The system frees the lock of a process that ends in any way, so that none is ever left behind.
+
+    Args:
+        folder: the folder; made if it is not there.
+        name: the argument that named it.
+
+    Raises:
+        OSError: another run holds the folder, with its process and machine; or it cannot be written.
+    """
+    if not processes().is_main_process:
+        yield
+        return
+    require_writable(folder, name)
+    owner = folder / ".lock-owner"
+    try:
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise OSError(f"{name}: {folder} is in use by {who}; wait for its end, or give another folder") from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_json(path: Path, remedy: str = "delete it") -> Any:
+    """Return what a JSON file holds.
+
+    Args:
+        path: the file.
+        remedy: what to do where it is damaged, for the message.
+
+    Raises:
+        ValueError: it is no JSON, with the file's name.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
+
+
+def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
+    """Keep a folder: written beside, sealed with checksums, and moved to its place in one step.
+
+    Where another process has finished the same entry in the meantime, that one stays.
+
+    Args:
+        folder: its place; the folder above is made if it is not there.
+        write: writes the files into the folder that it is given.
+
+    Raises:
+        OSError: no room, or no permission; the place is as it was.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            write(new)
+            seal(new)
+            move(new, folder)
+
+
+def open_entry(folder: Path, read: Callable[[Path], Read]) -> Read | None:
+    """Return what `read` makes of a kept folder; None where there is none.
+
+    A damaged one is removed, with a warning that names the file, and counts as none.
+    """
+    if not folder.is_dir():
+        return None
+    try:
+        verify(folder)
+        return read(folder)
+    except Exception as error:  # whatever a file of another version may raise: computing again mends it
+        logger.warning("%s cannot be used (%s); it is computed again", folder, error)
+    require_writable(folder.parent, "cache")
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        with suppress(FileNotFoundError):  # another process was faster
+            folder.rename(Path(scratch) / "damaged")
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums of all files of a folder into it, and all of it to the disk."""
+    sums = {file.relative_to(folder).as_posix(): _checksum(file) for file in _files(folder)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    for path in [*_files(folder), *(place for place in folder.rglob("*") if place.is_dir()), folder]:
+        _sync(path)
+
+
+def verify(folder: Path) -> None:
+    """Check the files of a folder against its checksums.
+
+    Raises:
+        ValueError: one of them is missing, or is not what was written.
+    """
+    if not (folder / CHECKSUMS).is_file():
+        raise ValueError(f"{CHECKSUMS} is missing")
+    sums = read_json(folder / CHECKSUMS)
+    if not isinstance(sums, dict) or not sums:
+        raise ValueError(f"{CHECKSUMS} is damaged")
+    for name, expected in sums.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _checksum(folder / name) != expected:
+            raise ValueError(f"{name} is damaged")
+
+
+def move(new: Path, folder: Path) -> None:
+    """Rename a finished folder to its place; where that is taken by a finished one, the new one is left."""
+    try:
+        new.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    _sync(folder.parent)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Give one kind of error, with the folder and the room that is left, for what libraries raise on a full disk.
+
+    Raises:
+        OSError: what was written could not be.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own
+        place = next(place for place in (folder, *folder.parents) if place.exists())
+        free = shutil.disk_usage(place).free
+        raise OSError(
+            f"{folder} cannot be written ({error}); {free:,} bytes are free there; make room and start again"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 class Journal:
-    """A folder with a file of arrays for each batch.
+    """A folder with a file of arrays for each batch of a long computation: one that was killed goes on from there.
 
     A file is written beside and moved, and its arrays carry checksums (it is a zip archive): what is read is
     what was written. The folder belongs to one computation; `fingerprint` gives it a name.
@@ -34,6 +229,13 @@ class Journal:
         """Keep a batch under a name."""
         if self.folder is None:
             return
+        with writing(self.folder):
+            try:
+                self._write(name, batch)
+            except FileNotFoundError:  # another process has finished the whole, and removed the folder
+                self._write(name, batch)
+
+    def _write(self, name: str, batch: dict[str, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
         try:
@@ -41,20 +243,29 @@ class Journal:
                 np.savez(file, **batch)
             os.replace(scratch, self.folder / f"{name}.npz")
         except BaseException:
-            os.unlink(scratch)
+            Path(scratch).unlink(missing_ok=True)
             raise
 
+    def get(self, name: str) -> dict[str, np.ndarray] | None:
+        """Return the batch of a name; None where there is none, and, with a warning, where it is damaged."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{name}.npz"
+        try:
+            # np.load does not close what it opened itself and cannot read
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever a damaged archive may raise: computing again mends it
+            logger.warning("%s cannot be read (%s); this batch is computed again", path, error)
+            return None
+
     def read(self) -> dict[str, dict[str, np.ndarray]]:
-        """The batches by name, in the order of names. A damaged one is left out, with a warning."""
-        found = {}
-        for path in sorted(self.folder.glob("*.npz")) if self.folder is not None else ():
-            try:
-                # np.load does not close what it opened itself and cannot read
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    found[path.stem] = dict(arrays)
-            except Exception as error:  # whatever a damaged archive may raise: computing again mends it
-                logger.warning("%s cannot be read (%s); this batch is computed again", path, error)
-        return found
+        """Return the batches by name, in the order of names. A damaged one is left out, with a warning."""
+        names = sorted(path.stem for path in self.folder.glob("*.npz")) if self.folder is not None else []
+        found = {name: self.get(name) for name in names}
+        return {name: batch for name, batch in found.items() if batch is not None}
 
 
 def code_digest(module: str) -> str:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, process_seed, processes
+from dpoviz.lm.processes import map_over_processes, processes
 from dpoviz.lm.sampling import Sampler, sampling
 
 
@@ -92,8 +92,9 @@ def estimate_entropy(
 ) -> EntropyEstimates:
     """Entropy of the model's answer to each prompt.
 
-    The processes of `accelerate launch` share the batches, and all of them return all estimates. Each draws by a seed
-    of its own, so that the numbers are those of one process as with another seed.
+    What is sampled for a batch is decided by the seed and the batch's prompts alone: not by the batches before it, the
+    number of processes, or what is kept from other runs. The processes of `accelerate launch` share the batches, and
+    all of them return all estimates.
 
     Args:
         model: the reference.
@@ -105,9 +106,7 @@ def estimate_entropy(
         seed: the draws.
         batch_size: prompts at once; `batch_size` × K answers are drawn side by side.
         keep: a folder where each batch is kept, by a fingerprint of model, settings and code. A run that was
-            killed goes on from there, with as many processes, and ends with the numbers of one that was not. Prompts
-            that another run asked for are not drawn again: their numbers are that run's, and the others' draws begin
-            anew at the seed. None keeps nothing.
+            killed goes on from there and ends with the numbers of one that was not. None keeps nothing.
         progress: show a bar.
 
     Raises:
@@ -120,13 +119,12 @@ def estimate_entropy(
     if keep is not None:
         name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, __name__)
         journal = Journal(Path(keep) / f"entropy-{name}")
-    settings["seed"] = process_seed(seed)
     shown = progress and processes().is_main_process
     with (
         sampling(model, prompts, samples, **settings, scores=True) as sampler,
         tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not shown) as bar,
     ):
-        numbers = _numbers(prompts, sampler, eos_id, batch_size, journal, bar)
+        numbers = _numbers(prompts, sampler, seed, eos_id, batch_size, journal, bar)
     entropy_sums, logps, lengths, first, cut = (torch.from_numpy(numbers[name]) for name in _NUMBERS)
     return EntropyEstimates(
         per_token=_ratio(entropy_sums, lengths),
@@ -145,52 +143,45 @@ _NUMBERS = ("entropy_sums", "logps", "lengths", "first_entropies", "truncated")
 def _numbers(
     prompts: Sequence[Sequence[int]],
     sampler: Sampler,
+    seed: int,
     eos_id: int,
     batch_size: int,
     journal: Journal,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """The numbers of all prompts, in their order: read where they are kept, drawn elsewhere."""
+    """Return the numbers of all prompts, in their order: read where they are kept, sampled elsewhere."""
     names = _names(prompts)
-    several = processes().num_processes
-    # each process draws batches of its own, one after the other: with others, they would be drawn otherwise
-    run = hashlib.blake2b("".join(names + [str(several)] * (several > 1)).encode(), digest_size=8).hexdigest()
-    batches = journal.read()
-    others = {prompt for name, batch in batches.items() if not name.startswith(run) for prompt in batch["prompts"]}
-    known = {prompt: (batch, i) for batch in batches.values() for i, prompt in enumerate(batch["prompts"])}
-    left = [row for row, name in enumerate(names) if name not in others]
-    bar.update(len(names) - len(left))
-    # the same batches whether the run was killed or not: only what other runs had done is left out
-    parts = by_length([len(prompts[row]) for row in left], batch_size)
+    batches = by_length([len(prompt) for prompt in prompts], batch_size)
 
-    def draw(number: int) -> dict[str, np.ndarray] | None:
-        rows, name, batch = [left[place] for place in parts[number]], f"{run}-{number:06d}", None
-        if not all(names[row] in known for row in rows):
+    def numbers(rows: Sequence[int]) -> dict[str, np.ndarray]:
+        # named and seeded by its prompts: it is the same batch in any run that has it, and in no other
+        name = _digest([names[row] for row in rows], size=16)
+        batch = journal.get(name)
+        if batch is None:
+            sampler.generator.manual_seed(int(_digest([seed, name], size=8), 16))
             batch = _draw([prompts[row] for row in rows], sampler, eos_id)
-            batch["prompts"] = np.array([names[row] for row in rows])
-            batch["state"] = sampler.generator.get_state().numpy()
             journal.add(name, batch)
-        elif name in batches:
-            sampler.generator.set_state(torch.from_numpy(batches[name]["state"]))
         bar.update(len(rows))
         return batch
 
-    for batch in map_over_processes(range(len(parts)), draw):
-        if batch is not None:
-            known |= {prompt: (batch, i) for i, prompt in enumerate(batch["prompts"])}
-    found = [known[name] for name in names]
-    return {key: np.stack([batch[key][i] for batch, i in found]) for key in _NUMBERS}
+    parts = map_over_processes(batches, numbers)
+    back = np.argsort([row for rows in batches for row in rows])
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in _NUMBERS}
 
 
 def _names(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """A name for each prompt; one that stands several times is drawn as often, and has as many names."""
+    """Return a name for each prompt; one that stands several times is sampled as often, and has as many names."""
     seen: Counter[str] = Counter()
     names = []
     for prompt in prompts:
-        name = hashlib.blake2b(json.dumps(list(prompt)).encode(), digest_size=16).hexdigest()
+        name = _digest(list(prompt), size=16)
         names.append(f"{name}.{seen[name]}")
         seen[name] += 1
     return names
+
+
+def _digest(content: object, size: int) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=size).hexdigest()
 
 
 def _draw(prompts: Sequence[Sequence[int]], sampler: Sampler, eos_id: int) -> dict[str, np.ndarray]:

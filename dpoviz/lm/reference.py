@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data.tokens import IDS, digest, token_counts, tokenize_pairs
-from dpoviz.lm.cache import Journal, fingerprint
+from dpoviz.lm.cache import Journal, fingerprint, open_entry, require_writable, write_entry
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
 from dpoviz.lm.processes import map_over_processes, processes
 from dpoviz.lm.scoring import context_length, evaluating, score_answers
 
-logger = logging.getLogger(__name__)
-
 
 def default_cache_dir() -> Path:
-    """Where commands and notebooks keep what need not be computed twice: $DPOVIZ_CACHE, or ~/.cache/dpoviz."""
-    return Path(os.environ.get("DPOVIZ_CACHE") or Path.home() / ".cache" / "dpoviz")
+    """Return where commands and notebooks keep what need not be computed twice: $DPOVIZ_CACHE, or ~/.cache/dpoviz.
+
+    Raises:
+        OSError: neither is known.
+    """
+    if os.environ.get("DPOVIZ_CACHE"):
+        return Path(os.environ["DPOVIZ_CACHE"])
+    try:
+        return Path.home() / ".cache" / "dpoviz"
+    except RuntimeError as error:
+        raise OSError("DPOVIZ_CACHE: got nothing, and this user has no home; set it to a folder for results") from error
 
 
 def reference_pass(
@@ -45,8 +51,7 @@ def reference_pass(
 ) -> Dataset:
     """Tokenise the pairs and put beside them what the reference makes of them.
 
-    The processes of `accelerate launch` share the work, and all of them return all of it. Log-probabilities are those
-    of one process; the answers that are drawn for the entropy are others, as with another seed.
+    The processes of `accelerate launch` share the work, and all of them return all of it: the columns of one process.
 
     Args:
         model: the reference.
@@ -61,8 +66,7 @@ def reference_pass(
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: a folder that all processes see; the result is kept there by a fingerprint of model, tokenizer,
             data, settings and code, and found there the next time. So is every batch on the way: a run that was
-            killed goes on where it stopped, and a prompt that another data set had is not sampled again
-            (`estimate_entropy`). None keeps nothing.
+            killed goes on where it stopped, and ends with the columns of one that was not. None keeps nothing.
         progress: show bars.
 
     Returns:
@@ -82,11 +86,12 @@ def reference_pass(
     Raises:
         ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
             context; or log-probabilities that are not finite, by row.
+        OSError: `cache_dir` cannot be written; nothing has been computed then. Or there is no room left in it.
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
     require_room(model, pairs, max_length, max_new_tokens)
     settings = {
-        "batch_size": batch_size,  # answers are drawn batch by batch, so it decides which
+        "batch_size": batch_size,  # answers are sampled batch by batch, so it decides which
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
@@ -100,16 +105,19 @@ def reference_pass(
     facts = [tokenizer.pad_token_id, ends, settings, digest(pairs)]
     name = fingerprint(model, facts, __name__)
     folder, unfinished = Path(cache_dir) / f"reference-{name}", Path(cache_dir) / f"unfinished-{name}"
-    if folder.exists():
-        try:
-            return load_from_disk(str(folder))
-        except Exception as error:  # whatever a damaged Arrow file may raise: computing again mends it
-            logger.warning("%s cannot be read (%s); the reference runs again", folder, error)
+    found = open_entry(folder, _read)
+    if all(gather_object([found is not None])):  # all of several processes read, or all compute
+        return found
+    require_writable(Path(cache_dir), "cache")
     scored = _compute(model, pairs, settings, ends, cache_dir, Journal(unfinished), progress)
     if processes().is_main_process:
-        _keep(scored, folder)
+        write_entry(folder, lambda place: scored.save_to_disk(str(place)))
         shutil.rmtree(unfinished, ignore_errors=True)
     processes().wait_for_everyone()
+    return _read(folder)
+
+
+def _read(folder: Path) -> Dataset:
     return load_from_disk(str(folder))
 
 
@@ -214,14 +222,3 @@ def _score(
         parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
-
-
-def _keep(scored: Dataset, folder: Path) -> None:
-    """Write beside, then move: a killed run leaves no half of a cache."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        scored.save_to_disk(str(new))
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)

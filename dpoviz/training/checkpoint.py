@@ -1,59 +1,114 @@
-"""The training loop, on `accelerate`: a policy by DPO, and beta(x) with it.
-
-Stage 1 trains the policy with a fixed beta; stage 2 goes on with beta(x) and all four terms of the objective
-(the derivation, §5 and §6.4). `train` runs one stage; call it twice.
-"""
+"""The state of a run on disk: the last two checkpoints, each whole or noticed."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
+from dpoviz.lm.cache import move, read_json, seal, verify, writing
+
+logger = logging.getLogger(__name__)
+
 
 class Checkpoint:
-    """The state of a run in a folder; the newest one replaces the last in one move."""
+    """The last two checkpoints of a run, as ``checkpoint-<step>`` in a folder that all its processes see.
 
-    def __init__(self, accelerator: Accelerator, folder: Path | None, identity: dict) -> None:
-        self.accelerator, self.identity = accelerator, identity
-        self.folder = None if folder is None else folder / "checkpoint"
+    Args:
+        accelerator: whose models, optimizers, schedules and registered objects are saved, and random states.
+        folder: where; None keeps nothing.
+        identity: what a checkpoint must agree with to be used: anything that JSON can write.
+    """
 
-    def load(self) -> tuple[int, list[dict]]:
-        """Step to go on from, and the rows so far: (0, []) where there is nothing to go on from."""
+    def __init__(self, accelerator: Accelerator, folder: Path | None, identity: dict[str, Any]) -> None:
+        self.accelerator, self.folder = accelerator, folder
+        self.identity = json.loads(json.dumps(identity))
+
+    def load(self) -> tuple[int, list[dict[str, Any]]]:
+        """Return the step to go on from and the rows so far; (0, []) where there is nothing to go on from.
+
+        A damaged checkpoint is set aside under a name that says so, with a warning that names the file; the one
+        before it is used.
+
+        Raises:
+            ValueError: the run in the folder has another configuration or other data.
+        """
         if self.folder is None:
             return 0, []
-        old = self.folder.with_suffix(".old")
-        if self.accelerator.is_main_process and old.exists() and not self.folder.exists():
-            old.rename(self.folder)  # killed between the two moves of `save`
+        if self.accelerator.is_main_process:
+            self._set_damaged_aside()
         self.accelerator.wait_for_everyone()
-        if not (self.folder / "run.json").is_file():
+        found = self._found()
+        if not found:
             return 0, []
-        saved = json.loads((self.folder / "run.json").read_text())
+        saved = read_json(found[-1] / "run.json")
         if saved["identity"] != self.identity:
             raise ValueError(
-                f"out: {self.folder.parent} holds a run with another configuration or other data; "
+                f"out: {self.folder} holds a run with another configuration or other data "
+                f"({'; '.join(_differences(saved['identity'], self.identity))}); "
                 "give another folder, or delete that one"
             )
-        self.accelerator.load_state(str(self.folder))
+        if not (found[-1] / f"random_states_{self.accelerator.process_index}.pkl").is_file():
+            logger.warning("%s is of fewer processes: what this one draws at random starts anew", found[-1])
+        self.accelerator.load_state(str(found[-1]))
         return saved["step"], saved["history"]
 
-    def save(self, step: int, history: list[dict]) -> None:
+    def save(self, step: int, history: list[dict[str, Any]]) -> None:
+        """Save the state after a step, then delete all checkpoints but it and the one before.
+
+        Raises:
+            OSError: it could not be written, as on a full disk; the ones before are as they were.
+        """
         if self.folder is None:
             return
-        new, old = self.folder.with_suffix(".new"), self.folder.with_suffix(".old")
-        main = self.accelerator.is_main_process
-        for leftover in (new, old) if main else ():
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
-        self.accelerator.wait_for_everyone()
+        new, main = self.folder / "checkpoint.tmp", self.accelerator.is_main_process
         if main:
-            run = {"identity": self.identity, "step": step, "history": history}
-            (new / "run.json").write_text(json.dumps(run))
-            if self.folder.exists():
-                self.folder.rename(old)
-            new.rename(self.folder)
+            shutil.rmtree(new, ignore_errors=True)  # of a killed run
+        self.accelerator.wait_for_everyone()
+        try:
+            with writing(self.folder):
+                self.accelerator.save_state(str(new))
+                self.accelerator.wait_for_everyone()
+                if main:
+                    run = {"identity": self.identity, "step": step, "history": history}
+                    (new / "run.json").write_text(json.dumps(run))
+                    seal(new)
+                    move(new, self.folder / f"checkpoint-{step}")
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)  # a part of it is of no use, and takes room
+            raise
+        for old in self._found()[:-2] if main else ():
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+
+    def _found(self) -> list[Path]:
+        """Return the checkpoints in the folder, the newest last."""
+        names = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")]
+        steps = sorted(int(name) for name in names if name.isdecimal())
+        return [self.folder / f"checkpoint-{step}" for step in steps]
+
+    def _set_damaged_aside(self) -> None:
+        found = self._found()
+        for number, folder in reversed(list(enumerate(found))):
+            try:
+                verify(folder)
+                return
+            except (ValueError, OSError) as error:
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                then = f"goes on from {found[number - 1].name}" if number else "starts anew"
+                logger.warning("%s cannot be used (%s): it is now %s, and the run %s", folder, error, aside.name, then)
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Return each value that differs between two trees of JSON, as "name: X there, Y now"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys([*there, *here])
+        parts = [_differences(there.get(key), here.get(key), f"{name}.{key}" if name else key) for key in keys]
+        return [line for part in parts for line in part]
+    return [] if there == here else [f"{name}: {there!r} there, {here!r} now"]

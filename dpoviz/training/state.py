@@ -29,25 +29,29 @@ from dpoviz.validation import require
 class Scorer(nn.Module):
     """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call.
 
-    Weights that do not learn, those under a LoRA adapter, are no part of its state: a checkpoint holds what
-    training changes.
+    Its state holds what training changes, each tensor once: no weights that are not trainable, as those under a LoRA
+    adapter, and no second name of a tied weight.
     """
 
     def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
         super().__init__()
         self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
-        self.frozen = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
-        self.register_state_dict_post_hook(Scorer._drop_frozen)
-        self.register_load_state_dict_post_hook(Scorer._expect_no_frozen)
+        trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
+        # a tied weight has several names, and a state dict holds it under each
+        names = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+        self.left_out = tuple(sorted(f"policy.{name}" for name in names - trainable))
+        self.register_state_dict_post_hook(Scorer._drop_left_out)
+        self.register_load_state_dict_post_hook(Scorer._expect_no_left_out)
 
     @staticmethod
-    def _drop_frozen(module: Scorer, state: dict[str, Tensor], prefix: str, _: object) -> None:
-        for name in module.frozen:
+    def _drop_left_out(module: Scorer, state: dict[str, Tensor], prefix: str, _: object) -> None:
+        for name in module.left_out:
             state.pop(prefix + name, None)
 
     @staticmethod
-    def _expect_no_frozen(module: Scorer, keys: object) -> None:
-        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in module.frozen]
+    def _expect_no_left_out(module: Scorer, keys: object) -> None:
+        # by their ends: a wrapper, as that of several processes, puts its own prefix before them
+        keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
         return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps

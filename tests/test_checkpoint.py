@@ -1,0 +1,56 @@
+"""A checkpoint holds what learns, is whole or noticed, and stands beside the one before it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import EOS, PAD, SMALL, network, small_model, small_pairs, weights
+
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.loop import train
+
+CONFIG = TrainConfig.around(0.1, "inverse", **SMALL)
+COMMON = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return small_pairs(small_model())
+
+
+def tied(model):
+    """The model with its head tied to its embedding, as small language models have it."""
+    model = copy.deepcopy(model)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+        return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+class TestHoldsWhatLearns:
+    @pytest.mark.parametrize("tie", [False, True])
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_each_tensor_that_learns_once_and_nothing_else(self, pairs, tmp_path, tie, lora):
+        start = tied(small_model()) if tie else small_model()
+        make = (lambda: adapted(start)) if lora else (lambda: copy.deepcopy(start))
+        policy = make()
+        train(policy, network(), pairs, CONFIG, out=tmp_path, **COMMON)
+        saved = load_file(max(tmp_path.glob("checkpoint*/model.safetensors")))
+        learned = {f"policy.{name}": p for name, p in policy.named_parameters() if p.requires_grad}
+        assert sorted(saved) == sorted(learned)
+        assert all("lora" in name for name in saved) == lora
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, learned[name])
+        again = make()
+        train(again, network(), pairs, CONFIG, out=tmp_path, **COMMON)  # finds the finished run
+        assert torch.equal(weights(again), weights(policy))
