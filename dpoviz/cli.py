@@ -188,8 +188,8 @@ class _Bench:
 
 
 def _demo(given: _Demo) -> None:
+    from dpoviz.experiments.demo import run_demo
     from dpoviz.experiments.folder import locked_run
-    from dpoviz.experiments.small import run_demo
     from dpoviz.lm.reference import default_cache_dir
 
     with locked_run(given.out, "demo", given.settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,14 +12,13 @@ from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
 from trl import DPOTrainer
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
 from dpoviz.forms import scale
-from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
-from dpoviz.training.config import TrainConfig, alpha_for_mean
-from dpoviz.training.loop import adamw
+from dpoviz.regularizers import Regularization, penalties
+from dpoviz.training.config import TrainConfig
+from dpoviz.training.state import adamw
 
 COLUMNS = ("task", "ref_entropy", "ref_features")
 """What beta(x) and its regularisers read beside a pair; `reference_pass` makes them."""
@@ -118,12 +117,9 @@ class BetaDPOTrainer(DPOTrainer):
     ) -> None:
         _require_columns("train_dataset", train_dataset)
         _require_columns("eval_dataset", kwargs.get("eval_dataset"))
-        self.config, self.beta_module, self.alpha = config, beta, config.alpha
+        self.config, self.beta_module = config, beta
         self.learns = any(p.requires_grad for p in beta.parameters())
-        if self.learns and self.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
-            if isinstance(train_dataset, IterableDataset):
-                raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
-            self.alpha = alpha_for_mean(train_dataset["ref_entropy"][:], config.beta0)
+        self.regularization = self._weights(train_dataset) if self.learns else None
         super().__init__(model, train_dataset=train_dataset, **kwargs)
         sorting = [name for name in self.loss_types if name.startswith("aot")]
         if sorting and not isinstance(beta, ConstantBeta):
@@ -135,6 +131,18 @@ class BetaDPOTrainer(DPOTrainer):
         if self.learns:
             self.beta_optimizer = adamw(beta, config.beta_learning_rate)
         self.data_collator = _Collator(self.data_collator)
+
+    def _weights(self, train_dataset: Dataset | IterableDataset | None) -> Regularization:
+        """The penalties' weights, with alpha from the data where the configuration leaves it open."""
+        config, entropy = self.config, None
+        if config.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
+            if isinstance(train_dataset, IterableDataset):
+                raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
+            entropy = train_dataset["ref_entropy"][:]
+        known = config.alpha is not None or entropy is not None
+        weights = config.regularization(config.alpha_for(entropy) if known else None)
+        reads_x = isinstance(self.beta_module, BetaNetwork)
+        return weights if reads_x else replace(weights, smoothness=0.0)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -151,22 +159,19 @@ class BetaDPOTrainer(DPOTrainer):
             found = super()._compute_loss(model, inputs, return_outputs)
         finally:
             self.beta = own
-        terms = self._regularisers(beta, seen) if self.learns else {}
+        terms = {}
+        if self.learns:
+            terms = penalties(
+                beta,
+                self.regularization,
+                ref_entropy=seen["ref_entropy"],
+                beta_fn=self.beta_module,
+                x=seen["ref_features"],
+                task=seen["task"],
+            ).terms
         self._log_beta(beta, seen["task"], terms)
         added = sum(terms.values())
         return (found[0] + added, found[1]) if return_outputs else found + added
-
-    def _regularisers(self, beta: Tensor, seen: dict) -> dict[str, Tensor]:
-        config, terms = self.config, {}
-        if config.lambda_range > 0:
-            terms["range"] = config.lambda_range * range_penalty(beta, config.beta_min, config.beta_max)
-        if config.lambda_smoothness > 0 and isinstance(self.beta_module, BetaNetwork):
-            terms["smoothness"] = config.lambda_smoothness * smoothness_penalty(self.beta_module, seen["ref_features"])
-        if config.lambda_consistency > 0:
-            terms["consistency"] = config.lambda_consistency * task_consistency_penalty(beta, seen["task"])
-        if config.lambda_entropy > 0:
-            terms["entropy"] = config.lambda_entropy * entropy_penalty(beta, seen["ref_entropy"], self.alpha)
-        return terms
 
     def _log_beta(self, beta: Tensor, task: list[str], terms: dict[str, Tensor]) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
@@ -243,31 +248,3 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _load_beta(self, checkpoint: str) -> None:
         self.beta_module.load_state_dict(load_file(Path(checkpoint) / "beta" / "model.safetensors"))
-
-
-class BetaCallback(TrainerCallback):
-    """Mean beta by task over some prompts, logged by any `transformers.Trainer` to whatever `report_to` names.
-
-    Args:
-        beta: what is trained elsewhere, or not at all.
-        prompts: with the columns `COLUMNS`, a row a prompt.
-    """
-
-    def __init__(self, beta: Beta, prompts: Dataset) -> None:
-        self.beta, self.task = beta, prompts["task"][:]
-        self.x, self.ref_entropy = (torch.tensor(prompts[name][:]) for name in ("ref_features", "ref_entropy"))
-
-    def attach(self, trainer: Trainer) -> None:
-        """Put before the trainer's other callbacks, so that those that report find beta in the logs."""
-        trainer.callback_handler.callbacks.insert(0, self)
-
-    @torch.no_grad()
-    def on_log(self, args, state, control, logs: dict | None = None, **_) -> None:
-        if logs is None:
-            return
-        training = self.beta.training
-        device = next(iter(self.beta.parameters()), self.x).device
-        beta = self.beta.eval()(self.x.to(device), task=self.task, ref_entropy=self.ref_entropy.to(device))
-        self.beta.train(training)
-        means = pd.Series(beta.tolist()).groupby(self.task).mean()
-        logs.update({f"held_out_beta/{task}": mean for task, mean in means.items()})

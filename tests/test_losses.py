@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
 from dpoviz.forms import scale
-from dpoviz.losses import dpo_loss, gradients_on_beta, log_ratio_difference, total_loss
-from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
+from dpoviz.losses import Logps, dpo_loss, gradients_on_beta, log_ratio_difference, total_loss
+from dpoviz.regularizers import (
+    Regularization,
+    entropy_penalty,
+    range_penalty,
+    smoothness_penalty,
+    task_consistency_penalty,
+)
 
 FORMS = ("inverse", "standard")
 NAMES = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -305,8 +311,8 @@ class TestDPOLoss:
             dpo_loss(*batch()[0], 0.1)
 
 
-OFF = {"lambda_range": 0.0, "lambda_smoothness": 0.0, "lambda_consistency": 0.0, "lambda_entropy": 0.0}
-ON = {"lambda_range": 0.7, "lambda_smoothness": 0.3, "lambda_consistency": 0.2, "lambda_entropy": 0.4}
+WEIGHTS = ("range", "smoothness", "consistency", "entropy")
+ON = {"range": 0.7, "smoothness": 0.3, "consistency": 0.2, "entropy": 0.4}
 ENTROPY, ALPHA, RANGE, TASK = rows(3.0, 2.0, 1.0, 5.0), 0.5, (0.8, 3.0), ["math", "code", "math", "code"]
 
 
@@ -321,15 +327,11 @@ def trained_network() -> BetaNetwork:
     return net
 
 
-def objective(beta: torch.Tensor, form: str = "inverse", **changes):
-    settings = {
-        "beta_min": RANGE[0],
-        "beta_max": RANGE[1],
-        "ref_entropy": ENTROPY,
-        "alpha": ALPHA,
-        "task": TASK,
-    }
-    return total_loss(*batch()[0], beta, form=form, **(settings | OFF | changes))
+def objective(beta: torch.Tensor, form: str = "inverse", *, weight=None, alpha=ALPHA, **changes):
+    """`total_loss` of the batch; changes are weights of the penalties, or inputs."""
+    weights = Regularization(*RANGE, alpha, **{name: changes.pop(name) for name in WEIGHTS if name in changes})
+    inputs = {"ref_entropy": ENTROPY, "task": TASK} | changes
+    return total_loss(Logps(*batch()[0]), beta, form=form, regularization=weights, weight=weight, **inputs)
 
 
 class TestTotalLoss:
@@ -341,7 +343,8 @@ class TestTotalLoss:
         expected = {
             "dpo": dpo_loss(*batch()[0], beta, form=form).losses.mean(),
             "range": 0.7 * range_penalty(beta, *RANGE),
-            "smoothness": 0.3 * smoothness_penalty(net, x) + 0.2 * task_consistency_penalty(beta, TASK),
+            "smoothness": 0.3 * smoothness_penalty(net, x),
+            "consistency": 0.2 * task_consistency_penalty(beta, TASK),
             "entropy": 0.4 * entropy_penalty(beta, ENTROPY, ALPHA),
         }
         assert list(out.terms) == list(expected)
@@ -353,56 +356,46 @@ class TestTotalLoss:
 
     def test_by_hand(self):
         # inverse, s·h = 4, −1.5, 0.35, −0.75; beta 0.5, 1, 2, 4; range 0.8 to 3; αH = 1.5, 1, 0.5, 2.5
-        out = objective(batch()[1], lambda_range=1, lambda_consistency=1, lambda_entropy=1)
+        out = objective(batch()[1], range=1, consistency=1, entropy=1)
         dpo = sum(math.log1p(math.exp(-z)) for z in (4, -1.5, 0.35, -0.75)) / 4
         # tasks: math 0.5, 2 about 1.25; code 1, 4 about 2.5
-        hand = {"dpo": dpo, "range": 1.3 / 4, "smoothness": 2 * (0.75**2 + 1.5**2) / 4, "entropy": 5.5 / 4}
+        hand = {"dpo": dpo, "range": 1.3 / 4, "consistency": 2 * (0.75**2 + 1.5**2) / 4, "entropy": 5.5 / 4}
         assert {name: term.item() for name, term in out.terms.items()} == pytest.approx(hand, abs=1e-12)
 
-    @pytest.mark.parametrize(
-        ("weight", "term"),
-        [
-            ("lambda_range", "range"),
-            ("lambda_smoothness", "smoothness"),
-            ("lambda_consistency", "smoothness"),
-            ("lambda_entropy", "entropy"),
-        ],
-    )
-    def test_each_weight_multiplies_its_own_term(self, weight, term):
+    @pytest.mark.parametrize("name", WEIGHTS)
+    def test_each_weight_multiplies_its_own_term(self, name):
         net, x = trained_network().eval(), features()
-        one, three = (objective(net(x), beta_fn=net, x=x, **{weight: w}) for w in (1.0, 3.0))
-        for name in one.terms:
-            factor = 3 if name == term else 1
-            torch.testing.assert_close(three.terms[name], factor * one.terms[name], **EXACT)
-        assert one.terms[term] > 0
-        assert all(one.terms[name] == 0 for name in {"range", "smoothness", "entropy"} - {term})
+        one, three = (objective(net(x), beta_fn=net, x=x, **{name: w}) for w in (1.0, 3.0))
+        assert set(one.terms) == {"dpo", name}  # a term that is off is not there
+        torch.testing.assert_close(three.terms[name], 3 * one.terms[name], **EXACT)
+        torch.testing.assert_close(three.terms["dpo"], one.terms["dpo"], **EXACT)
+        assert one.terms[name] > 0
 
     def test_a_term_without_weight_is_not_computed(self):
         def explode(x):
             raise AssertionError("computed")
 
         logps, beta = batch()
-        nothing = {"beta_min": None, "beta_max": None, "ref_entropy": None, "alpha": None}
-        out = total_loss(*logps, beta, form="inverse", **nothing, **OFF, beta_fn=explode, x=features())
-        assert torch.equal(out.total, out.terms["dpo"])
+        for weights in (None, Regularization(*RANGE)):
+            out = total_loss(Logps(*logps), beta, form="inverse", regularization=weights, beta_fn=explode, x=features())
+            assert torch.equal(out.total, out.terms["dpo"])
         with pytest.raises(AssertionError, match="computed"):
-            objective(beta, beta_fn=explode, x=features(), lambda_smoothness=1)
+            objective(beta, beta_fn=explode, x=features(), smoothness=1)
 
     @pytest.mark.parametrize(
         ("weight", "missing"),
-        [
-            ("lambda_smoothness", "beta_fn"),
-            ("lambda_smoothness", "x"),
-            ("lambda_consistency", "task"),
-            ("lambda_entropy", "ref_entropy"),
-            ("lambda_entropy", "alpha"),
-        ],
+        [("smoothness", "beta_fn"), ("smoothness", "x"), ("consistency", "task"), ("entropy", "ref_entropy")],
     )
     def test_refuses_a_weight_whose_inputs_are_missing(self, weight, missing):
         inputs = {"beta_fn": ConstantBeta(1.0), "x": features(), weight: 0.1}
         objective(batch()[1], **inputs)  # complete
-        with pytest.raises(ValueError, match=f"{missing}: missing, needed because {weight} > 0"):
+        with pytest.raises(ValueError, match=f"{missing}: got None.*{weight}"):
             objective(batch()[1], **inputs | {missing: None})
+
+    def test_refuses_an_entropy_term_without_alpha(self):
+        with pytest.raises(ValueError, match="alpha: got None"):
+            objective(batch()[1], alpha=None, entropy=0.1)
+        objective(batch()[1], alpha=None)
 
     def test_pairs_may_weigh_differently(self):
         # inverse, s·h = 4, −1.5, 0.35, −0.75
@@ -412,8 +405,7 @@ class TestTotalLoss:
         assert out.terms["dpo"].item() == pytest.approx((each[0] + 2 * each[2] + 0.5 * each[3]) / 3.5, abs=1e-12)
         logps, beta = batch()
         logps[0].requires_grad_()
-        total_loss(*logps, beta, weight=weight, form="inverse", beta_min=None, beta_max=None, ref_entropy=None,
-                   alpha=None, **OFF).total.backward()  # fmt: skip
+        total_loss(Logps(*logps), beta, weight=weight, form="inverse", regularization=None).total.backward()
         assert logps[0].grad[1] == 0 and (logps[0].grad[[0, 2, 3]] != 0).all()
 
     @pytest.mark.parametrize("weight", [rows(0, 0, 0, 0), rows(1, -1, 1, 1), rows(1, 1, 1), rows(1, 1, 1, math.nan)])
@@ -421,7 +413,7 @@ class TestTotalLoss:
         with pytest.raises(ValueError, match="weight: "):
             objective(batch()[1], weight=weight)
 
-    @pytest.mark.parametrize("weight", OFF)
+    @pytest.mark.parametrize("weight", WEIGHTS)
     @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
     def test_refuses_weights_that_are_none(self, weight, value):
         with pytest.raises(ValueError, match=f"{weight}: got"):
@@ -429,7 +421,7 @@ class TestTotalLoss:
 
     def test_refuses_features_of_another_batch(self):
         with pytest.raises(ValueError, match="x: got 3 rows, expected 4"):
-            objective(batch()[1], beta_fn=ConstantBeta(1.0), x=features()[:3], lambda_smoothness=1)
+            objective(batch()[1], beta_fn=ConstantBeta(1.0), x=features()[:3], smoothness=1)
 
     @pytest.mark.parametrize("beta", [0.1, torch.ones(4, 1)])
     def test_refuses_anything_but_one_beta_per_pair(self, beta):
@@ -442,17 +434,14 @@ class TestTotalLoss:
         entropy = ENTROPY.clone().requires_grad_()
         beta = net(x.detach())
         out = total_loss(
-            *logps,
+            Logps(*logps),
             beta,
             form="inverse",
-            beta_min=RANGE[0],
-            beta_max=RANGE[1],
+            regularization=Regularization(*RANGE, ALPHA, **ON),
             ref_entropy=entropy,
-            alpha=ALPHA,
             beta_fn=net,
             x=x,
             task=TASK,
-            **ON,
         )
         out.total.backward()
         assert all(parameter.grad is not None for parameter in net.parameters())
@@ -466,9 +455,9 @@ class TestGradientsOnBeta:
         ("term", "weight"),
         [
             ("dpo", {}),
-            ("range", {"lambda_range": 0.7}),
-            ("smoothness", {"lambda_consistency": 0.2}),
-            ("entropy", {"lambda_entropy": 0.4}),
+            ("range", {"range": 0.7}),
+            ("consistency", {"consistency": 0.2}),
+            ("entropy", {"entropy": 0.4}),
         ],
     )
     def test_equals_finite_differences(self, term, weight, form):
@@ -486,7 +475,7 @@ class TestGradientsOnBeta:
         # beta = exp(w·x) has the shape ∇log beta = w everywhere; a shift of log beta scales beta and ∇beta
         w, x, step, weight = rows(0.3, -0.2, 0.5), features(), 1e-6, 0.3
         beta = torch.exp(x @ w).requires_grad_()
-        out = objective(beta, beta_fn=lambda x: torch.exp(x @ w), x=x, lambda_smoothness=weight)
+        out = objective(beta, beta_fn=lambda x: torch.exp(x @ w), x=x, smoothness=weight)
         pull = gradients_on_beta(out, beta)["smoothness"]
         for i, value in enumerate(beta.tolist()):
             penalty = [weight * b**2 * w.dot(w).item() for b in (value + step, value - step)]
@@ -499,29 +488,27 @@ class TestGradientsOnBeta:
     def test_the_sum_is_the_gradient_of_the_total(self, form):
         """Without the gradient penalty, which has a pull by definition only."""
         beta = batch()[1].requires_grad_()
-        out = objective(beta, form, **ON | {"lambda_smoothness": 0.0})
+        out = objective(beta, form, **ON | {"smoothness": 0.0})
         pulls = gradients_on_beta(out, beta)
         (total,) = torch.autograd.grad(out.total, beta)
         torch.testing.assert_close(sum(pulls.values()), 4 * total, **EXACT)
 
-    def test_the_gradient_penalty_adds_to_the_task_consistency(self):
+    def test_gradient_penalty_and_task_consistency_pull_apart(self):
         net, x = trained_network().eval(), features()
         beta = net(x)
-        each = [
-            gradients_on_beta(objective(beta, beta_fn=net, x=x, **weight), beta)["smoothness"]
-            for weight in ({"lambda_smoothness": 0.3}, {"lambda_consistency": 0.2})
-        ]
-        both = objective(beta, beta_fn=net, x=x, lambda_smoothness=0.3, lambda_consistency=0.2)
-        torch.testing.assert_close(gradients_on_beta(both, beta)["smoothness"], sum(each), **EXACT)
+        both = gradients_on_beta(objective(beta, beta_fn=net, x=x, smoothness=0.3, consistency=0.2), beta)
+        for name, weight in (("smoothness", 0.3), ("consistency", 0.2)):
+            alone = gradients_on_beta(objective(beta, beta_fn=net, x=x, **{name: weight}), beta)
+            torch.testing.assert_close(both[name], alone[name], **EXACT)
 
     def test_does_not_shrink_with_the_batch(self):
         logps, beta = batch()
-        settings = {"form": "inverse", "beta_min": RANGE[0], "beta_max": RANGE[1], "alpha": ALPHA} | OFF
-        settings |= {"lambda_range": 0.7, "lambda_entropy": 0.4}
+        settings = {"form": "inverse", "regularization": Regularization(*RANGE, ALPHA, range=0.7, entropy=0.4)}
         beta.requires_grad_()
-        once = gradients_on_beta(total_loss(*logps, beta, ref_entropy=ENTROPY, **settings), beta)
+        once = gradients_on_beta(total_loss(Logps(*logps), beta, ref_entropy=ENTROPY, **settings), beta)
         beta = beta.detach().repeat(3).requires_grad_()
-        out = total_loss(*[values.repeat(3) for values in logps], beta, ref_entropy=ENTROPY.repeat(3), **settings)
+        more = Logps(*[values.repeat(3) for values in logps])
+        out = total_loss(more, beta, ref_entropy=ENTROPY.repeat(3), **settings)
         for name, pull in gradients_on_beta(out, beta).items():
             torch.testing.assert_close(pull, once[name].repeat(3), **EXACT)
 
@@ -542,11 +529,6 @@ class TestGradientsOnBeta:
         assert all(pull.shape == (4,) and not pull.requires_grad for pull in pulls.values())
         assert all(parameter.grad is None for parameter in net.parameters())
         out.total.backward()
-
-    def test_terms_without_weight_do_not_pull(self):
-        beta = batch()[1].requires_grad_()
-        pulls = gradients_on_beta(objective(beta), beta)
-        assert all((pulls[name] == 0).all() == (name != "dpo") for name in pulls)
 
     def test_refuses_another_beta(self):
         beta = batch()[1].requires_grad_()

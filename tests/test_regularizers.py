@@ -111,7 +111,7 @@ class TestSquaredGradientNorms:
     @pytest.mark.parametrize("training", [True, False])
     def test_equals_the_row_wise_jacobian(self, training):
         net, x = trained_network(), features()
-        net.calibrate(features(50))
+        net.fit_running_statistics(features(50))
         norms = squared_gradient_norms(net.train(training), x)
         net.eval()
         one_by_one = [torch.autograd.functional.jacobian(lambda r: net(r[None])[0], row) for row in x]

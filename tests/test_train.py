@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dpoviz.training.loop as module
+import dpoviz.training.state as module
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
 from dpoviz.rules import Rule, RuleOutput
 from dpoviz.training import probes
-from dpoviz.training.config import TrainConfig, alpha_for_mean
-from dpoviz.training.loop import COLUMNS, train
-from dpoviz.training.methods import METHODS
+from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, shuffled_rows
+from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
+from dpoviz.training.loop import train
+from dpoviz.training.methods import build
 
 VOCABULARY, PAD, EOS = 40, 0, 1
 TASKS = ("math", "code", "dialogue")
@@ -100,7 +100,7 @@ def network(seed=0):
 def run(world, config, beta, *, stage=2, start=None, **more):
     reference, pairs, held_out = world
     policy = copy.deepcopy(reference if start is None else start)
-    history = train(
+    result = train(
         policy,
         beta,
         pairs,
@@ -113,7 +113,7 @@ def run(world, config, beta, *, stage=2, start=None, **more):
         progress=False,
         **more,
     )
-    return policy, history
+    return policy, result.history
 
 
 def weights(*modules):
@@ -133,12 +133,13 @@ class TestAgainstALoopByHand:
         policy, history = run(world, config, beta)
 
         alpha = config.beta0 / np.mean(pairs["ref_entropy"])
+        penalty = config.regularization(alpha)
         optimizers = [
             torch.optim.AdamW(twin_policy.parameters(), lr=1e-3, weight_decay=0.0),
             torch.optim.AdamW(twin_beta.parameters(), lr=config.beta_learning_rate, weight_decay=0.0),
         ]
         losses = []
-        for step, rows in enumerate(module._batches(len(pairs), 6, 7, seed=config.seed + 2)):
+        for step, rows in enumerate(shuffled_rows(len(pairs), 6, 7, seed=config.seed + 2)):
             for optimizer, rate in zip(optimizers, (1e-3, config.beta_learning_rate), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 2)
             twin_beta.train()
@@ -155,13 +156,13 @@ class TestAgainstALoopByHand:
                 h.append(ratios[0] - ratios[1])
             loss = torch.log1p(torch.exp(-s * torch.stack(h))).mean()
             outside = (b - config.beta_max).clamp(min=0) + (config.beta_min - b).clamp(min=0)
-            loss = loss + config.lambda_range * outside.mean()
+            loss = loss + penalty.range * outside.mean()
             entropy = torch.tensor([pairs[i]["ref_entropy"] for i in rows])
-            loss = loss + config.lambda_entropy * ((b - alpha * entropy) ** 2).mean()
+            loss = loss + penalty.entropy * ((b - alpha * entropy) ** 2).mean()
             twin_beta.eval()
             for row in x:
                 jacobian = torch.autograd.functional.jacobian(lambda z: twin_beta(z[None])[0], row, create_graph=True)
-                loss = loss + config.lambda_smoothness * (jacobian**2).sum() / len(x)
+                loss = loss + penalty.smoothness * (jacobian**2).sum() / len(x)
             losses.append(loss.item())
             loss.backward()
             for net, optimizer in zip((twin_policy, twin_beta), optimizers, strict=True):
@@ -185,7 +186,7 @@ class TestAgainstALoopByHand:
 
 class TestResume:
     @pytest.mark.parametrize("killed_after", [1, 3, 4, 6, 7])
-    def test_ends_as_if_it_had_not_been_killed(self, world, tmp_path, monkeypatch, killed_after):
+    def test_ends_as_if_it_had_not_been_killed(self, world, tmp_path, killed_after):
         config = TrainConfig.around(0.1, "inverse", **SMALL)
         whole_beta = network()
         whole, history = run(world, config, whole_beta)
@@ -194,19 +195,17 @@ class TestResume:
             pass
 
         calls = iter(range(100))
-        objective = module._objective
 
-        def until_killed(*args):
+        def until_killed(*_):
             if next(calls) == killed_after:
                 raise Killed
-            return objective(*args)
 
-        monkeypatch.setattr(module, "_objective", until_killed)
+        dying = network()
+        dying.register_forward_pre_hook(lambda module, _: until_killed() if module.training else None)
         try:
-            run(world, config, network(), out=tmp_path)
+            run(world, config, dying, out=tmp_path)
         except Killed:
             pass
-        monkeypatch.setattr(module, "_objective", objective)
         beta = network(seed=5)  # weights that the checkpoint must replace
         if killed_after < config.checkpoint_every:
             beta = network()
@@ -254,10 +253,10 @@ class TestHistory:
         config = TrainConfig.around(0.1, "inverse", **SMALL)
         pairs = world[1]
         alpha = alpha_for_mean(pairs["ref_entropy"], config.beta0)
-        rows = module._batches(len(pairs), 6, 7, seed=config.seed + 2)[0]
+        rows = shuffled_rows(len(pairs), 6, 7, seed=config.seed + 2)[0]
         for task in TASKS:
             entropies = [pairs[i]["ref_entropy"] for i in rows if pairs[i]["task"] == task]
-            expected = 2 * config.lambda_entropy * (config.beta0 - alpha * np.mean(entropies))
+            expected = 2 * config.regularization(alpha).entropy * (config.beta0 - alpha * np.mean(entropies))
             # entropies are read in float32
             assert history[f"grad/entropy/{task}"][0] == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
@@ -271,13 +270,11 @@ class TestHistory:
         # one-token answers: KL is a sum over the vocabulary
         reference = world[0]
         policy = small_model(seed=3)
-        config = TrainConfig.around(0.1, "inverse", **{**SMALL, "max_new_tokens": 1})
         prompt = [5, 6, 7]
-        probe = probes.Probe(None, reference, config, Accelerator(), pad_id=PAD, eos_id=EOS)
-        probe.prompts, probe.tasks = [prompt] * 4000, ["math"] * 4000
+        models = probes.Models(policy, reference, PAD, EOS)
+        found = probes.sampled_kl(models, [prompt] * 4000, ["math"] * 4000, max_new_tokens=1, seed=0)
         with torch.no_grad():
             p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
-            found = probe.kl(policy)
         exact = (p.exp() * (p - q)).sum().item()
         assert abs(found["kl"] - exact) < 4 * found["kl_se"]
         assert found["kl_se"] < 0.1 * exact  # the control: an estimate this sharp would miss a wrong formula
@@ -320,7 +317,7 @@ class TestRules:
         policy = copy.deepcopy(reference)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, weight_decay=0.0)
         beta = 1.0
-        for step, rows in enumerate(module._batches(len(pairs), config.batch_size, 3, seed=config.seed + 2)):
+        for step, rows in enumerate(shuffled_rows(len(pairs), config.batch_size, 3, seed=config.seed + 2)):
             h = torch.stack(
                 [
                     by_hand(policy, p["prompt_ids"], p["chosen_ids"]) - p["ref_chosen_logps"]
@@ -340,16 +337,15 @@ class TestRules:
 
     def test_what_a_rule_reads_of_the_reference_is_part_of_its_checkpoint(self, world, tmp_path):
         reference, pairs, held_out = world
-        mallows = METHODS["mallows"]
         first, other = (
-            pairs.map(lambda row, i, n=n: dict.fromkeys(module.ANSWER_ENTROPY, (i % n + 1.0) / 8), with_indices=True)
+            pairs.map(lambda row, i, n=n: dict.fromkeys(ANSWER_ENTROPY, (i % n + 1.0) / 8), with_indices=True)
             for n in (3, 5)
         )
-        for form in mallows.forms:
+        for form in RULES["mallows"].forms:
             config = TrainConfig.around(0.1, form, **SMALL)
-            start = mallows.start(config, first, vocabulary=30)
+            start = build("mallows", config, first, vocabulary=30)
             run((reference, first, held_out), config, start, out=tmp_path / form)
-            start = mallows.start(config, first, vocabulary=30)
+            start = build("mallows", config, first, vocabulary=30)
             with pytest.raises(ValueError, match="holds a run with another configuration or other data"):
                 run((reference, other, held_out), config, start, out=tmp_path / form)
 
@@ -366,10 +362,10 @@ class TestRules:
             run(world, TrainConfig.around(0.1, "inverse", **SMALL), LastBatch())
 
 
-class TestCalibration:
+class TestBetaPairs:
     """Beta learns from pairs that the policy does not see, and the policy from its own."""
 
-    def test_beta_learns_from_the_calibration_pairs_alone(self, world):
+    def test_beta_learns_from_its_pairs_alone(self, world):
         reference, pairs, held_out = world
         apart = small_pairs(reference, n=12, seed=5)
         config = TrainConfig.around(0.1, "standard", **{**SMALL, "policy_learning_rate": 1e-12})
@@ -381,7 +377,7 @@ class TestCalibration:
 
         def learned(calibration, own=pairs):
             beta = network()
-            run((reference, own, held_out), config, beta, calibration=calibration)
+            run((reference, own, held_out), config, beta, beta_pairs=calibration)
             return weights(beta)
 
         # with a policy that stands still, what beta learns is a function of the calibration pairs
@@ -395,12 +391,12 @@ class TestCalibration:
         policy = small_model(seed=4)
         apart = small_pairs(reference, n=24, seed=6)
         config = TrainConfig(
-            form="standard", beta0=0.5, beta_min=1e-3, beta_max=1e3, lambda_range=0.0, lambda_smoothness=0.0,
+            form="standard", initial_scale=0.5, scale_min=1e-3, scale_max=1e3, lambda_range=0.0, lambda_smoothness=0.0,
             lambda_entropy=0.0, stage2_steps=400, batch_size=24, beta_learning_rate=0.02, policy_learning_rate=1e-12,
             warmup_steps=0, log_every=400, probe_every=400, checkpoint_every=1000,
         )  # fmt: skip
         beta = TaskBeta(TASKS, 0.5)
-        train(policy, beta, apart, config, stage=2, pad_id=PAD, eos_id=EOS, calibration=apart, progress=False)
+        train(policy, beta, apart, config, stage=2, pad_id=PAD, eos_id=EOS, beta_pairs=apart, progress=False)
         for i, task in enumerate(TASKS):
             rows = [r for r in apart if r["task"] == task]
             with torch.no_grad():
@@ -443,7 +439,7 @@ class TestAdapters:
                 train(
                     policy, network(), pairs, config, stage=2, pad_id=PAD, eos_id=EOS, held_out=held_out,
                     reference=policy if own else reference, progress=False,
-                )
+                ).history
             )  # fmt: skip
         assert histories[0]["kl"].dropna().iloc[-1] > 1e-4
         pd.testing.assert_frame_equal(*histories)
@@ -477,23 +473,27 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("beta_min", 50.0),
-            ("beta_min", 0.0),
+            ("scale_min", 50.0),
+            ("scale_min", 0.0),
+            ("scale_max", 0.05),
             ("alpha", 0.0),
             ("alpha", -1.0),
-            ("beta0", 1.0),
-            ("beta0", -1.0),
+            ("initial_scale", -1.0),
+            ("initial_scale", 1e200),
             ("form", "both"),
+            ("seed", 2**32),
+            ("stage1_steps", 10**12),
             ("lambda_entropy", -0.1),
             ("lambda_range", float("nan")),
             ("policy_learning_rate", 0.0),
             ("batch_size", 0),
+            ("batch_size", 2.5),
             ("stage1_steps", -1),
             ("policy_max_norm", 0.0),
         ],
     )
     def test_configuration(self, field, value):
-        name = "beta_min, beta_max" if value == 50.0 else "beta" if field == "beta0" and value < 0 else field
+        name = "scale_min, scale_max" if value in (50.0, 0.05) else field
         with pytest.raises(ValueError, match=f"^{name}: got .*expected"):
             TrainConfig(**{field: value})
 
@@ -520,7 +520,7 @@ class TestBadInput:
             run((broken, pairs, held_out), TrainConfig(**SMALL), ConstantBeta(10.0), stage=1)
 
     def test_entropy_that_cannot_calibrate_alpha(self):
-        with pytest.raises(ValueError, match=r"ref_entropy: mean 0\.0 nats"):
+        with pytest.raises(ValueError, match=r"ref_entropy: got a mean of 0\.0 nats"):
             alpha_for_mean([0.0, 0.0], 0.1)
 
 
@@ -531,19 +531,28 @@ class TestAround:
         for config in (inverse, standard):
             assert config.beta_min == config.beta0 / 4
             assert config.beta_max == config.beta0 * 4
-            assert config.lambda_range * config.beta0 == pytest.approx(4.0)
-            assert config.lambda_entropy * config.beta0**2 == pytest.approx(0.1)
+            penalty = config.regularization(1.0)
+            assert penalty.range * config.beta0 == pytest.approx(4.0)
+            assert penalty.entropy * config.beta0**2 == pytest.approx(0.1)
+            assert config.alpha_for([1.0, 3.0]) == pytest.approx(config.beta0 / 2)
         assert inverse == TrainConfig()
+
+    def test_the_range_is_one_of_scales_in_both_forms(self):
+        inverse, standard = (
+            TrainConfig.around(0.1, form, scale_min=0.05, scale_max=0.4) for form in ("inverse", "standard")
+        )
+        assert (inverse.beta_min, inverse.beta_max) == pytest.approx((2.5, 20.0))
+        assert (standard.beta_min, standard.beta_max) == (0.05, 0.4)
 
     def test_alpha_is_calibrated_so_that_alpha_h_means_beta0(self):
         assert alpha_for_mean([1.0, 3.0], 10.0) == pytest.approx(5.0)
 
 
 def test_data_order_sees_every_pair_once_an_epoch():
-    batches = module._batches(10, 5, 6, seed=0)
+    batches = shuffled_rows(10, 5, 6, seed=0)
     for epoch in range(3):
         assert sorted(batches[2 * epoch] + batches[2 * epoch + 1]) == list(range(10))
-    assert batches == module._batches(10, 5, 6, seed=0) != module._batches(10, 5, 6, seed=1)
+    assert batches == shuffled_rows(10, 5, 6, seed=0) != shuffled_rows(10, 5, 6, seed=1)
 
 
 def test_columns_are_those_of_the_fixture(world):

@@ -1,4 +1,4 @@
-"""The main job on the small world: from nothing to beta(x) by task, against the entropy of the reference."""
+"""The small world: a tiny reference model, and preference pairs whose true reward is known."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpoviz.data import tasks
 from dpoviz.data.records import load_pairs, split_by_group
-from dpoviz.experiments.config import DemoConfig, WorldConfig
-from dpoviz.experiments.pipeline import Results, ScoredPairs, run
-from dpoviz.forms import FORMS
+from dpoviz.experiments.config import WorldConfig
 from dpoviz.lm import models
 from dpoviz.lm.cache import code_digest, open_entry, require_writable, write_entry
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
-from dpoviz.training.stages import Variant
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,6 @@ class World:
     rewards: Mapping[str, float]
     left_out: Mapping[str, list[str]]
 
-    def scored(self) -> ScoredPairs:
-        """Return the pairs as a run takes them."""
-        metadata = {
-            "reference rewards": dict(self.rewards),
-            "prompts without a pair": {task: len(prompts) for task, prompts in self.left_out.items()},
-        }
-        return ScoredPairs(self.reference, self.tokenizer, self.train, self.held_out, metadata=metadata)
-
 
 def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
     """Train the reference, sample and label pairs from it, and pass the reference over them.
@@ -67,7 +56,7 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     if cache_dir is None:
         with tempfile.TemporaryDirectory() as scratch:
             return small_world(config, cache_dir=scratch, progress=progress)
-    folder = Path(cache_dir) / f"small-world-{_fingerprint(config)}"
+    folder = Path(cache_dir) / f"small-world-{config_digest(config, __name__)}"
     built = open_entry(folder, _read)
     if built is None:
         require_writable(folder.parent, "cache")
@@ -91,9 +80,9 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     return World(reference, tokenizer, train_pairs, held_out, facts["rewards"], facts["left_out"])
 
 
-def _fingerprint(config: object) -> str:
-    """A name for what the settings give: they, the code that they drive, and PyTorch decide it."""
-    parts = [json.dumps(asdict(config)), torch.__version__, code_digest(__name__)]
+def config_digest(config: object, module: str) -> str:
+    """Return a name for what settings give: they, the code of the module that they drive, and PyTorch decide it."""
+    parts = [json.dumps(asdict(config)), torch.__version__, code_digest(module)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
@@ -148,24 +137,3 @@ def _sample_pairs(
             left_out[problem.task].append(problem.prompt)
     means = {task: sum(values) / len(values) for task, values in rewards.items()}
     return records, {"rewards": means, "left_out": left_out}
-
-
-def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
-    """Return where a notebook keeps a demo, so that the next one need not train it again."""
-    return Path(cache_dir) / f"demo-{_fingerprint(config)}"
-
-
-def run_demo(
-    config: DemoConfig, *, out: Path | str, cache_dir: Path | str | None = None, progress: bool = True
-) -> Results:
-    """Run the small world: stage 1, and stage 2 in both forms.
-
-    Args:
-        config: the settings.
-        out: the folder, also of the checkpoints; a run that was killed goes on from there.
-        cache_dir: where the small world is kept; None keeps nothing.
-        progress: show bars.
-    """
-    world = small_world(config.world, cache_dir=cache_dir, progress=progress)
-    variants = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
-    return run(world.scored(), variants, out=Path(out), answers=config.answers, progress=progress)

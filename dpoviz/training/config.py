@@ -216,8 +216,12 @@ class TrainConfig(TrainSettings):
         """
         return alpha_for_mean(ref_entropy, self.beta0) if self.alpha is None else self.alpha * self.beta0
 
-    def regularization(self, alpha: float) -> Regularization:
-        """Return the penalties' weights in units of beta: λ1 per unit, the others per squared unit."""
+    def regularization(self, alpha: float | None) -> Regularization:
+        """Return the penalties' weights in units of beta: λ1 per unit, the others per squared unit.
+
+        Args:
+            alpha: beta per nat of entropy; None where the entropy term is off.
+        """
         from dpoviz.regularizers import Regularization
 
         return Regularization(

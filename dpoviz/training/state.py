@@ -76,9 +76,9 @@ def training_mode(policy: PreTrainedModel, *, dropout: bool) -> Iterator[None]:
     before = [(module, module.training) for module in policy.modules()]
     probabilities: list[tuple[nn.Module, str, float]] = []
     policy.train(dropout)
-    if not dropout and getattr(policy, "is_gradient_checkpointing", False):
+    if not dropout:
         for layer in policy.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
                 layer.training = True
                 named = [(k, v) for k, v in vars(layer).items() if "dropout" in k and isinstance(v, float)]
                 probabilities += [(layer, name, value) for name, value in named]
