@@ -1,7 +1,11 @@
-"""Every mistake is planted as a reader would write it, and recognised by its own sentence."""
+"""Every mistake is planted as a reader would write it, and recognised by its own sentence; right answers pass.
+
+What a wrong answer is told is found by a few words of the sentence, since the sentence is what the check returns.
+"""
 
 from __future__ import annotations
 
+import copy
 import itertools
 from functools import partial
 
@@ -13,6 +17,7 @@ from torch import Tensor
 from dpoviz import losses, regularizers
 from dpoviz.learn import checks
 from dpoviz.learn.checks import (
+    Mistake,
     Verdict,
     check_beta_gradient,
     check_completion_logps,
@@ -75,42 +80,37 @@ class TestEveryCheck:
         assert verdict._repr_markdown_() == f"**✗ Not right.** {verdict.sentence}"
 
     def test_an_unknown_mistake_shows_the_numbers(self):
-        says(check_entropy_penalty(lambda beta, h, alpha: beta.sum() * 0 + 7), "penalty came 7, expected 0.4047")
-        says(check_completion_logps(lambda logps, mask: logps), "came shape (3, 4), expected (3,)")
-        says(check_completion_logps(lambda logps, mask: logps[:, 0] * torch.nan), "logps[0] came nan, expected -1.8")
+        says(check_entropy_penalty(lambda beta, h, alpha: beta.sum() * 0 + 7), "penalty: got 7, expected 0.4047")
+        says(check_completion_logps(lambda logps, mask: logps.T), "got shape (4, 3), expected (3,)")
+        says(check_completion_logps(lambda logps, mask: logps[:, 0] * torch.nan), "logps[0]: got nan, expected -1.8")
 
 
 def answers() -> list:
-    """(what, the right answer, the known mistakes) of each list that is searched."""
-    found = []
-    for form in FORMS:
-        _, right, wrong = checks.dpo_loss_answers(form)
-        found += [(f"{part} {form}", right[part], wrong[part]) for part in right]
-        _, right, wrong = checks.beta_gradient_answers()
-        found.append((f"beta gradient {form}", right[form], wrong[form]))
-    for name in ("completion_logps", "optimal_policy", "reward_difference", "entropy_penalty", "smoothness_penalty"):
-        found.append((name, *getattr(checks, f"{name}_answers")()[1:]))
-    return found
+    """(what, numbers) of each list that is searched."""
+    by_form = (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)
+    found = [(f"{numbers.__name__} {form}", numbers(form)) for numbers in by_form for form in FORMS]
+    names = ("completion_logps", "optimal_policy", "reward_difference", "entropy_penalty", "smoothness_penalty")
+    return found + [(name, getattr(checks, f"{name}_answers")()) for name in names]
 
 
 class TestAnswers:
-    @pytest.mark.parametrize(("what", "right", "mistakes"), answers())
-    def test_no_two_look_alike(self, what, right, mistakes):
+    @pytest.mark.parametrize(("what", "numbers"), answers())
+    def test_no_two_look_alike(self, what, numbers):
         # 1e-3 is 100 times the tolerance within which an answer is recognised
-        known = {"right": right} | mistakes
-        for (a, one), (b, other) in itertools.combinations(known.items(), 2):
+        known = [Mistake("right", numbers.right), *numbers.mistakes]
+        for (a, one), (b, other) in itertools.combinations(known, 2):
             assert one.shape != other.shape or (one - other).abs().max() > 1e-3, (a, b)
 
     def test_by_hand(self):
         # h = 1.5, β = 0.2: −log σ(0.3) = log(1 + e^−0.3) = 0.55436; −log σ(7.5) = 0.00055
-        assert checks.dpo_loss_answers("standard")[1]["losses"][0].item() == pytest.approx(0.554355, abs=1e-6)
-        assert checks.dpo_loss_answers("inverse")[1]["losses"][0].item() == pytest.approx(0.000553, abs=1e-6)
+        assert checks.dpo_loss_answers("standard").right[0].item() == pytest.approx(0.554355, abs=1e-6)
+        assert checks.dpo_loss_answers("inverse").right[0].item() == pytest.approx(0.000553, abs=1e-6)
         # gaps −0.3, 0.48, −0.21, 1.12: mean square (0.09 + 0.2304 + 0.0441 + 1.2544)/4
-        assert checks.entropy_penalty_answers()[1].item() == pytest.approx(1.6189 / 4, abs=1e-12)
+        assert checks.entropy_penalty_answers().right.item() == pytest.approx(1.6189 / 4, abs=1e-12)
 
     def test_the_smoothness_answer_by_finite_differences(self):
-        x, right, _ = checks.smoothness_penalty_answers()
-        net, step = checks._Bumpy().eval(), 1e-5
+        (x,), right, _ = checks.smoothness_penalty_answers()
+        net, step = checks.BetaWithBatchNorm().eval(), 1e-5
         slopes = [(net(x + step * e) - net(x - step * e)) / (2 * step) for e in torch.eye(3, dtype=x.dtype)]
         numeric = torch.stack(slopes).square().sum(0).mean()
         # central differences are off by step² times a third derivative of size 1
@@ -130,7 +130,7 @@ class TestCheckCompletionLogps:
             (lambda logps, mask: logps.masked_fill(mask, 0).sum(1), "wrong way round"),
             (lambda logps, mask: (logps * mask).sum(), "sum over the batch as well"),
             (lambda logps, mask: (logps * mask).sum(0), "axis 0"),
-            (lambda logps, mask: -(logps * mask).sum(1), "sign is turned"),
+            (lambda logps, mask: -(logps * mask).sum(1), "sign is flipped"),
         ],
     )
     def test_names_the_mistake(self, fn, words):
@@ -180,10 +180,10 @@ class TestCheckDpoLoss:
             ({"loss": lambda s, h: -F.logsigmoid(s[:, None] * h)}, "β has become a column"),
             ({"loss": lambda s, h: -F.logsigmoid(s[:, None] * h).mean()}, "You averaged the matrix"),
             ({"loss": lambda s, h: -F.logsigmoid(s * h.detach())}, "carry no gradient to the policy"),
-            ({"loss": lambda s, h: -torch.sigmoid(s * h).log()}, "at h = ±2000"),
+            ({"loss": lambda s, h: -torch.sigmoid(s * h).log()}, "the loss is inf, expected"),
             ({"reward": lambda s, ratio: ratio.detach()}, "rewards are without β"),
             ({"reward": lambda s, ratio: s * ratio}, "carry a gradient"),
-            ({"reward": lambda s, ratio: (s * ratio).mean().detach()}, "rewards: came shape ()"),
+            ({"reward": lambda s, ratio: (s * ratio).mean().detach()}, "chosen_rewards: got shape ()"),
             ({"reward_scale": lambda beta: torch.ones_like(beta)}, "rewards are without β"),
         ],
     )
@@ -263,8 +263,8 @@ class TestCheckBetaGradient:
     @pytest.mark.parametrize(
         ("spoilt", "words"),
         [
-            ({"weight": lambda z: -torch.sigmoid(-z)}, "sign is turned (standard form)"),
-            ({"slope": lambda beta, form: 1 / beta**2 if form == "inverse" else 1}, "sign is turned (inverse form)"),
+            ({"weight": lambda z: -torch.sigmoid(-z)}, "sign is flipped (standard form)"),
+            ({"slope": lambda beta, form: 1 / beta**2 if form == "inverse" else 1}, "sign is flipped (inverse form)"),
             ({"weight": torch.sigmoid}, "you have σ(s·h)"),
             ({"factor": lambda h: 1}, "factor h is missing"),
             ({"slope": lambda beta, form: 1}, "chain rule adds"),
@@ -321,7 +321,7 @@ class TestCheckRewardDifference:
             (lambda c, r, rc, rr, beta: (c - rc) - (r - rr), "β is missing"),
             (lambda c, r, rc, rr, beta: ((c - rc) - (r - rr)) / beta, "β and 1/β are swapped"),
             (lambda c, r, rc, rr, beta: beta * ((r - rr) - (c - rc)), "Chosen and rejected"),
-            (lambda c, r, rc, rr, beta: beta * ((c + rc) - (r + rr)), "reference is added"),
+            (lambda c, r, rc, rr, beta: beta * ((c + rc) - (r + rr)), "it is added"),
         ],
     )
     def test_names_the_mistake(self, fn, words):
@@ -415,3 +415,585 @@ class TestCheckSmoothnessPenalty:
             return row_gradients(net.eval(), x).square().sum(1).mean()
 
         says(check_smoothness_penalty(fn), "left in evaluation mode")
+
+
+# -- right answers written otherwise, and right numbers with something wrong behind them ----------------------
+
+
+def logistic(z: Tensor) -> Tensor:
+    """σ by hand, finite on both sides."""
+    e = torch.exp(-z.abs())
+    return torch.where(z >= 0, 1 / (1 + e), e / (1 + e))
+
+
+class TestCompletionLogpsOtherwise:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda logps, mask: torch.einsum("bt,bt->b", logps, mask.to(logps.dtype)),
+            lambda logps, mask: torch.einsum("bt,bt->b", logps, mask.float()),  # float32 only
+            lambda logps, mask: torch.einsum("bt,bt->b", logps, mask.double()),  # float64 only
+            lambda logps, mask: (logps.float() * mask).sum(1),
+            lambda logps, mask: logps.masked_fill(~mask, 0.0).sum(-1),
+            lambda logps, mask: torch.where(mask, logps, torch.zeros_like(logps)).sum(1),
+            lambda logps, mask: torch.where(mask, logps, torch.nan).nansum(1),
+            lambda logps, mask: torch.stack([row[m].sum() for row, m in zip(logps, mask, strict=True)]),
+            lambda logps, mask: [row[m].sum() for row, m in zip(logps, mask, strict=True)],
+            lambda logps, mask: (logps[:, None, :] @ mask.to(logps.dtype)[:, :, None])[:, 0, 0],
+            lambda logps, mask: (logps * mask).cumsum(1)[:, -1],
+            lambda logps, mask: (logps * mask.int()).sum(dim=1),
+        ],
+    )
+    def test_accepted(self, fn):
+        verdict = check_completion_logps(fn)
+        assert verdict.right, verdict.sentence
+
+    def test_a_loop_that_fills_a_tensor(self):
+        def fn(logps, mask):
+            total = torch.zeros(len(logps), dtype=logps.dtype)
+            for t in range(logps.shape[1]):
+                total += logps[:, t] * mask[:, t]
+            return total
+
+        assert check_completion_logps(fn).right
+
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda logps, mask: (logps.numpy() * mask.numpy()).sum(1),
+            lambda logps, mask: (logps * mask).sum(1).tolist(),
+        ],
+    )
+    def test_numbers_outside_torch_are_accepted_with_a_remark(self, fn):
+        verdict = check_completion_logps(fn)
+        assert verdict.right
+        assert "only torch carries a gradient" in verdict.sentence
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda logps, mask: (logps.detach() * mask).sum(1), "no gradient reaches token_logps"),
+            (lambda logps, mask: torch.tensor((logps * mask).sum(1).tolist()), "no gradient reaches token_logps"),
+            (
+                lambda logps, mask: (logps * mask)[:, :-1].sum(1) + (logps * mask)[:, -1].detach(),
+                "∂logps[1]/∂token_logps[1, 3]",
+            ),
+            (lambda logps, mask: (logps.exp() ** mask).prod(1).log(), "a product of probabilities rounds to 0"),
+            (lambda logps, mask: (logps * mask).sum(1, keepdim=True), "logps: got a column (3, 1), expected (3,)"),
+            (lambda logps, mask: (logps[:, 1:] * mask[:, :-1]).sum(1), "off by one: it meets the token after its own"),
+            (lambda logps, mask: (logps[:, :-1] * mask[:, 1:]).sum(1), "off by one: it meets the token before its own"),
+            (lambda logps, mask: (logps * mask.roll(1, dims=1)).sum(1), "off by one: it meets the token after its own"),
+            (lambda logps, mask: (logps.exp() * mask).sum(1), "sums of probabilities"),
+            (lambda logps, mask: (logps * mask).sum(1).exp(), "return its logarithm"),
+            (lambda logps, mask: logps * mask, "You did not sum"),
+            (lambda logps, mask: (logps * mask).sum(1).mean(), "average over the batch as well"),
+            (lambda logps, mask: (logps * mask).sum(1).bfloat16(), "got torch.bfloat16"),
+            (lambda logps, mask: (logps * mask).sum(1).long(), "got torch.int64"),
+            (lambda logps, mask: ((logps * mask).bfloat16()).sum(1).double(), "near, but not equal"),
+            (lambda logps, mask: logps.mul_(mask).sum(1), "changes its argument 1 in place"),
+            (
+                lambda logps, mask: logps.mul(mask.logical_not_().logical_not()).sum(1),
+                "changes its argument 2 in place",
+            ),
+        ],
+    )
+    def test_names_the_mistake(self, fn, words):
+        says(check_completion_logps(fn), words)
+
+
+STABLE = {
+    "logsigmoid": lambda s, h: -F.logsigmoid(s * h),
+    "softplus": lambda s, h: F.softplus(-s * h),
+    "logaddexp": lambda s, h: torch.logaddexp(torch.zeros_like(h), -s * h),
+    "logsumexp": lambda s, h: torch.logsumexp(torch.stack([torch.zeros_like(h), -s * h]), 0),
+    "log_softmax": lambda s, h: -torch.log_softmax(torch.stack([s * h, torch.zeros_like(h)], 1), 1)[:, 0],
+    "cross_entropy": lambda s, h: F.cross_entropy(
+        torch.stack([s * h, torch.zeros_like(h)], 1), torch.zeros(len(h), dtype=torch.long), reduction="none"
+    ),
+    "bce": lambda s, h: F.binary_cross_entropy_with_logits(s * h, torch.ones_like(h), reduction="none"),
+    "log1p, maximum": lambda s, h: torch.maximum(-s * h, torch.zeros_like(h)) + torch.log1p(torch.exp(-(s * h).abs())),
+    "log1p, double where": lambda s, h: torch.where(
+        s * h > 0,
+        torch.log1p(torch.exp(-torch.where(s * h > 0, s * h, 0.0))),
+        -s * h + torch.log1p(torch.exp(torch.where(s * h > 0, 0.0, s * h))),
+    ),
+    "loop": lambda s, h: torch.stack([F.softplus(-a * b) for a, b in zip(s, h, strict=True)]),
+    "vmap": lambda s, h: torch.vmap(lambda a, b: -F.logsigmoid(a * b))(s, h),
+    "in place on its own": lambda s, h: F.softplus((s * h).neg_()),
+    "float32": lambda s, h: -F.logsigmoid((s * h).float()),
+}
+KINKED = {
+    "relu": lambda s, h: F.relu(-s * h) + torch.log1p(torch.exp(-(s * h).abs())),
+    "clamp": lambda s, h: torch.clamp(-s * h, min=0) + torch.log1p(torch.exp(-(s * h).abs())),
+}
+UNSTABLE = {
+    "log σ": lambda s, h: -torch.log(torch.sigmoid(s * h)),
+    "log1p exp": lambda s, h: torch.log1p(torch.exp(-s * h)),
+    "log of a softmax": lambda s, h: -torch.softmax(torch.stack([s * h, torch.zeros_like(h)], 1), 1)[:, 0].log(),
+    "log of 1 − σ": lambda s, h: -torch.log(1 - torch.sigmoid(-s * h)),
+    "log of a division": lambda s, h: torch.log((torch.exp(s * h) + 1) / torch.exp(s * h)),
+    "soft_margin_loss": lambda s, h: F.soft_margin_loss(s * h, torch.ones_like(h), reduction="none"),
+}
+CAPPED = {
+    "σ + 1e-8": lambda s, h: -torch.log(torch.sigmoid(s * h) + 1e-8),
+    "clamp σ, 1e-8": lambda s, h: -torch.log(torch.sigmoid(s * h).clamp(min=1e-8)),
+    "clamp σ, 1e-38": lambda s, h: -torch.log(torch.sigmoid(s * h).clamp(min=1e-38)),
+    "clamp the logit": lambda s, h: F.softplus((-s * h).clamp(-50, 50)),
+    "bce of σ": lambda s, h: F.binary_cross_entropy(torch.sigmoid(s * h), torch.ones_like(h), reduction="none"),
+    "nan_to_num": lambda s, h: torch.nan_to_num(-torch.log(torch.sigmoid(s * h)), posinf=100.0),
+}
+WRONG_SLOPE = {
+    "where": lambda s, h: torch.where(s * h < -20, -s * h, -torch.log(torch.sigmoid(s * h))),
+    "detached far branch": lambda s, h: torch.where(
+        s * h < -20, (-s * h).detach(), F.softplus(-(s * h).clamp(min=-20))
+    ),
+}
+
+
+def named(variants: dict) -> dict:
+    return {"argvalues": list(variants.values()), "ids": list(variants)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestDpoLossOtherwise:
+    @pytest.mark.parametrize("loss", **named(STABLE))
+    def test_accepted(self, form, loss):
+        verdict = check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], loss=loss), form=form)
+        assert verdict.right, verdict.sentence
+        assert "remark" not in verdict.sentence
+
+    @pytest.mark.parametrize("loss", **named(KINKED))
+    def test_accepted_with_a_remark_on_its_kink(self, form, loss):
+        # at step 0 every h is exactly 0: relu and |·| have slope 0 there, clamp has slope 1
+        verdict = check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], loss=loss), form=form)
+        assert verdict.right, verdict.sentence
+        assert "at h = 0 exactly, where training starts" in verdict.sentence
+
+    @pytest.mark.parametrize("loss", **named(UNSTABLE))
+    def test_not_finite(self, form, loss):
+        verdict = check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], loss=loss), form=form)
+        says(verdict, "σ rounds to 0 and its logarithm is −∞, or exp overflows")
+
+    @pytest.mark.parametrize("loss", **named(CAPPED))
+    def test_capped(self, form, loss):
+        verdict = check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], loss=loss), form=form)
+        says(verdict, "an ε added to σ, or a clamp, caps the loss")
+
+    @pytest.mark.parametrize("loss", **named(WRONG_SLOPE))
+    def test_a_branch_with_a_wrong_slope(self, form, loss):
+        verdict = check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], loss=loss), form=form)
+        says(verdict, "the gradient with respect to policy_chosen_logps is")
+
+    def test_a_list_another_grouping_and_detached_references(self, form):
+        def fn(c, r, rc, rr, beta):
+            if beta.ndim != 1:
+                raise ValueError("beta")
+            s = RIGHT[form](beta)
+            z = s * c - s * r - s * rc.detach() + s * rr.detach()
+            with torch.no_grad():
+                rewards = [s * (c - rc), s * (r - rr)]
+            return [F.softplus(-z), *rewards]
+
+        assert check_dpo_loss(fn, form=form).right
+
+    @pytest.mark.parametrize(
+        ("spoilt", "words"),
+        [
+            ({"loss": lambda s, h: F.softplus(-s.detach() * h)}, "No gradient reaches β"),
+            ({"h": lambda c, r: c.detach() - r}, "No gradient reaches policy_chosen_logps"),
+            ({"h": lambda c, r: c - r.detach()}, "No gradient reaches policy_rejected_logps"),
+            ({"h": lambda c, r: c - r.data}, "No gradient reaches policy_rejected_logps"),
+            ({"loss": lambda s, h: F.softplus(-s * h).detach()}, "carry no gradient to the policy"),
+            ({"loss": lambda s, h: torch.tensor(F.softplus(-s * h).tolist())}, "carry no gradient to the policy"),
+            ({"h": lambda c, r: 2 * c - c.detach() - r}, "their gradient is not: ∂losses["),
+            ({"h": lambda c, r: 2 * (c - r).detach() - (c - r)}, "wrong sign"),
+            ({"loss": lambda s, h: F.softplus(-(2 * s.detach() - s) * h)}, "respect to beta has the wrong sign"),
+            (
+                {"loss": lambda s, h: F.softplus(-(s - s.mean() + s.mean().detach()) * h)},
+                "their gradient is not: ∂losses[",
+            ),
+            (
+                {"loss": lambda s, h: F.softplus(-s * h.abs() * (h / h.abs()).detach())},
+                "At h = 0, where training starts: the loss is nan",
+            ),
+            ({"loss": lambda s, h: (h - 1 / (2 * s)).square()}, "IPO"),
+            ({"loss": lambda s, h: F.relu(1 - s * h)}, "hinge"),
+            ({"loss": lambda s, h: 0.9 * F.softplus(-s * h) + 0.1 * F.softplus(s * h)}, "labels are smoothed"),
+            ({"loss": lambda s, h: -s * h}, "log σ is missing"),
+            ({"loss": lambda s, h: torch.sigmoid(-s * h)}, "the weight of the pair"),
+            ({"loss": lambda s, h: F.softplus(-s[0] * h)}, "One β, the first"),
+            ({"loss": lambda s, h: F.softplus(-s * h)[:, None]}, "losses: got a column (4, 1), expected (4,)"),
+            ({"loss": lambda s, h: F.softplus(-s * h).bfloat16()}, "losses: got torch.bfloat16"),
+            ({"loss": lambda s, h: F.softplus(-s * h).bfloat16().double()}, "near, but not equal"),
+            ({"reward": lambda s, ratio: -(s * ratio).detach()}, "rewards have the wrong sign"),
+        ],
+    )
+    def test_names_the_mistake(self, form, spoilt, words):
+        says(check_dpo_loss(partial(reader_dpo, scale=RIGHT[form], **spoilt), form=form), words)
+
+    def test_beta_detached_before_s(self, form):
+        fn = partial(reader_dpo, scale=lambda beta: RIGHT[form](beta.detach()))
+        says(check_dpo_loss(fn, form=form), "No gradient reaches β")
+
+    def test_beta_clamped(self, form):
+        # within the moderate numbers, and outside at β = 1/16 and 16
+        fn = partial(reader_dpo, scale=lambda beta: RIGHT[form](beta.clamp(0.1, 10)))
+        verdict = check_dpo_loss(fn, form=form)
+        says(verdict, f"at h = 30, β = {'16' if form == 'inverse' else '0.0625'} the loss is")
+        says(verdict, "h or β is clamped")
+
+    def test_a_changed_argument(self, form):
+        def fn(c, r, rc, rr, beta):
+            c -= rc
+            return reader_dpo(c, r, 0.0, rr, beta, scale=RIGHT[form])
+
+        says(check_dpo_loss(fn, form=form), "changes its argument 1 in place")
+
+    def test_a_column_that_is_squeezed(self, form):
+        def fn(c, r, rc, rr, beta):
+            return reader_dpo(c, r, rc, rr, beta.reshape(-1), scale=RIGHT[form])
+
+        says(check_dpo_loss(fn, form=form), "silently repaired; the exercise asks you to refuse it")
+
+    def test_the_gradient_at_zero(self, form):
+        def fn(c, r, rc, rr, beta):
+            h = (c - rc) - (r - rr)
+            nothing = 0 * h.abs().sqrt()  # slope 0·∞ at 0
+            out = reader_dpo(c, r, rc, rr, beta, scale=RIGHT[form])
+            return out[0] + nothing, *out[1:]
+
+        says(check_dpo_loss(fn, form=form), "At h = 0, where training starts, the gradient is not finite")
+
+
+def by_autograd(h, beta, form):
+    beta = beta.clone().requires_grad_()
+    return torch.autograd.grad(F.softplus(-losses.scale(beta, form) * h).sum(), beta)[0]
+
+
+def by_vmap(h, beta, form):
+    return torch.vmap(torch.func.grad(lambda b, h: F.softplus(-(1 / b if form == "inverse" else b) * h)))(beta, h)
+
+
+class TestBetaGradientOtherwise:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            partial(reader_gradient, weight=lambda z: 1 / (1 + torch.exp(z))),
+            partial(reader_gradient, weight=lambda z: 1 - torch.sigmoid(z)),
+            partial(reader_gradient, weight=lambda z: F.logsigmoid(-z).exp()),
+            partial(reader_gradient, weight=lambda z: (1 - torch.tanh(z / 2)) / 2),
+            partial(reader_gradient, weight=lambda z: torch.softmax(torch.stack([-z, 0 * z]), 0)[0]),
+            partial(reader_gradient, weight=lambda z: logistic(-z)),
+            partial(reader_gradient, slope=lambda beta, form: -beta.pow(-2) if form == "inverse" else beta / beta),
+            by_autograd,
+            by_vmap,
+            lambda h, beta, form: torch.func.jacrev(lambda b: F.softplus(-(1 / b if form == "inverse" else b) * h))(
+                beta
+            ).diagonal(),
+            lambda h, beta, form: list(reader_gradient(h, beta, form)),
+            lambda h, beta, form: reader_gradient(h, beta, form).numpy(),
+            lambda h, beta, form: reader_gradient(h.float(), beta.float(), form),
+        ],
+    )
+    def test_accepted(self, fn):
+        verdict = check_beta_gradient(fn)
+        assert verdict.right, verdict.sentence
+
+    @pytest.mark.parametrize(
+        ("spoilt", "words"),
+        [
+            (
+                {"weight": lambda z: torch.exp(-z) / (1 + torch.exp(-z))},
+                "the gradient is nan, expected 30: exp overflows",
+            ),
+            ({"weight": lambda z: torch.exp(-z) / torch.exp(-z).add(1)}, "exp overflows"),
+            ({"weight": lambda z: torch.sigmoid((-z).clamp(max=3)) if len(z) > 4 else torch.sigmoid(-z)}, "expected"),
+            ({"slope": lambda beta, form: -1 / beta if form == "inverse" else 1}, "ds/dβ = −1/β² in the inverse form"),
+            ({"slope": lambda beta, form: beta if form == "standard" else -1 / beta**2}, "This is ∂ℓ/∂log β"),
+            ({"factor": lambda h: h / 4}, "You divide by the batch"),
+            ({"weight": lambda z: 1}, "weight σ(−s·h) is missing"),
+        ],
+    )
+    def test_names_the_mistake(self, spoilt, words):
+        says(check_beta_gradient(partial(reader_gradient, **spoilt)), words)
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda h, b, form: F.softplus(-losses.scale(b, form) * h), "This is the loss"),
+            (lambda h, b, form: -torch.sigmoid(-losses.scale(b, form) * h) * losses.scale(b, form), "This is ∂ℓ/∂h"),
+            (lambda h, b, form: by_autograd(h, b, form).sum(), "You sum over the batch"),
+            (lambda h, b, form: by_autograd(h, b, form).mean(), "You average over the batch"),
+            (lambda h, b, form: by_autograd(h, b, form)[:, None], "got a column (4, 1)"),
+            (lambda h, b, form: by_autograd(h, b.reciprocal_().reciprocal(), form), "changes its argument 2 in place"),
+            (lambda h, b, form: by_autograd(h, b, form)[:4], "got shape (4,) for 18 pairs"),
+        ],
+    )
+    def test_names_the_mistake_of_a_whole(self, fn, words):
+        says(check_beta_gradient(fn), words)
+
+    def test_autograd_through_an_unstable_loss(self):
+        def fn(h, beta, form):
+            beta = beta.clone().requires_grad_()
+            loss = -torch.log(torch.sigmoid(losses.scale(beta, form) * h))
+            return torch.autograd.grad(loss.sum(), beta)[0]
+
+        says(check_beta_gradient(fn), "the gradient is nan")
+
+
+class TestOptimalPolicyOtherwise:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda ref, r, beta: ref + r / beta - torch.logsumexp(ref + r / beta, 1, keepdim=True),
+            lambda ref, r, beta: torch.distributions.Categorical(logits=ref + r / beta).logits,
+            lambda ref, r, beta: F.log_softmax(torch.add(ref, r, alpha=1 / beta), dim=-1),
+            lambda ref, r, beta: torch.stack([torch.log_softmax(a + b / beta, 0) for a, b in zip(ref, r, strict=True)]),
+            lambda ref, r, beta: [torch.log_softmax(a + b / beta, 0) for a, b in zip(ref, r, strict=True)],
+            lambda ref, r, beta: torch.log_softmax(ref.detach() + r / beta, 1),
+            lambda ref, r, beta: torch.log_softmax(ref + r / beta, 1).detach(),
+            lambda ref, r, beta: torch.log_softmax(ref + r / beta, 1).numpy(),
+            lambda ref, r, beta: torch.from_numpy(torch.log_softmax(ref + r / beta, 1).numpy()),
+            lambda ref, r, beta: torch.log_softmax((ref + r / beta).float(), 1),
+        ],
+    )
+    def test_accepted(self, fn):
+        verdict = check_optimal_policy(fn)
+        assert verdict.right, verdict.sentence
+
+    def test_accepted_with_the_maximum_subtracted(self):
+        def fn(ref, r, beta):
+            z = ref + r / beta
+            z = z - z.max(1, keepdim=True).values
+            return z - z.exp().sum(1, keepdim=True).log()
+
+        assert check_optimal_policy(fn).right
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda ref, r, beta: torch.softmax(ref + r / beta, 1).log(), "a small probability rounds to 0"),
+            (
+                lambda ref, r, beta: ref + r / beta - (ref + r / beta).exp().sum(1, keepdim=True).log(),
+                "exp(r/β) overflows",
+            ),
+            (lambda ref, r, beta: (torch.softmax(ref + r / beta, 1) + 1e-12).log(), "an ε or a clamp"),
+            (lambda ref, r, beta: torch.softmax(ref + r / beta, 1).clamp(min=1e-30).log(), "an ε or a clamp"),
+            (
+                lambda ref, r, beta: ref + r / beta - (r / beta).logsumexp(1, keepdim=True),
+                "Z is the sum of exp(r/β) alone",
+            ),
+            (
+                lambda ref, r, beta: reader_policy(ref, r, beta) + torch.tensor(3.0).log(),
+                "Z is a mean over the answers",
+            ),
+            (lambda ref, r, beta: F.one_hot((ref + r / beta).argmax(1), 3), "greedy policy"),
+            (lambda ref, r, beta: torch.log_softmax(ref + (2 * r.detach() - r) / beta, 1), "wrong sign"),
+            (
+                lambda ref, r, beta: torch.log_softmax(ref + (2 * r - r.detach()) / beta, 1),
+                "their gradient is not: ∂log π*[",
+            ),
+            (lambda ref, r, beta: reader_policy(ref.add_(r / beta), 0 * r, beta), "changes its argument 1 in place"),
+        ],
+    )
+    def test_names_the_mistake(self, fn, words):
+        says(check_optimal_policy(fn), words)
+
+
+class TestRewardDifferenceOtherwise:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda c, r, rc, rr, beta: beta * (c - r) - beta * (rc - rr),
+            lambda c, r, rc, rr, beta: beta * (c - rc.detach()) - beta * (r - rr.detach()),
+            lambda c, r, rc, rr, beta: (beta * ((c - rc) - (r - rr))).detach(),
+            lambda c, r, rc, rr, beta: beta * torch.log((c - rc).exp() / (r - rr).exp()),
+            lambda c, r, rc, rr, beta: (beta * ((c - rc) - (r - rr))).tolist(),
+            lambda c, r, rc, rr, beta: beta * ((c - rc) - (r - rr)).numpy(),
+            lambda c, r, rc, rr, beta: torch.logit(torch.sigmoid(beta * ((c - rc) - (r - rr)))),
+        ],
+    )
+    def test_accepted(self, fn):
+        verdict = check_reward_difference(fn)
+        assert verdict.right, verdict.sentence
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda c, r, rc, rr, beta: beta * ((c.detach() - rc) - (r - rr)), "one side of h is detached"),
+            (lambda c, r, rc, rr, beta: beta * ((c - rc) - (r - rr).detach()), "one side of h is detached"),
+            (lambda c, r, rc, rr, beta: beta * ((c - rr) - (r - rc)), "two references are swapped"),
+            (lambda c, r, rc, rr, beta: beta * (c - rc), "the chosen answer alone"),
+            (lambda c, r, rc, rr, beta: beta * (r - rr), "the rejected answer alone"),
+            (lambda c, r, rc, rr, beta: (beta * ((c - rc) - (r - rr))).exp(), "This is exp(β·h)"),
+            (lambda c, r, rc, rr, beta: (beta * ((c - rc) - (r - rr))).sigmoid(), "Bradley–Terry"),
+            (lambda c, r, rc, rr, beta: beta * (c.sub_(rc) - (r - rr)), "changes its argument 1 in place"),
+        ],
+    )
+    def test_names_the_mistake(self, fn, words):
+        says(check_reward_difference(fn), words)
+
+
+class TestEntropyPenaltyOtherwise:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda b, h, a: F.mse_loss(b, a * h.detach()),
+            lambda b, h, a: ((b - a * h.data) ** 2).mean(),
+            lambda b, h, a: (b - a * h.detach()).pow(2).sum() / len(b),
+            lambda b, h, a: (b - a * h.detach()).norm() ** 2 / len(b),
+            lambda b, h, a: (b - a * h.detach()) @ (b - a * h.detach()) / len(b),
+            lambda b, h, a: (b.square() - 2 * a * b * h.detach() + (a * h.detach()).square()).mean(),
+            lambda b, h, a: (b - a * h.detach()).abs().square().mean(),
+            lambda b, h, a: sum((x - a * y.item()) ** 2 for x, y in zip(b, h, strict=True)) / len(b),
+            lambda b, h, a: (b - a * h.detach()).float().square().mean(),
+            lambda b, h, a: torch.var(b - a * h.detach(), correction=0) + (b - a * h.detach()).mean() ** 2,
+        ],
+    )
+    def test_accepted(self, fn):
+        verdict = check_entropy_penalty(fn)
+        assert verdict.right, verdict.sentence
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda b, h, a: F.mse_loss(b.detach(), a * h), "no gradient to β"),
+            (lambda b, h, a: F.mse_loss(b.detach(), a * h.detach()), "no gradient to β"),
+            (lambda b, h, a: ((b - a * h.detach()) * (b - a * h).detach()).mean(), "∂penalty/∂beta["),
+            (lambda b, h, a: 2 * F.mse_loss(b, a * h.data).detach() - F.mse_loss(b, a * h.data), "wrong sign"),
+            (lambda b, h, a: (b - a * h.detach()).square().sqrt().square().mean(), "∂penalty/∂beta[0] is nan"),
+            (lambda b, h, a: (b - a * h.detach()).square().mean().sqrt() ** 2, "∂penalty/∂beta[0] is nan"),
+            (lambda b, h, a: (1 / b - a * h.detach()).square().mean(), "This is 1/β"),
+            (lambda b, h, a: (b.log() - (a * h.detach()).log()).square().mean(), "distance of logarithms"),
+            (lambda b, h, a: (b / (a * h.detach()) - 1).square().mean(), "relative distance"),
+            (lambda b, h, a: -F.mse_loss(b, a * h.detach()), "a penalty is positive"),
+            (lambda b, h, a: (b + a * h.detach()).square().mean(), "H is added"),
+            (lambda b, h, a: F.mse_loss(b, a * h.detach()).reshape(1), "penalty: got a column (1,), expected ()"),
+            (lambda b, h, a: F.mse_loss(b, h.mul_(a).detach()), "changes its argument 2 in place"),
+            (lambda b, h, a: F.mse_loss(b, a * h.detach()).item(), "no gradient to β"),
+        ],
+    )
+    def test_names_the_mistake(self, fn, words):
+        says(check_entropy_penalty(fn), words)
+
+
+def squared(gradient: Tensor) -> Tensor:
+    return gradient.square().sum(1).mean()
+
+
+def finite_differences(net, x, step=1e-5):
+    slopes = [(net(x + step * e) - net(x - step * e)) / (2 * step) for e in torch.eye(x.shape[1], dtype=x.dtype)]
+    return torch.stack(slopes, 1)
+
+
+class TestSmoothnessPenaltyOtherwise:
+    def test_the_gradient_by_finite_differences(self):
+        (x,) = checks.smoothness_penalty_answers().args
+        gradient = checks.smoothness_gradient(x)
+        step = 1e-6
+        for d in range(3):
+            values = []
+            for sign in (1, -1):
+                net = checks.BetaWithBatchNorm().eval()
+                net.weight.data[d] += sign * step
+                values.append(squared(row_gradients(net, x)).item())
+            # rounding 1e-16/step and step² times a third derivative of size 10
+            assert (values[0] - values[1]) / (2 * step) == pytest.approx(gradient[d].item(), rel=1e-7)
+
+    @pytest.mark.parametrize(
+        "penalty",
+        [
+            lambda net, x: (
+                torch.autograd.grad(net(x.requires_grad_()).sum(), x, create_graph=True)[0].pow(2).sum(1).mean()
+            ),
+            lambda net, x: row_gradients(net, x).norm(dim=1).square().mean(),
+            lambda net, x: row_gradients(net, x).square().sum() / len(x),
+            lambda net, x: torch.einsum("bd,bd->", *[row_gradients(net, x)] * 2) / len(x),
+            lambda net, x: squared(finite_differences(net, x)),
+            lambda net, x: squared(torch.stack([row_gradients(net, row[None].detach())[0] for row in x])),
+            lambda net, x: squared(torch.autograd.functional.jacobian(net, x, create_graph=True).diagonal(0, 0, 1).T),
+            lambda net, x: squared(torch.func.grad(lambda x: net(x).sum())(x)),
+            lambda net, x: squared(torch.vmap(torch.func.grad(lambda row: net(row[None])[0]))(x)),
+            lambda net, x: squared(
+                torch.func.grad(lambda x: torch.func.functional_call(net, dict(net.named_parameters()), (x,)).sum())(x)
+            ),
+        ],
+    )
+    def test_accepted(self, penalty):
+        verdict = check_smoothness_penalty(in_evaluation_mode(penalty))
+        assert verdict.right, verdict.sentence
+
+    def test_accepted_on_a_copy_that_shares_the_parameters(self):
+        def fn(net, x):
+            twin = copy.deepcopy(net).eval()
+            shared = dict(net.named_parameters())
+            return squared(torch.func.grad(lambda x: torch.func.functional_call(twin, shared, (x,)).sum())(x))
+
+        assert check_smoothness_penalty(fn).right
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda net, x: squared(row_gradients(copy.deepcopy(net).eval(), x)), "never reaches the parameters"),
+            (
+                in_evaluation_mode(
+                    lambda net, x: squared(
+                        row_gradients(
+                            lambda x: torch.func.functional_call(
+                                net, {n: p.detach().requires_grad_() for n, p in net.named_parameters()}, (x,)
+                            ),
+                            x,
+                        )
+                    )
+                ),
+                "never reaches the parameters",
+            ),
+            (
+                in_evaluation_mode(
+                    lambda net, x: squared(net(x)[:, None].detach() * row_gradients(lambda x: net(x).log(), x))
+                ),
+                "their gradient is not: ∂penalty/∂weight[",
+            ),
+            (
+                in_evaluation_mode(lambda net, x: row_gradients(net, x).square().sum(1).sqrt().square().mean()),
+                "the same for all prompts",
+            ),
+            (in_evaluation_mode(lambda net, x: row_gradients(net, x).abs().sum(1).mean()), "sums absolute values"),
+            (in_evaluation_mode(lambda net, x: row_gradients(net, x).norm()), "norm over the whole batch"),
+            (in_evaluation_mode(lambda net, x: -squared(row_gradients(net, x))), "a penalty is positive"),
+            (
+                in_evaluation_mode(
+                    lambda net, x: torch.autograd.grad(net(x).sum(), net.weight, create_graph=True)[0].square().sum()
+                ),
+                "gradient with respect to the parameters",
+            ),
+            (
+                lambda net, x: (net(x), in_evaluation_mode(lambda n, x: squared(row_gradients(n, x)))(net, x))[1],
+                "called in training mode before the penalty is taken",
+            ),
+            (
+                lambda net, x: (in_evaluation_mode(lambda n, x: squared(row_gradients(n, x)))(net, x), net(x))[0],
+                "`norm.running_mean` is not what it was",
+            ),
+            (in_evaluation_mode(lambda net, x: squared(row_gradients(net, x)).reshape(1)), "got a column (1,)"),
+        ],
+    )
+    def test_names_the_mistake(self, fn, words):
+        says(check_smoothness_penalty(fn), words)
+
+    @pytest.mark.filterwarnings("ignore:Using backward():UserWarning")
+    def test_backward_fills_the_gradients_of_the_parameters(self):
+        def penalty(net, x):
+            x = x.requires_grad_()
+            net(x).sum().backward(create_graph=True)
+            return squared(x.grad)
+
+        says(check_smoothness_penalty(in_evaluation_mode(penalty)), "fills `.grad` of the parameters")
+
+    def test_a_changed_weight(self):
+        def penalty(net, x):
+            value = squared(row_gradients(net, x))
+            net.weight.data.mul_(0.5)
+            return value
+
+        says(check_smoothness_penalty(in_evaluation_mode(penalty)), "`weight` is not what it was")

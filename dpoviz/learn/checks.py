@@ -1,17 +1,22 @@
-r"""Answer checks for the exercises: the reader's function in, a sentence out that names the mistake.
+"""Answer checks for the exercises: the reader's function in, a sentence out that names the mistake.
 
 Each check calls the reader's function on fixed float64 numbers and compares the answer with the right one and
-with what each known mistake would give; all of these are worked out here by their closed forms, not by the
-library. The numbers are such that no two of them agree. Nothing the reader's function does stops a notebook:
-an exception becomes a sentence, and a function that returns nothing yet is told so.
+with the value that each known mistake gives. The numbers are such that no two of these agree. A right number is
+not enough: the check takes the gradient with respect to each input by autograd and compares it with its closed
+form, goes to |h| = 2000 in float32, and looks for changed arguments. All expected values are worked out here, not
+by the library. An exception in the reader's function becomes a sentence, so nothing stops a notebook, and a
+function that returns nothing yet is told so.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +24,18 @@ from torch import Tensor, nn
 from dpoviz.forms import Form
 
 # float32 answers are welcome (relative error 1e-7 per operation); two mistakes differ by more than 1e-3
-_TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+_RTOL, _ATOL = 1e-5, 1e-6
+# wider for gradients: an ε of 1e-8 beside a σ of 1e-4 changes them by 1e-4, and is found, and named, at large |h|
+_GRADIENT_RTOL = 1e-3
+# an answer this near, but outside the tolerance, has an ε in it or was computed in half precision (3 digits)
+_NEAR = 1e-2
 _OTHER: dict[Form, Form] = {"inverse": "standard", "standard": "inverse"}
 _SCALE = {"inverse": "1/β", "standard": "β"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check says.
+    """The result of a check.
 
     Attributes:
         right: True, False, or None for an exercise that nobody has begun.
@@ -47,11 +56,41 @@ class Verdict:
         return f"**{self.mark}** {self.sentence}"
 
 
+class Mistake(NamedTuple):
+    """A known wrong answer.
+
+    Attributes:
+        sentence: what the reader is told.
+        value: what a function with this mistake returns.
+    """
+
+    sentence: str
+    value: Tensor
+
+
+class Answers(NamedTuple):
+    """An exercise in numbers.
+
+    Attributes:
+        args: the arguments that the reader's function is called with.
+        right: what it should return.
+        mistakes: the known wrong answers.
+    """
+
+    args: tuple
+    right: Tensor
+    mistakes: list[Mistake]
+
+
 class _Stop(Exception):
     """Carries a verdict out of a check at the first thing that is wrong."""
 
     def __init__(self, right: bool | None, sentence: str) -> None:
         self.verdict = Verdict(right, sentence)
+
+
+def _wrong(sentence: str) -> NoReturn:
+    raise _Stop(False, sentence) from None
 
 
 def _check(body: Callable[..., Verdict]) -> Callable[..., Verdict]:
@@ -65,47 +104,148 @@ def _check(body: Callable[..., Verdict]) -> Callable[..., Verdict]:
     return check
 
 
+# -- calling the reader's function and comparing what it returns ---------------------------------------------
+
+
 def _call(fn: Callable, *args: object) -> object:
-    try:
-        came = fn(*args)
-    except NotImplementedError:
-        came = None
-    except Exception as error:
-        inside = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if frame.line]
-        where = f" at `{inside[0].line}`" if inside else ""
-        raise _Stop(False, f"Your function stopped with {type(error).__name__}: {error}{where}") from None
-    if came is None or came is ...:
-        raise _Stop(None, "Your function returns nothing so far: write its body and run this cell again.")
-    return came
+    """Return what `fn` returns; an exception, nothing, or an argument changed in place stops the check.
+
+    Tensors are passed as copies that autograd can follow back. A function that stops with a RuntimeError is
+    called once more in the other precision: `mask.float() @ logps` is right, and fails in float64 alone.
+    """
+    failures = []
+    for given in (_copies(args), _copies(args, other_precision=True)):
+        before = _copies(given)
+        try:
+            got = fn(*given)
+        except NotImplementedError:
+            got = None
+        except Exception as error:
+            failures.append(_failure(error))
+            if isinstance(error, RuntimeError):
+                continue
+            break
+        if got is None or got is ...:
+            name = getattr(fn, "__name__", "<lambda>")
+            subject = "Your function" if name == "<lambda>" else f"`{name}`"
+            raise _Stop(None, f"{subject} returns nothing so far: write its body and run this cell again.")
+        for number, (now, was) in enumerate(zip(given, before, strict=True), start=1):
+            if isinstance(now, Tensor) and not torch.equal(now, was):
+                _wrong(f"Your function changes its argument {number} in place, and the caller still needs it: copy it.")
+        return got
+    raise failures[0]
 
 
-def _tensor(came: object, name: str) -> Tensor:
+def _copies(args: Sequence[object], *, other_precision: bool = False) -> list:
+    other = {torch.float64: torch.float32, torch.float32: torch.float64} if other_precision else {}
+    return [a.clone().to(other.get(a.dtype, a.dtype)) if isinstance(a, Tensor) else a for a in args]
+
+
+def _failure(error: Exception) -> _Stop:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__ and frame.line]
+    where = f" at `{frames[0].line}`" if frames else ""
+    return _Stop(False, f"Your function stopped with {type(error).__name__}: {error}{where}")
+
+
+def _is_torch(got: object) -> bool:
+    """Return whether a gradient could reach what the reader returned: not through numpy or plain numbers."""
+    return isinstance(got, Tensor) or (isinstance(got, (list, tuple)) and any(map(_is_torch, got)))
+
+
+def _tensor(got: object, name: str) -> Tensor:
+    """Return `got` in float64, with its gradient; lists of tensors are stacked."""
+    if isinstance(got, (list, tuple)) and _is_torch(got):
+        parts = [_tensor(part, name) for part in got]
+        if any(part.shape != parts[0].shape for part in parts):
+            _wrong(f"{name}: got parts of shapes {[tuple(part.shape) for part in parts]}, expected one tensor.")
+        return torch.stack(parts)
     try:
-        return torch.as_tensor(came).to(torch.float64)
+        return torch.as_tensor(got).to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise _Stop(False, f"{name} came as {type(came).__name__}, expected a tensor of numbers.") from None
+        _wrong(f"{name}: got {type(got).__name__}, expected a tensor of numbers.")
 
 
-def _same(came: Tensor, expected: Tensor) -> bool:
-    return came.shape == expected.shape and torch.allclose(came, expected, **_TOLERANCE)
+def _same(got: Tensor, expected: Tensor) -> bool:
+    return got.shape == expected.shape and torch.allclose(got, expected, rtol=_RTOL, atol=_ATOL)
 
 
-def _compare(name: str, came: object, right: Tensor, mistakes: dict[str, Tensor]) -> None:
-    """Stop with the sentence of the mistake that `came` agrees with, or of the first entry that is off."""
-    came = _tensor(came, name).detach()
-    if _same(came, right):
+def _compare(name: str, got: object, right: Tensor, mistakes: Sequence[Mistake]) -> None:
+    """Stop with the sentence of the mistake that `got` agrees with, or with the entry that is furthest off."""
+    value = _tensor(got, name).detach()
+    if _same(value, right):
         return
-    for sentence, wrong in mistakes.items():
-        if _same(came, wrong):
-            raise _Stop(False, sentence)
-    if came.shape != right.shape:
-        raise _Stop(False, f"{name}: came shape {tuple(came.shape)}, expected {tuple(right.shape)}.")
-    gap = torch.nan_to_num((came - right).abs(), nan=torch.inf)
-    at = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
-    where = f"{name}[{', '.join(map(str, at))}]" if at else name
-    raise _Stop(
-        False,
-        f"{where} came {came[at].item():.6g}, expected {right[at].item():.6g}; it is none of the usual mistakes.",
+    for sentence, wrong in mistakes:
+        if _same(value, wrong):
+            _wrong(sentence)
+    if value.shape == (*right.shape, 1) and _same(value[..., 0], right):
+        _wrong(f"{name}: got a column {tuple(value.shape)}, expected {tuple(right.shape)}: no `keepdim`, no last axis.")
+    if value.shape != right.shape:
+        _wrong(f"{name}: got shape {tuple(value.shape)}, expected {tuple(right.shape)}.")
+    dtype = got.dtype if isinstance(got, Tensor) else torch.float64
+    if dtype not in (torch.float32, torch.float64):
+        _wrong(f"{name}: got {dtype}, expected float32 or float64: keep the precision of the arguments.")
+    gap = torch.nan_to_num((value - right).abs(), nan=torch.inf)
+    at = _furthest(gap)
+    hint = "it is none of the usual mistakes"
+    if (gap <= _NEAR * right.abs()).all():
+        hint = "it is near, but not equal: an ε is added, or numbers were rounded to half precision"
+    _wrong(f"{_entry(name, at)}: got {value[at].item():.6g}, expected {right[at].item():.6g}; {hint}.")
+
+
+def _furthest(gap: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
+
+
+def _entry(name: str, at: Sequence[int]) -> str:
+    return f"{name}[{', '.join(map(str, at))}]" if at else name
+
+
+def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of a scalar with respect to each input, zero where none arrives."""
+    if not value.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    try:
+        found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        _wrong(f"The numbers are right, but autograd cannot take their gradient: {error}")
+    return [torch.zeros_like(x) if g is None else g.detach() for g, x in zip(found, inputs, strict=True)]
+
+
+def _jacobians(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return ∂value/∂input, of shape (*value.shape, *input.shape), for each input."""
+    rows = [_gradient(entry, inputs) for entry in value.flatten()]
+    columns = zip(*rows, strict=True)
+    return [torch.stack(column).reshape(*value.shape, *x.shape) for column, x in zip(columns, inputs, strict=True)]
+
+
+def _compare_gradient(
+    name: str, by: str, got: Tensor, right: Tensor, *, missing: str | None = None, hint: str = "", dims: int = 1
+) -> None:
+    """Stop unless the Jacobian of `name` with respect to `by` is `right`.
+
+    Args:
+        name: what is differentiated; its entries lie along the first `dims` axes.
+        by: the input.
+        got: the Jacobian by autograd, zero where no gradient arrives.
+        right: its closed form.
+        missing: the sentence if no gradient arrives at all; None if that is fine.
+        hint: what follows the numbers if they disagree.
+        dims: number of axes of `name`.
+    """
+    if torch.allclose(got, right, rtol=_GRADIENT_RTOL, atol=_ATOL):
+        return
+    if not got.any():
+        if missing is None:
+            return
+        _wrong(missing)
+    if torch.allclose(got, -right, rtol=_GRADIENT_RTOL, atol=_ATOL):
+        _wrong(f"The numbers are right, but the gradient with respect to {by} has the wrong sign.")
+    at = _furthest(torch.nan_to_num((got - right).abs(), nan=torch.inf))
+    derivative = f"∂{_entry(name, at[:dims])}/∂{_entry(by, at[dims:])}"
+    hint = hint or "a part of it was detached or replaced"
+    _wrong(
+        f"The numbers are right, but their gradient is not: {derivative} is {got[at].item():.6g}, expected "
+        f"{right[at].item():.6g}; {hint}."
     )
 
 
@@ -113,36 +253,83 @@ def _rows(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
 def _softplus(z: Tensor) -> Tensor:
-    """-log σ(-z) for moderate z, by its definition."""
-    return torch.log1p(torch.exp(z))
+    """Return -log σ(-z), at any size of z."""
+    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+
+
+def _scale(beta: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Return s and ds/dβ."""
+    return (1 / beta, -1 / beta**2) if form == "inverse" else (beta, torch.ones_like(beta))
+
+
+class _Far(NamedTuple):
+    """Pairs with large |h|: float32 numbers that are powers of two times h, so that s·h has no rounding."""
+
+    h: Tensor
+    beta: Tensor
+
+    @classmethod
+    def pairs(cls) -> _Far:
+        # σ rounds to 1 in float32 from s·h = 17 on, exp(s·h) is infinite from 89 on (710 in float64)
+        rows = itertools.product((30.0, -30.0, 100.0, -100.0, 2000.0, -2000.0), (1.0, 1 / 16, 16.0))
+        return cls(*torch.tensor(list(rows), dtype=torch.float32).T)
+
+    def first_wrong(self, got: Tensor, right: Tensor, size: Tensor | float = 1.0) -> int | None:
+        """Return the first row where `got` is off by more than rounding in float32, of numbers of `size`, allows."""
+        off = ~((got - right).abs() <= 1e-4 * right.abs() + 1e-6 * size)  # NaN is off
+        return int(off.nonzero()[0]) if off.any() else None
+
+    def place(self, row: int) -> str:
+        return f"h = {self.h[row].item():g}, β = {self.beta[row].item():g}"
 
 
 # -- the loss ------------------------------------------------------------------------------------------------
 
 
-def completion_logps_answers() -> tuple[tuple[Tensor, ...], Tensor, dict[str, Tensor]]:
-    """Arguments, right answer and known mistakes of `check_completion_logps`."""
+def completion_logps_answers() -> Answers:
+    """Return the numbers of `check_completion_logps`."""
     logps = -torch.tensor([[0.3, 1.1, 0.7, 2.3], [1.9, 0.2, 0.5, 0.8], [0.6, 1.4, 2.9, 0.1]], dtype=torch.float64)
     mask = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, True, False]])
     kept = logps * mask
     right = kept.sum(dim=1)
-    mistakes = {
-        "You average over the tokens where the equation sums: log π(y|x) = Σ_t log π(y_t|x, y_<t). A mean "
-        "divides h by the length of the answer, which is a hidden, different β for every pair.": right / mask.sum(1),
-        "You divide by the padded length: the equation sums, and padding has no part in it.": kept.mean(dim=1),
-        "The mask is not used: prompt and padding tokens are counted as if they were the answer.": logps.sum(dim=1),
-        "The mask is the wrong way round: you sum what is not the answer.": (logps * ~mask).sum(dim=1),
-        "You sum over the batch as well: keep one number per answer.": right.sum(),
-        "You sum over the batch (axis 0); the tokens of one answer lie along axis 1.": kept.sum(dim=0),
-        "The sign is turned: log-probabilities are negative.": -right,
-    }
-    return (logps, mask), right, mistakes
+    early = "The mask is off by one: it meets the token before its own. `mask[t]` belongs to `logps[t]`."
+    late = "The mask is off by one: it meets the token after its own. `mask[t]` belongs to `logps[t]`."
+    last = torch.stack([row[m][-1] for row, m in zip(logps, mask, strict=True)])
+    mistakes = [
+        Mistake(
+            "You average over the tokens where the equation sums: log π(y|x) = Σ_t log π(y_t|x, y_<t). A mean "
+            "divides h by the length of the answer, which is a hidden, different β for every pair.",
+            right / mask.sum(1),
+        ),
+        Mistake("You divide by the padded length: the equation sums, and padding has no part in it.", kept.mean(dim=1)),
+        Mistake(
+            "The mask is not used: prompt and padding tokens are counted as if they were the answer.", logps.sum(dim=1)
+        ),
+        Mistake("The mask is the wrong way round: you sum what is not the answer.", (logps * ~mask).sum(dim=1)),
+        Mistake("You sum over the batch as well: keep one number per answer.", right.sum()),
+        Mistake("You average over the batch as well: keep one number per answer.", right.mean()),
+        Mistake("You sum over the batch (axis 0); the tokens of one answer lie along axis 1.", kept.sum(dim=0)),
+        Mistake("The sign is flipped: log-probabilities are negative.", -right),
+        Mistake("You did not sum: one number per token, expected one per answer.", kept),
+        Mistake(early, (logps[:, :-1] * mask[:, 1:]).sum(dim=1)),
+        Mistake(early, (logps.roll(1, dims=1) * mask).sum(dim=1)),
+        Mistake(late, (logps[:, 1:] * mask[:, :-1]).sum(dim=1)),
+        Mistake(late, (logps.roll(-1, dims=1) * mask).sum(dim=1)),
+        Mistake("These are sums of probabilities: the logarithms are summed, Σ_t log π.", (logps.exp() * mask).sum(1)),
+        Mistake("This is the probability π(y|x): return its logarithm.", right.exp()),
+        Mistake("This is the last token alone: the answer is all of its tokens.", last),
+    ]
+    return Answers((logps, mask), right, mistakes)
 
 
 @_check
 def check_completion_logps(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    r"""Check the reader's :math:`\log\pi(y|x) = \sum_t \log\pi(y_t|x, y_{<t})`.
+    """Check the reader's log π(y|x) = Σ_t log π(y_t|x, y_<t), and that the policy can be trained by it.
 
     Args:
         fn: (token_logps (B, T), completion_mask (B, T) bool) → (B,).
@@ -150,72 +337,129 @@ def check_completion_logps(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     Returns:
         The verdict.
     """
-    args, right, mistakes = completion_logps_answers()
-    _compare("logps", _call(fn, *(a.clone() for a in args)), right, mistakes)
-    return Verdict(True, "The log-probability of an answer is the sum over its own tokens.")
+    (logps, mask), right, mistakes = completion_logps_answers()
+    got = _call(fn, logps, mask)
+    _compare("logps", got, right, mistakes)
+    long = _tensor(_call(fn, torch.full((1, 1000), -3.0, dtype=torch.float64), torch.ones(1, 1000).bool()), "logps")
+    if long.isinf().any():
+        _wrong(
+            "Right for 4 tokens, but for an answer of 1000 tokens of −3 each it is −∞, expected −3000: a product of "
+            "probabilities rounds to 0. Sum the log-probabilities."
+        )
+    _compare("logps of 1000 tokens", long, _rows(-3000.0), [])
+    praise = "The log-probability of an answer is the sum over its own tokens."
+    if not _is_torch(got):
+        return Verdict(True, f"{praise} But only torch carries a gradient: in training this one would stop it.")
+    (leaf,) = _leaves(logps)
+    (jacobian,) = _jacobians(_tensor(_call(fn, leaf, mask), "logps"), [leaf])
+    expected = torch.eye(len(mask), dtype=torch.float64)[:, :, None] * mask
+    missing = (
+        "The numbers are right, but no gradient reaches token_logps, so they could not train a policy: `.detach()`, "
+        "`.item()`, `torch.no_grad()` and `torch.tensor([...])` cut it off."
+    )
+    _compare_gradient("logps", "token_logps", jacobian, expected, missing=missing)
+    return Verdict(True, praise)
 
 
-def dpo_loss_answers(form: Form) -> tuple[tuple[Tensor, ...], dict, dict]:
-    """Arguments, right answers and known mistakes (by part) of `check_dpo_loss`."""
-    chosen, rejected = _rows(-3.1, -7.4, -2.2, -11.3), _rows(-4.0, -6.1, -6.3, -10.2)
-    ref_chosen, ref_rejected = _rows(-3.9, -6.6, -3.0, -10.4), _rows(-3.3, -7.2, -5.1, -12.0)
-    beta = _rows(0.2, 0.5, 1.7, 3.1)
-    chosen_ratio, rejected_ratio = chosen - ref_chosen, rejected - ref_rejected
-    h = chosen_ratio - rejected_ratio  # 1.5, -1.9, 2.0, -2.7
-    s, other = (1 / beta, beta) if form == "inverse" else (beta, 1 / beta)
+_DPO_ARGS = (
+    _rows(-3.1, -7.4, -2.2, -11.3),
+    _rows(-4.0, -6.1, -6.3, -10.2),
+    _rows(-3.9, -6.6, -3.0, -10.4),
+    _rows(-3.3, -7.2, -5.1, -12.0),
+    _rows(0.2, 0.5, 1.7, 3.1),
+)
+_COLUMN = (
+    "β has become a column (B, 1): against h of shape (B,) it broadcasts to (B, B), every β meeting every pair. "
+    "Keep it (B,)."
+)
+
+
+def dpo_loss_answers(form: Form) -> Answers:
+    """Return the numbers of `check_dpo_loss` for the losses."""
+    chosen, rejected, ref_chosen, ref_rejected, beta = _DPO_ARGS
+    h = (chosen - ref_chosen) - (rejected - ref_rejected)  # 1.5, -1.9, 2.0, -2.7
+    s, mean, other = _scale(beta, form)[0], _scale(beta.mean(), form)[0], _scale(beta, _OTHER[form])[0]
     losses = _softplus(-s * h)
     matrix = _softplus(-s[:, None] * h)
-    column = (
-        "β has become a column (B, 1): against h of shape (B,) it broadcasts to (B, B), every β meeting every "
-        "pair. Keep it (B,)."
-    )
-    wrong_losses = {
-        f"β and 1/β are swapped: this is the {_OTHER[form]} form, s = {_SCALE[_OTHER[form]]}; the {form} form has "
-        f"s = {_SCALE[form]}.": _softplus(-other * h),
-        "Chosen and rejected are swapped (or the sign of h is): the loss falls as the policy comes to prefer the "
-        "rejected answer.": _softplus(s * h),
-        "β is missing from the loss: this is −log σ(h).": _softplus(-h),
-        "The reference is missing: h compares each log-probability with the reference's.": _softplus(
-            -s * (chosen - rejected)
+    mistakes = [
+        Mistake(
+            f"β and 1/β are swapped: this is the {_OTHER[form]} form, s = {_SCALE[_OTHER[form]]}; the {form} form has "
+            f"s = {_SCALE[form]}.",
+            _softplus(-other * h),
         ),
-        "The minus sign is missing: log σ is negative, the loss is −log σ.": -losses,
-        "The logarithm is missing: the loss is −log σ(s·h), this is −σ(s·h).": -torch.sigmoid(s * h),
-        "The losses are averaged already: return one per pair, (B,); the mean belongs to the caller.": losses.mean(),
-        "The losses are summed already: return one per pair, (B,).": losses.sum(),
-        column: matrix,
-        column + " (You averaged the matrix, which hides it.)": matrix.mean(),
-        "One β, their mean, is used for all pairs: each pair has the β of its own prompt.": _softplus(
-            -(1 / beta.mean() if form == "inverse" else beta.mean()) * h
+        Mistake(
+            "Chosen and rejected are swapped (or the sign of h is): the loss falls as the policy comes to prefer the "
+            "rejected answer.",
+            _softplus(s * h),
         ),
-    }
+        Mistake("β is missing from the loss: this is −log σ(h).", _softplus(-h)),
+        Mistake(
+            "The reference is missing: h compares each log-probability with the reference's.",
+            _softplus(-s * (chosen - rejected)),
+        ),
+        Mistake(
+            "The reference has the wrong sign: it is added, or the two references are swapped.",
+            _softplus(-s * ((chosen + ref_chosen) - (rejected + ref_rejected))),
+        ),
+        Mistake("The minus sign is missing: log σ is negative, the loss is −log σ.", -losses),
+        Mistake("The logarithm is missing: the loss is −log σ(s·h), this is −σ(s·h).", -torch.sigmoid(s * h)),
+        Mistake("The logarithm is missing: this is σ(−s·h), the weight of the pair.", torch.sigmoid(-s * h)),
+        Mistake("log σ is missing: this is −s·h.", -s * h),
+        Mistake("The losses are averaged already: return one per pair, (B,); the mean is the caller's.", losses.mean()),
+        Mistake("The losses are summed already: return one per pair, (B,).", losses.sum()),
+        Mistake(_COLUMN, matrix),
+        Mistake(_COLUMN, matrix.T),
+        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean()),
+        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean(0)),
+        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean(1)),
+        Mistake(
+            "One β, their mean, is used for all pairs: each pair has the β of its own prompt.", _softplus(-mean * h)
+        ),
+        Mistake(
+            "One β, the first, is used for all pairs: each pair has the β of its own prompt.", _softplus(-s[0] * h)
+        ),
+        Mistake("This is the IPO loss, (h − 1/(2s))²: DPO has −log σ(s·h).", (h - 1 / (2 * s)).square()),
+        Mistake("This is the hinge loss, max(0, 1 − s·h): DPO has −log σ(s·h).", (1 - s * h).clamp(min=0)),
+        Mistake(
+            "The labels are smoothed: the loss has no term −log σ(−s·h).",
+            0.9 * _softplus(-s * h) + 0.1 * _softplus(s * h),
+        ),
+    ]
+    return Answers(_DPO_ARGS, losses, mistakes)
+
+
+def dpo_rewards_answers(form: Form) -> Answers:
+    """Return the numbers of `check_dpo_loss` for the rewards: (2, B), the chosen and the rejected."""
+    chosen, rejected, ref_chosen, ref_rejected, beta = _DPO_ARGS
+    logps, refs = torch.stack([chosen, rejected]), torch.stack([ref_chosen, ref_rejected])
+    ratios = logps - refs
+    s, mean, other = _scale(beta, form)[0], _scale(beta.mean(), form)[0], _scale(beta, _OTHER[form])[0]
     used = f"the loss used s = {_SCALE[form]}"
-    wrong_rewards = {
-        f"The rewards are without β: r̂ = s·log(π/π_ref), and {used}.": (chosen_ratio, rejected_ratio),
-        f"The rewards carry another β than the loss: they have s = {_SCALE[_OTHER[form]]}, {used}.": (
-            other * chosen_ratio,
-            other * rejected_ratio,
+    mistakes = [
+        Mistake(f"The rewards are without β: r̂ = s·log(π/π_ref), and {used}.", ratios),
+        Mistake(
+            f"The rewards carry another β than the loss: they have s = {_SCALE[_OTHER[form]]}, {used}.", other * ratios
         ),
-        f"The rewards carry one β, the mean, for all prompts; {used} of each pair's own prompt.": (
-            (1 / beta.mean() if form == "inverse" else beta.mean()) * chosen_ratio,
-            (1 / beta.mean() if form == "inverse" else beta.mean()) * rejected_ratio,
+        Mistake(
+            f"The rewards carry one β, the mean, for all prompts; {used} of each pair's own prompt.", mean * ratios
         ),
-        "The rewards lack the reference: r̂ = s·log(π/π_ref), not s·log π.": (s * chosen, s * rejected),
-        "The rewards are swapped: chosen comes first.": (s * rejected_ratio, s * chosen_ratio),
-    }
-    right = {"losses": losses, "rewards": torch.stack([s * chosen_ratio, s * rejected_ratio])}
-    wrong = {
-        "losses": wrong_losses,
-        "rewards": {sentence: torch.stack(pair) for sentence, pair in wrong_rewards.items()},
-    }
-    return (chosen, rejected, ref_chosen, ref_rejected, beta), right, wrong
+        Mistake("The rewards lack the reference: r̂ = s·log(π/π_ref), not s·log π.", s * logps),
+        Mistake(
+            "The rewards have the reference added: log(π/π_ref) is a difference of logarithms.", s * (logps + refs)
+        ),
+        Mistake("The rewards are swapped: chosen comes first.", s * ratios.flip(0)),
+        Mistake("The rewards have the wrong sign: r̂ = s·log(π/π_ref).", -s * ratios),
+    ]
+    return Answers(_DPO_ARGS, s * ratios, mistakes)
 
 
 @_check
 def check_dpo_loss(fn: Callable[..., tuple[Tensor, Tensor, Tensor]], *, form: Form) -> Verdict:
-    r"""Check the reader's DPO loss :math:`-\log\sigma(s h)` and rewards :math:`s\log(\pi/\pi_{ref})`.
+    """Check the reader's DPO loss −log σ(s·h) and rewards s·log(π/π_ref).
 
-    Beyond the numbers it looks at what numbers hide: that gradients reach the policy and not the reported
-    rewards, that |h| = 2000 stays finite, and that a β of shape (B, 1) is refused instead of broadcast.
+    Beyond the numbers it looks at what numbers hide: the gradients with respect to both policies and to β, none
+    from the reported rewards; loss and gradients at |h| = 2000 in float32; and that a β of shape (B, 1) is
+    refused instead of broadcast.
 
     Args:
         fn: (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta), each
@@ -226,79 +470,175 @@ def check_dpo_loss(fn: Callable[..., tuple[Tensor, Tensor, Tensor]], *, form: Fo
         The verdict.
     """
     args, right, mistakes = dpo_loss_answers(form)
-    args = [a.clone().requires_grad_(i < 2) for i, a in enumerate(args)]
-    came = _call(fn, *args)
-    if not isinstance(came, (tuple, list)) or len(came) != 3:
-        raise _Stop(False, "Return three things: losses, chosen_rewards, rejected_rewards, each of shape (B,).")
-    losses, *rewards = (_tensor(part, "a returned value") for part in came)
-    _compare("losses", losses, right["losses"], mistakes["losses"])
-    if any(part.shape != losses.shape for part in rewards):
-        raise _Stop(False, f"rewards: came shape {tuple(rewards[0].shape)}, expected {tuple(losses.shape)}.")
-    _compare("rewards", torch.stack(rewards), right["rewards"], mistakes["rewards"])
-    if not losses.requires_grad:
-        raise _Stop(False, "The losses carry no gradient to the policy: something was detached that should not be.")
-    if any(part.requires_grad for part in rewards):
-        raise _Stop(False, "The rewards carry a gradient: they are there to be looked at, detach them.")
-    _check_extremes(fn)
-    _check_column(fn, args)
-    return Verdict(
-        True, f"Loss and rewards of the {form} form, one β per prompt, stable for large |h|, and a column β is refused."
+    chosen, rejected, beta = _leaves(args[0], args[1], args[4])
+    losses, *rewards = _three(_call(fn, chosen, rejected, *args[2:4], beta))
+    _compare("losses", losses, right, mistakes)
+    for name, part in zip(("chosen_rewards", "rejected_rewards"), rewards, strict=True):
+        shape = _tensor(part, name).shape
+        if shape != right.shape:
+            _wrong(f"{name}: got shape {tuple(shape)}, expected {tuple(right.shape)}.")
+    _compare("rewards", rewards, *dpo_rewards_answers(form)[1:])
+    _check_dpo_gradients(_tensor(losses, "losses"), (chosen, rejected, beta), args, form)
+    if any(_tensor(part, "rewards").requires_grad for part in rewards):
+        _wrong("The rewards carry a gradient: they are there to be looked at, detach them.")
+    _check_dpo_far(fn, form)
+    _check_column(fn, args, right)
+    praise = f"Loss and rewards of the {form} form, one β per prompt, stable for large |h|, and a column β is refused."
+    return Verdict(True, praise + _check_dpo_start(fn, form))
+
+
+def _three(got: object) -> Sequence[object]:
+    if not isinstance(got, (tuple, list)) or len(got) != 3:
+        _wrong("Return three things: losses, chosen_rewards, rejected_rewards, each of shape (B,).")
+    return got
+
+
+def _dpo_slopes(h: Tensor, beta: Tensor, form: Form) -> dict[str, Tensor]:
+    """Return ∂ℓ/∂(each input) = −σ(−s·h)·∂(s·h)/∂(input) of each pair."""
+    s, ds = _scale(beta, form)
+    weight = torch.sigmoid(-s * h)
+    return {"policy_chosen_logps": -weight * s, "policy_rejected_logps": weight * s, "beta": -weight * h * ds}
+
+
+def _check_dpo_gradients(losses: Tensor, leaves: Sequence[Tensor], args: Sequence[Tensor], form: Form) -> None:
+    chosen, rejected, ref_chosen, ref_rejected, beta = args
+    right = _dpo_slopes((chosen - ref_chosen) - (rejected - ref_rejected), beta, form)
+    got = dict(zip(right, _jacobians(losses, leaves), strict=True))
+    if not got["policy_chosen_logps"].any() and not got["policy_rejected_logps"].any():
+        _wrong("The losses carry no gradient to the policy: something was detached that should not be.")
+    missing = {
+        side: f"No gradient reaches policy_{side}_logps: the {side} side of h is detached, so the loss trains the "
+        "other answer alone. Only the reference is a constant."
+        for side in ("chosen", "rejected")
+    }
+    missing["beta"] = (
+        "No gradient reaches β: it is detached in the loss. Every number is right, and a learned β(x) would never "
+        "move. Detach the rewards, not the loss."
+    )
+    for by, jacobian in got.items():
+        sentence = missing[by.removeprefix("policy_").removesuffix("_logps")]
+        _compare_gradient("losses", by, jacobian, torch.diag(right[by]), missing=sentence)
+
+
+def _dpo_at(fn: Callable, h: Tensor, beta: Tensor, form: Form) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return the reader's losses at `h` and their gradients, got and right, by input."""
+    zero = torch.zeros_like(h)
+    leaves = _leaves(h.clamp(max=0), -h.clamp(min=0), beta)  # log-probabilities are not positive
+    losses = _tensor(_three(_call(fn, *leaves[:2], zero, zero, leaves[2]))[0], "losses")
+    if losses.shape != h.shape:
+        _wrong(f"losses: got shape {tuple(losses.shape)} for {len(h)} pairs, expected {tuple(h.shape)}.")
+    right = _dpo_slopes(h.double(), beta.double(), form)
+    got = [g.double() for g in _gradient(losses.sum(), leaves)]
+    return losses.detach(), dict(zip(right, got, strict=True)), right
+
+
+def _check_dpo_far(fn: Callable, form: Form) -> None:
+    far = _Far.pairs()
+    h, beta = far.h.double(), far.beta.double()
+    s, ds = _scale(beta, form)
+    losses, got, right = _dpo_at(fn, far.h, far.beta, form)
+    expected = _softplus(-s * h)
+    row = far.first_wrong(losses, expected)
+    if row is not None:
+        numbers = f"Right for moderate h, but at {far.place(row)} the loss is {losses[row].item():g}, expected "
+        numbers += f"{expected[row].item():g}"
+        if not math.isfinite(losses[row]):
+            _wrong(
+                f"{numbers}: σ rounds to 0 and its logarithm is −∞, or exp overflows. Stay in log space: "
+                "`torch.nn.functional.logsigmoid`."
+            )
+        if losses[row] < expected[row] and (s * h)[row] < 0:
+            _wrong(
+                f"{numbers}: an ε added to σ, or a clamp, caps the loss, and its gradient vanishes where the pair is "
+                "most wrong. Stay in log space, without either: `torch.nn.functional.logsigmoid`."
+            )
+        _wrong(f"{numbers}: h or β is clamped, or rounded to half precision.")
+    sizes = {"policy_chosen_logps": s, "policy_rejected_logps": s, "beta": (h * ds).abs()}
+    for by, size in sizes.items():
+        row = far.first_wrong(got[by], right[by], size)
+        if row is not None:
+            _wrong(
+                f"The losses are right, but at {far.place(row)} the gradient with respect to {by} is "
+                f"{got[by][row].item():g}, expected {right[by][row].item():g}: a clamp or a branch hides what "
+                "the value does not show (`torch.where` has the gradient of both branches). Stay in log space: "
+                "`torch.nn.functional.logsigmoid`."
+            )
+
+
+def _check_dpo_start(fn: Callable, form: Form) -> str:
+    """Return a remark if the gradient is wrong at h = 0, where |h| and max(0, h) have a kink; stop if it is NaN."""
+    h, beta = torch.zeros(2), torch.tensor([0.5, 2.0])
+    losses, got, right = _dpo_at(fn, h, beta, form)
+    if not torch.allclose(losses, _rows(math.log(2), math.log(2)), rtol=_RTOL, atol=_ATOL):
+        _wrong(f"At h = 0, where training starts: the loss is {losses[0].item():.6g}, expected log 2 = 0.693147.")
+    if not all(torch.isfinite(g).all() for g in got.values()):
+        _wrong("At h = 0, where training starts, the gradient is not finite: something is divided by h or by |h|.")
+    by = "policy_chosen_logps"
+    if all(torch.allclose(got[name], right[name], rtol=_RTOL, atol=_ATOL) for name in right):
+        return ""
+    return (
+        f" One remark: at h = 0 exactly, where training starts (the policy is the reference), autograd gives "
+        f"∂loss/∂{by} = {got[by][0].item():g} instead of {right[by][0].item():g}, since |h| and max(0, h) have a kink "
+        "there; with 0 the policy never leaves the reference. `torch.nn.functional.logsigmoid` has no kink."
     )
 
 
-def _check_extremes(fn: Callable) -> None:
-    far = _call(fn, _rows(0.0, -2000.0), _rows(-2000.0, 0.0), _rows(0.0, 0.0), _rows(0.0, 0.0), _rows(1.0, 1.0))
-    if not torch.isfinite(_tensor(far[0], "losses")).all():
-        raise _Stop(
-            False,
-            "Right for moderate h, but at h = ±2000 the loss is not finite: σ rounds to 0 and its logarithm is −∞. "
-            "Stay in log space: `torch.nn.functional.logsigmoid`.",
-        )
-
-
-def _check_column(fn: Callable, args: list[Tensor]) -> None:
+def _check_column(fn: Callable, args: Sequence[Tensor], right: Tensor) -> None:
     *logps, beta = args
     try:
-        fn(*logps, beta[:, None])
+        got = fn(*_copies(logps), beta.clone()[:, None])
     except Exception:
         return
-    raise _Stop(
-        False,
+    if isinstance(got, (tuple, list)) and len(got) == 3 and _same(_tensor(got[0], "losses").detach(), right):
+        _wrong(
+            "Right for β of shape (B,), and a column (B, 1) is silently repaired; the exercise asks you to refuse it. "
+            "Raise a ValueError: a column shows a mistake of the caller, who should hear of it."
+        )
+    _wrong(
         "Right for β of shape (B,), but β as a column (B, 1), which is what a linear layer returns, goes through: "
-        "against h it broadcasts to (B, B), and the mean of that looks like a loss. Raise a ValueError for it.",
+        "against h it broadcasts to (B, B), and the mean of that looks like a loss. Raise a ValueError for it."
     )
 
 
-def beta_gradient_answers() -> tuple[tuple[Tensor, ...], dict[Form, Tensor], dict[Form, dict[str, Tensor]]]:
-    """Arguments (without the form), right answers and known mistakes by form of `check_beta_gradient`."""
+def beta_gradient_answers(form: Form) -> Answers:
+    """Return the numbers of `check_beta_gradient` for a form."""
     h, beta = _rows(1.5, -0.8, 0.3, -2.2), _rows(0.4, 0.7, 2.5, 1.3)
-    s = {"inverse": 1 / beta, "standard": beta}
-    slope = {"inverse": -1 / beta**2, "standard": torch.ones_like(beta)}
-    right, mistakes = {}, {}
-    for form, other in _OTHER.items():
-        weight = torch.sigmoid(-s[form] * h)
-        right[form] = -weight * h * slope[form]
-        mistakes[form] = {
-            f"The sign is turned ({form} form): −log σ falls where s·h grows, and 1/β falls where β grows.": -right[
-                form
-            ],
-            f"The weight is σ(−s·h), small where the pair is ranked rightly; you have σ(s·h) ({form} form).": (
-                -(1 - weight) * h * slope[form]
-            ),
-            f"The factor h is missing ({form} form): s multiplies h inside the loss.": -weight * slope[form],
-            f"β and 1/β are swapped in the {form} form: this is the {other} form's gradient.": (
-                -torch.sigmoid(-s[other] * h) * h * slope[other]
-            ),
-        }
-    mistakes["inverse"]["This is ∂ℓ/∂s: in the inverse form s = 1/β, and the chain rule adds ds/dβ = −1/β²."] = (
-        right["inverse"] / slope["inverse"]
-    )
-    return (h, beta), right, mistakes
+    (s, ds), (other, other_ds) = _scale(beta, form), _scale(beta, _OTHER[form])
+    weight = torch.sigmoid(-s * h)
+    right = -weight * h * ds
+    mistakes = [
+        Mistake(
+            f"The sign is flipped ({form} form): −log σ falls where s·h grows, and 1/β falls where β grows.", -right
+        ),
+        Mistake(
+            f"The weight is σ(−s·h), small where the pair is ranked correctly; you have σ(s·h) ({form} form).",
+            -(1 - weight) * h * ds,
+        ),
+        Mistake(f"The factor h is missing ({form} form): s multiplies h inside the loss.", -weight * ds),
+        Mistake(f"The weight σ(−s·h) is missing ({form} form): this is −h·ds/dβ.", -h * ds),
+        Mistake(
+            f"β and 1/β are swapped in the {form} form: this is the {_OTHER[form]} form's gradient.",
+            -torch.sigmoid(-other * h) * h * other_ds,
+        ),
+        Mistake(f"This is ∂ℓ/∂h ({form} form): the factor next to the weight is h·ds/dβ, not s.", -weight * s),
+        Mistake(f"You divide by the batch ({form} form): this is the gradient of the mean of the losses.", right / 4),
+        Mistake(f"You sum over the batch ({form} form): return one number per pair.", right.sum()),
+        Mistake(f"You average over the batch ({form} form): return one number per pair.", right.mean()),
+        Mistake(f"This is the loss −log σ(s·h) ({form} form); return its derivative.", _softplus(-s * h)),
+    ]
+    if form == "inverse":
+        mistakes += [
+            Mistake("This is ∂ℓ/∂s: in the inverse form s = 1/β, and the chain rule adds ds/dβ = −1/β².", right / ds),
+            Mistake("The factor is ds/dβ = −1/β² in the inverse form, not −1/β (which gives ∂ℓ/∂log β).", right * beta),
+        ]
+    else:
+        mistakes.append(Mistake("This is ∂ℓ/∂log β (standard form): a factor β too many.", right * beta))
+    return Answers((h, beta, form), right, mistakes)
 
 
 @_check
 def check_beta_gradient(fn: Callable[[Tensor, Tensor, Form], Tensor]) -> Verdict:
-    r"""Check the reader's :math:`\partial\ell/\partial\beta = -\sigma(-s h)\,h\,s'(\beta)` in both forms.
+    """Check the reader's ∂ℓ/∂β = −σ(−s·h)·h·ds/dβ in both forms, up to |h| = 2000 in float32.
 
     Args:
         fn: (h (B,), beta (B,), form) → (B,).
@@ -306,54 +646,92 @@ def check_beta_gradient(fn: Callable[[Tensor, Tensor, Form], Tensor]) -> Verdict
     Returns:
         The verdict.
     """
-    (h, beta), right, mistakes = beta_gradient_answers()
-    for form in ("standard", "inverse"):
-        _compare(f"gradient ({form})", _call(fn, h.clone(), beta.clone(), form), right[form], mistakes[form])
+    forms: tuple[Form, ...] = ("standard", "inverse")
+    for form in forms:
+        args, right, mistakes = beta_gradient_answers(form)
+        _compare(f"gradient ({form})", _call(fn, *args), right, mistakes)
+    far = _Far.pairs()
+    for form in forms:
+        got = _tensor(_call(fn, *far, form), f"gradient ({form})").detach()
+        right = _dpo_slopes(far.h.double(), far.beta.double(), form)["beta"]
+        if got.shape != right.shape:
+            _wrong(f"gradient ({form}): got shape {tuple(got.shape)} for {len(right)} pairs, expected one per pair.")
+        row = far.first_wrong(got, right, (far.h * _scale(far.beta, form)[1]).abs())
+        if row is not None:
+            hint = "" if math.isfinite(got[row]) else ": exp overflows, and ∞/∞ or 0·∞ is no number"
+            _wrong(
+                f"Right for moderate h, but at {far.place(row)} ({form} form) the gradient is {got[row].item():g}, "
+                f"expected {right[row].item():g}{hint}. `torch.sigmoid(-s * h)` is right at any size."
+            )
     return Verdict(
-        True, "Rightly ranked pairs push s up in both forms: β up in the standard form, β down in the inverse form."
+        True, "Correctly ranked pairs push s up in both forms: β up in the standard form, β down in the inverse form."
     )
 
 
 # -- the exact world -----------------------------------------------------------------------------------------
 
 
-def optimal_policy_answers() -> tuple[tuple, Tensor, dict[str, Tensor]]:
-    """Arguments, right answer and known mistakes of `check_optimal_policy`."""
+def optimal_policy_answers() -> Answers:
+    """Return the numbers of `check_optimal_policy`."""
     ref = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], dtype=torch.float64)
     rewards = torch.tensor([[1.0, -0.4, 2.1], [0.3, 1.7, -0.9]], dtype=torch.float64)
     beta = 0.6
     weights = ref * torch.exp(rewards / beta)
-    right = (weights / weights.sum(1, keepdim=True)).log()
+    factors = torch.exp(rewards / beta)
 
     def normalised(w: Tensor) -> Tensor:
         return (w / w.sum(1, keepdim=True)).log()
 
-    mistakes = {
-        "Z is forgotten: the rows do not sum to 1. Subtract log Z(x) = log Σ_y π_ref(y|x) exp(r/β).": weights.log(),
-        "One Z for the whole table: every prompt has its own, so sum over the answers of one row.": (
-            weights / weights.sum()
-        ).log(),
-        "Z is summed over the prompts (axis 0); it is a sum over answers, axis 1.": (weights / weights.sum(0)).log(),
-        "β and 1/β are swapped: π* ∝ π_ref·exp(r/β), the reward is divided by β.": normalised(
-            ref * torch.exp(beta * rewards)
+    right = normalised(weights)
+    mistakes = [
+        Mistake(
+            "Z is forgotten: the rows do not sum to 1. Subtract log Z(x) = log Σ_y π_ref(y|x) exp(r/β).", weights.log()
         ),
-        "β is missing: this is π_ref·exp(r)/Z.": normalised(ref * torch.exp(rewards)),
-        "The reference is missing: this is the softmax of r/β.": normalised(torch.exp(rewards / beta)),
-        "The reference is divided by β too: only the reward is.": normalised((ref * torch.exp(rewards)) ** (1 / beta)),
-        "The sign of the reward is turned: this policy prefers bad answers.": normalised(
-            ref * torch.exp(-rewards / beta)
+        Mistake(
+            "One Z for the whole table: every prompt has its own, so sum over the answers of one row.",
+            (weights / weights.sum()).log(),
         ),
-        "These are probabilities; return log-probabilities.": right.exp(),
-        "π_ref came in as log-probabilities and is used as probabilities: add it to r/β inside the exponential.": (
-            normalised(-ref.log() * torch.exp(rewards / beta))
+        Mistake(
+            "Z is summed over the prompts (axis 0); it is a sum over answers, axis 1.", (weights / weights.sum(0)).log()
         ),
-    }
-    return (ref.log(), rewards, beta), right, mistakes
+        Mistake(
+            "Z is the sum of exp(r/β) alone: it is weighted by the reference, Σ_y π_ref(y|x) exp(r/β).",
+            (weights / factors.sum(1, keepdim=True)).log(),
+        ),
+        Mistake(
+            "Z is a mean over the answers, expected the sum: the rows do not sum to 1.",
+            (weights / weights.mean(1, keepdim=True)).log(),
+        ),
+        Mistake(
+            "β and 1/β are swapped: π* ∝ π_ref·exp(r/β), the reward is divided by β.",
+            normalised(ref * torch.exp(beta * rewards)),
+        ),
+        Mistake("β is missing: this is π_ref·exp(r)/Z.", normalised(ref * torch.exp(rewards))),
+        Mistake("The reference is missing: this is the softmax of r/β.", normalised(factors)),
+        Mistake(
+            "The reference is divided by β too: only the reward is.",
+            normalised((ref * torch.exp(rewards)) ** (1 / beta)),
+        ),
+        Mistake(
+            "The sign of the reward is flipped: this policy prefers bad answers.",
+            normalised(ref * torch.exp(-rewards / beta)),
+        ),
+        Mistake("These are probabilities; return log-probabilities.", right.exp()),
+        Mistake(
+            "π_ref is given as log-probabilities and used as probabilities: add it to r/β inside the exponential.",
+            normalised(-ref.log() * factors),
+        ),
+        Mistake(
+            "This is the greedy policy: all probability on one answer. π* is a softmax.",
+            torch.nn.functional.one_hot(weights.argmax(1), 3).double(),
+        ),
+    ]
+    return Answers((ref.log(), rewards, beta), right, mistakes)
 
 
 @_check
 def check_optimal_policy(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
-    r"""Check the reader's :math:`\pi^* = \pi_{ref}\exp(r/\beta)/Z`, and that it stands a small β.
+    """Check the reader's π* = π_ref·exp(r/β)/Z, its gradient if it has one, and that it stands a small β.
 
     Args:
         fn: (ref_logps (X, Y), rewards (X, Y), beta number) → (X, Y) log-probabilities.
@@ -362,39 +740,83 @@ def check_optimal_policy(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdi
         The verdict.
     """
     (ref_logps, rewards, beta), right, mistakes = optimal_policy_answers()
-    _compare("log π*", _call(fn, ref_logps.clone(), rewards.clone(), beta), right, mistakes)
-    far = _tensor(_call(fn, ref_logps.clone(), rewards.clone(), 1e-3), "log π*")
-    if not torch.isfinite(far).all():
-        raise _Stop(
-            False,
-            "Right at β = 0.6, but at β = 0.001 it is not finite: exp(r/β) overflows. Stay in log space: "
-            "log π_ref + r/β minus its `torch.logsumexp`.",
-        )
+    got = _call(fn, ref_logps, rewards, beta)
+    _compare("log π*", got, right, mistakes)
+    _check_small_beta(fn, ref_logps, rewards)
+    if _is_torch(got):
+        leaves = _leaves(ref_logps, rewards)
+        followed = _followed(fn, *leaves, beta)
+        if followed is not None:
+            rows, same = torch.eye(2, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+            slopes = rows[:, None, :, None] * (same[None, :, None, :] - right.exp()[:, None, None, :])
+            by_ref, by_rewards = _jacobians(followed, leaves)
+            _compare_gradient("log π*", "ref_logps", by_ref, slopes, dims=2)
+            _compare_gradient("log π*", "rewards", by_rewards, slopes / beta, dims=2)
     return Verdict(True, "π* = π_ref·exp(r/β)/Z, row by row, in log space.")
 
 
-def reward_difference_answers() -> tuple[tuple, Tensor, dict[str, Tensor]]:
-    """Arguments, right answer and known mistakes of `check_reward_difference`."""
+def _check_small_beta(fn: Callable, ref_logps: Tensor, rewards: Tensor) -> None:
+    beta = 1e-3
+    far = _tensor(_call(fn, ref_logps, rewards, beta), "log π*").detach()
+    z = ref_logps + rewards / beta
+    top = z - z.amax(dim=1, keepdim=True)
+    expected = top - top.exp().sum(dim=1, keepdim=True).log()
+    if _same(far, expected):
+        return
+    prefix = f"Right at β = 0.6, but at β = {beta} "
+    stay = "Stay in log space: log π_ref + r/β minus its `torch.logsumexp`."
+    if not torch.isfinite(far.amax(dim=1)).all():
+        _wrong(f"{prefix}it is not finite: exp(r/β) overflows. {stay}")
+    if not torch.isfinite(far).all():
+        _wrong(f"{prefix}it is not finite: a small probability rounds to 0, and its logarithm is −∞. {stay}")
+    at = _furthest((far - expected).abs())
+    _wrong(
+        f"{prefix}{_entry('log π*', at)} is {far[at].item():g}, expected {expected[at].item():g}: an ε or a clamp "
+        f"holds small probabilities up. {stay}"
+    )
+
+
+def _followed(fn: Callable, *args: object) -> Tensor | None:
+    """Return the reader's tensor with its gradient, None if the function leaves torch on its way."""
+    try:
+        return _tensor(_call(fn, *args), "a returned value")
+    except _Stop:
+        return None
+
+
+def reward_difference_answers() -> Answers:
+    """Return the numbers of `check_reward_difference`."""
     chosen, rejected = _rows(-0.4, -1.9, -1.1), _rows(-2.3, -0.7, -1.6)
     ref_chosen, ref_rejected = _rows(-1.2, -1.5, -0.8), _rows(-0.9, -1.0, -2.1)
     beta = 0.3
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
-    mistakes = {
-        "The reference is missing: log π*(y_w)/π*(y_l) is what §4.1 prints first, and it is the equality that does "
-        "not hold.": chosen - rejected,
-        "The reference is missing: this is β·log π(y_w)/π(y_l).": beta * (chosen - rejected),
-        "β is missing: this is h, and r_w − r_l = β·h.": h,
-        "β and 1/β are swapped: r_w − r_l = β·h, the temperature comes back as a factor.": h / beta,
-        "Chosen and rejected are swapped.": -beta * h,
-        "The reference is added: the ratio π/π_ref is a difference of logarithms.": beta
-        * ((chosen + ref_chosen) - (rejected + ref_rejected)),
-    }
-    return (chosen, rejected, ref_chosen, ref_rejected, beta), beta * h, mistakes
+    mistakes = [
+        Mistake(
+            "The reference is missing: log π*(y_w)/π*(y_l) is what §4.1 prints first, and it is the equality that does "
+            "not hold.",
+            chosen - rejected,
+        ),
+        Mistake("The reference is missing: this is β·log π(y_w)/π(y_l).", beta * (chosen - rejected)),
+        Mistake("β is missing: this is h, and r_w − r_l = β·h.", h),
+        Mistake("β and 1/β are swapped: r_w − r_l = β·h, the temperature comes back as a factor.", h / beta),
+        Mistake("Chosen and rejected are swapped.", -beta * h),
+        Mistake(
+            "The reference has the wrong sign: it is added, or the two references are swapped.",
+            beta * ((chosen + ref_chosen) - (rejected + ref_rejected)),
+        ),
+        Mistake(
+            "This is the chosen answer alone, β·log(π/π_ref): subtract the rejected.", beta * (chosen - ref_chosen)
+        ),
+        Mistake("This is the rejected answer alone, β·log(π/π_ref).", beta * (rejected - ref_rejected)),
+        Mistake("This is exp(β·h): the reward itself is β·h.", torch.exp(beta * h)),
+        Mistake("This is σ(β·h), the Bradley–Terry probability: the reward itself is β·h.", torch.sigmoid(beta * h)),
+    ]
+    return Answers((chosen, rejected, ref_chosen, ref_rejected, beta), beta * h, mistakes)
 
 
 @_check
 def check_reward_difference(fn: Callable[..., Tensor]) -> Verdict:
-    r"""Check the reader's :math:`r_w - r_l = \beta h`, which reads the reward back from the optimal policy.
+    """Check the reader's r_w − r_l = β·h, which reads the reward back from the optimal policy.
 
     Args:
         fn: (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta number),
@@ -403,38 +825,59 @@ def check_reward_difference(fn: Callable[..., Tensor]) -> Verdict:
     Returns:
         The verdict.
     """
-    args, right, mistakes = reward_difference_answers()
-    _compare("r_w − r_l", _call(fn, *args), right, mistakes)
+    (chosen, rejected, *refs, beta), right, mistakes = reward_difference_answers()
+    got = _call(fn, chosen, rejected, *refs, beta)
+    _compare("r_w − r_l", got, right, mistakes)
+    leaves = _leaves(chosen, rejected)
+    followed = _followed(fn, *leaves, *refs, beta) if _is_torch(got) else None
+    if followed is not None and followed.requires_grad:
+        slope = beta * torch.eye(len(right), dtype=torch.float64)
+        missing = "A gradient reaches one policy only: one side of h is detached. Detach both, or none."
+        by_chosen, by_rejected = _jacobians(followed, leaves)
+        _compare_gradient("r_w − r_l", "policy_chosen_logps", by_chosen, slope, missing=missing)
+        _compare_gradient("r_w − r_l", "policy_rejected_logps", by_rejected, -slope, missing=missing)
     return Verdict(True, "r_w − r_l = β·h: Z(x) is the same for both answers and cancels.")
 
 
 # -- the regularisers ----------------------------------------------------------------------------------------
 
 
-def entropy_penalty_answers() -> tuple[tuple, Tensor, dict[str, Tensor]]:
-    """Arguments, right answer and known mistakes of `check_entropy_penalty`."""
+def entropy_penalty_answers() -> Answers:
+    """Return the numbers of `check_entropy_penalty`."""
     beta, entropy, alpha = _rows(0.1, 0.7, 0.45, 1.2), _rows(2.0, 1.1, 3.3, 0.4), 0.2
     gap = beta - alpha * entropy
     column = "β has become a column (B, 1): against H of shape (B,) it broadcasts to (B, B), every prompt with every H."
-    mistakes = {
-        "You sum over the batch: E_x is a mean, and a sum makes λ3 depend on the batch size.": gap.square().sum(),
-        "One number per prompt: the term is their mean, E_x.": gap.square(),
-        "The mean is squared: positive and negative gaps cancel. Square first, then average.": gap.mean().square(),
-        "The square is missing: this is the mean absolute gap.": gap.abs().mean(),
-        "The square is missing: gaps of opposite sign cancel.": gap.mean(),
-        "α is missing: this is (β − H)².": (beta - entropy).square().mean(),
-        "α is on the wrong side: the line is β = αH, not αβ = H.": (alpha * beta - entropy).square().mean(),
-        "α divides H; the line is β = αH.": (beta - entropy / alpha).square().mean(),
-        "This is the root of the mean square; the term has no root.": gap.square().mean().sqrt(),
-        column: (beta[:, None] - alpha * entropy).square().mean(),
-        "There is a factor ½ that the term does not have.": gap.square().mean() / 2,
-    }
-    return (beta, entropy, alpha), gap.square().mean(), mistakes
+    mistakes = [
+        Mistake("You sum over the batch: E_x is a mean, and a sum makes λ3 depend on its size.", gap.square().sum()),
+        Mistake("One number per prompt: the term is their mean, E_x.", gap.square()),
+        Mistake(
+            "The mean is squared: positive and negative gaps cancel. Square first, then average.", gap.mean().square()
+        ),
+        Mistake("The square is missing: this is the mean absolute gap.", gap.abs().mean()),
+        Mistake("The square is missing: gaps of opposite sign cancel.", gap.mean()),
+        Mistake("α is missing: this is (β − H)².", (beta - entropy).square().mean()),
+        Mistake("α is on the wrong side: the line is β = αH, not αβ = H.", (alpha * beta - entropy).square().mean()),
+        Mistake("α divides H; the line is β = αH.", (beta - entropy / alpha).square().mean()),
+        Mistake("H is added: the term is the distance β − αH.", (beta + alpha * entropy).square().mean()),
+        Mistake("This is the root of the mean square; the term has no root.", gap.square().mean().sqrt()),
+        Mistake(column, (beta[:, None] - alpha * entropy).square().mean()),
+        Mistake("There is a factor ½ that the term does not have.", gap.square().mean() / 2),
+        Mistake("The sign is flipped: a penalty is positive.", -gap.square().mean()),
+        Mistake(
+            "This is 1/β for β: the term has β itself, in both forms.", (1 / beta - alpha * entropy).square().mean()
+        ),
+        Mistake(
+            "This is the distance of logarithms: the term has β and αH themselves.",
+            (beta.log() - (alpha * entropy).log()).square().mean(),
+        ),
+        Mistake("This is the relative distance: the term does not divide.", (gap / (alpha * entropy)).square().mean()),
+    ]
+    return Answers((beta, entropy, alpha), gap.square().mean(), mistakes)
 
 
 @_check
 def check_entropy_penalty(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
-    r"""Check the reader's :math:`E_x[(\beta(x) - \alpha H)^2]`, and that no gradient reaches the reference.
+    """Check the reader's E_x[(β(x) − αH)²], its gradient, and that none reaches the reference.
 
     Args:
         fn: (beta (B,), ref_entropy (B,), alpha number) → scalar.
@@ -443,75 +886,121 @@ def check_entropy_penalty(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verd
         The verdict.
     """
     (beta, entropy, alpha), right, mistakes = entropy_penalty_answers()
-    beta, entropy = beta.requires_grad_(), entropy.requires_grad_()
-    penalty = _tensor(_call(fn, beta, entropy, alpha), "penalty")
-    _compare("penalty", penalty, right, mistakes)
-    if not penalty.requires_grad:
-        raise _Stop(False, "The penalty carries no gradient to β: something was detached that should not be.")
-    if torch.autograd.grad(penalty, [beta, entropy], allow_unused=True)[1] is not None:
-        raise _Stop(False, "A gradient reaches the entropy of the reference, which is frozen: detach it.")
+    _check_entropy_gradient(fn, beta, entropy, alpha, right, mistakes)
+    # on the line the gap is 0, and a square root inside has the slope 0·∞ there
+    entropy = _rows(2.0, 1.0)
+    _check_entropy_gradient(fn, 0.25 * entropy, entropy, 0.25, torch.zeros((), dtype=torch.float64), [])
     return Verdict(True, "The mean squared distance from the line αH, with a gradient on β alone.")
 
 
-class _Bumpy(nn.Module):
-    """exp(w·(x - m)/√(v + eps)): m, v are the batch's in training mode and stored ones in evaluation mode."""
+def _check_entropy_gradient(
+    fn: Callable, beta: Tensor, entropy: Tensor, alpha: float, right: Tensor, mistakes: Sequence[Mistake]
+) -> None:
+    leaves = _leaves(beta, entropy)
+    got = _call(fn, *leaves, alpha)
+    _compare("penalty", got, right, mistakes)
+    by_beta, by_entropy = _jacobians(_tensor(got, "penalty"), leaves)
+    _compare_gradient(
+        "penalty",
+        "beta",
+        by_beta,
+        2 * (beta - alpha * entropy) / len(beta),
+        missing="The penalty carries no gradient to β: something was detached that should not be.",
+        hint="a part of it was detached, or a root or a logarithm has no slope where β = αH",
+        dims=0,
+    )
+    if by_entropy.any():
+        _wrong("A gradient reaches the entropy of the reference, which is frozen: detach it.")
 
-    mean, var, weight = _rows(0.4, -0.3, 0.2), _rows(1.9, 0.6, 1.3), _rows(0.7, -0.5, 0.3)
+
+class BetaWithBatchNorm(nn.Module):
+    """β(x) = exp(w·(x − m)/√(v + ε)): m and v are the batch's in training mode, stored ones in evaluation mode."""
+
+    mean, var, weight_start = _rows(0.4, -0.3, 0.2), _rows(1.9, 0.6, 1.3), _rows(0.7, -0.5, 0.3)
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(3, affine=False).double()
-        self.norm.running_mean.copy_(self.mean)
-        self.norm.running_var.copy_(self.var)
-        self.weight_ = nn.Parameter(self.weight.clone())
+        self.norm = nn.BatchNorm1d(3, affine=False)
+        self.norm.register_buffer("running_mean", self.mean.clone())
+        self.norm.register_buffer("running_var", self.var.clone())
+        self.weight = nn.Parameter(self.weight_start.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.exp(self.norm(x) @ self.weight_)
+        """Return β (B,) of features (B, 3)."""
+        return torch.exp(self.norm(x) @ self.weight)
 
 
-def _batch_jacobian(x: Tensor) -> Tensor:
-    """(B, B, D) with ∂β(x_i)/∂x_j of `_Bumpy` in training mode."""
-    net = _Bumpy()
-    return torch.autograd.functional.jacobian(net, x)
-
-
-def smoothness_penalty_answers() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Features, right answer and known mistakes of `check_smoothness_penalty`."""
+def smoothness_penalty_answers() -> Answers:
+    """Return the numbers of `check_smoothness_penalty`; the argument is the features of `BetaWithBatchNorm`."""
     x = torch.stack([_rows(0.2, -1.1, 0.7), _rows(1.6, 0.4, -0.6), _rows(-0.7, 0.9, 1.8), _rows(2.3, -0.2, 0.1)])
-    per_unit = _Bumpy.weight / (_Bumpy.var + 1e-5).sqrt()  # (D,) gradient of log beta
-    beta = torch.exp((x - _Bumpy.mean) @ per_unit)
-    gradient = beta[:, None] * per_unit  # (B, D)
+    net = BetaWithBatchNorm
+    slope = net.weight_start / (net.var + 1e-5).sqrt()  # (D,) gradient of log β
+    beta = torch.exp((x - net.mean) @ slope)
+    gradient = beta[:, None] * slope  # (B, D)
     norms = gradient.square().sum(1)
-    jacobian = _batch_jacobian(x)
-    by_sum = jacobian.sum(0).square().sum(1)
-    own = torch.stack([jacobian[i, i] for i in range(len(x))]).square().sum(1)
-    mistakes = {
-        "The gradient is taken through the sum over the batch in training mode: batch norm makes β(x_i) depend on "
-        "the other rows, and their gradients are mixed into row i. Put the module in evaluation mode for the "
-        "penalty, and back afterwards.": by_sum.mean(),
-        "The gradient is taken in training mode: row by row, but of a β that depends on the batch. Put the module in "
-        "evaluation mode for the penalty, and back afterwards.": own.mean(),
-        "The square is missing: the term is ‖∇β‖², this is the mean of ‖∇β‖.": norms.sqrt().mean(),
-        "You sum over the batch: E_x is a mean.": norms.sum(),
-        "One number per prompt: the term is their mean, E_x.": norms,
-        "You average over the features too: ‖·‖² is a sum over them.": gradient.square().mean(),
-        "This is the gradient of the mean of β: it is 1/B of each row's own, and its square 1/B². Take the gradient "
-        "of the sum, so that each row keeps its own.": norms.mean() / len(x) ** 2,
-        "This is the gradient of log β; the term has β itself.": per_unit.square().sum(),
-        "Average after squaring: this squares the mean gradient over the batch, where gradients cancel.": (
-            gradient.mean(0).square().sum()
+    jacobian = torch.autograd.functional.jacobian(net(), x)  # (B, B, D), ∂β(x_i)/∂x_j in training mode
+    moved = net()
+    moved(x)
+    moved.eval()
+    moved_slope = moved.weight.detach() / (moved.norm.running_var + 1e-5).sqrt()
+    by_weight = (beta[:, None] * (x - net.mean) / (net.var + 1e-5).sqrt()).sum(0)
+    mistakes = [
+        Mistake(
+            "The gradient is taken through the sum over the batch in training mode: batch norm makes β(x_i) depend on "
+            "the other rows, and their gradients are mixed into row i. Put the module in evaluation mode for the "
+            "penalty, and back afterwards.",
+            jacobian.sum(0).square().sum(1).mean(),
         ),
-        "There is a factor ½ that the term does not have.": norms.mean() / 2,
-    }
-    return x, norms.mean(), mistakes
+        Mistake(
+            "The gradient is taken in training mode: row by row, but of a β that depends on the batch. Put the module "
+            "in evaluation mode for the penalty, and back afterwards.",
+            jacobian.diagonal(dim1=0, dim2=1).square().sum(0).mean(),
+        ),
+        Mistake("The square is missing: the term is ‖∇β‖², this is the mean of ‖∇β‖.", norms.sqrt().mean()),
+        Mistake("The square is missing: this is the norm over the whole batch.", norms.sum().sqrt()),
+        Mistake("The norm is ‖·‖², a sum of squares: this sums absolute values.", gradient.abs().sum(1).mean()),
+        Mistake("You sum over the batch: E_x is a mean.", norms.sum()),
+        Mistake("One number per prompt: the term is their mean, E_x.", norms),
+        Mistake("You average over the features too: ‖·‖² is a sum over them.", gradient.square().mean()),
+        Mistake(
+            "This is the gradient of the mean of β: it is 1/B of each row's own, and its square 1/B². Take the "
+            "gradient of the sum, so that each row keeps its own.",
+            norms.mean() / len(x) ** 2,
+        ),
+        Mistake("This is the gradient of log β; the term has β itself.", slope.square().sum()),
+        Mistake(
+            "Average after squaring: this squares the mean gradient over the batch, where gradients cancel.",
+            gradient.mean(0).square().sum(),
+        ),
+        Mistake("This is the gradient with respect to the parameters: the term has ∇_x.", by_weight.square().sum()),
+        Mistake(
+            "The module is called in training mode before the penalty is taken: every such call moves the running "
+            "statistics of batch norm, and with them β. Put the module in evaluation mode first.",
+            moved(x).detach().square().mean() * moved_slope.square().sum(),
+        ),
+        Mistake("There is a factor ½ that the term does not have.", norms.mean() / 2),
+        Mistake("The sign is flipped: a penalty is positive.", -norms.mean()),
+    ]
+    return Answers((x,), norms.mean(), mistakes)
+
+
+def smoothness_gradient(x: Tensor) -> Tensor:
+    """Return ∂E_x[‖∇_xβ‖²]/∂w (3,) of `BetaWithBatchNorm`: with u = w/√(v + ε), E_x[β²]·‖u‖² by the product rule."""
+    net = BetaWithBatchNorm
+    deviation = (net.var + 1e-5).sqrt()
+    slope = net.weight_start / deviation
+    centred = (x - net.mean) / deviation
+    squared = torch.exp(2 * centred @ net.weight_start)
+    return 2 * (squared[:, None] * centred).mean(0) * slope.square().sum() + 2 * squared.mean() * slope / deviation
 
 
 @_check
 def check_smoothness_penalty(fn: Callable[[nn.Module, Tensor], Tensor]) -> Verdict:
-    r"""Check the reader's :math:`E_x[\|\nabla_x\beta(x)\|^2]` on a module with batch norm, in training mode.
+    """Check the reader's E_x[‖∇_xβ(x)‖²] on a module with batch norm, in training mode.
 
-    Also seen: a penalty that cannot train (no gradient to the parameters), and a module that is left in
-    another mode than it came in.
+    Beyond the number it looks at its gradient with respect to the parameters of the very module it was given (a
+    copy's do not count), also where β is constant, and at what the function leaves behind: mode, buffers and
+    `.grad` of the module.
 
     Args:
         fn: (beta_fn module (B, D) → (B,), x (B, D)) → scalar.
@@ -519,17 +1008,58 @@ def check_smoothness_penalty(fn: Callable[[nn.Module, Tensor], Tensor]) -> Verdi
     Returns:
         The verdict.
     """
-    x, right, mistakes = smoothness_penalty_answers()
-    net = _Bumpy().train()
-    penalty = _tensor(_call(fn, net, x.clone()), "penalty")
-    _compare("penalty", penalty, right, mistakes)
+    (x,), right, mistakes = smoothness_penalty_answers()
+    net = BetaWithBatchNorm().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    got = _call(fn, net, x)
+    _compare("penalty", got, right, mistakes)
+    penalty = _tensor(got, "penalty")
     if not penalty.requires_grad:
-        raise _Stop(
-            False, "The number is right, but it has no gradient to train by: `autograd.grad(..., create_graph=True)`."
-        )
-    if not net.training or not net.norm.training:
-        raise _Stop(False, "The module came in training mode and is left in evaluation mode: put it back.")
+        _wrong("The number is right, but it has no gradient to train by: `autograd.grad(..., create_graph=True)`.")
+    _check_left_behind(net, before)
+    _compare_gradient(
+        "penalty",
+        "weight",
+        _gradient(penalty, [net.weight])[0],
+        smoothness_gradient(x),
+        missing=(
+            "The number is right, but its gradient never reaches the parameters of the module you were given: the "
+            "penalty is taken on a copy, or on detached parameters, and training by it changes nothing. Use the module "
+            "itself."
+        ),
+        dims=0,
+    )
+    _check_constant_beta(fn, x)
     return Verdict(
         True,
         "Each prompt's own gradient, of the deterministic β, squared, summed over features, averaged over prompts.",
     )
+
+
+def _check_left_behind(net: BetaWithBatchNorm, before: dict[str, Tensor]) -> None:
+    if not net.training or not net.norm.training:
+        _wrong("The module is given in training mode and left in evaluation mode: put it back.")
+    for name, value in net.state_dict().items():
+        if not torch.equal(value, before[name]):
+            _wrong(
+                f"Your function changes the module: `{name}` is not what it was. A penalty only looks; in training "
+                "mode every call moves the running statistics of batch norm."
+            )
+    if net.weight.grad is not None:
+        _wrong(
+            "Your function fills `.grad` of the parameters, and the optimizer would step by it: `backward()` does "
+            "that. Take the gradient by `torch.autograd.grad`, which returns it."
+        )
+
+
+def _check_constant_beta(fn: Callable, x: Tensor) -> None:
+    net = BetaWithBatchNorm().train()
+    net.weight.data.zero_()
+    got = _call(fn, net, x)
+    _compare("penalty of a constant β", got, torch.zeros((), dtype=torch.float64), [])
+    (gradient,) = _gradient(_tensor(got, "penalty"), [net.weight])
+    if not torch.isfinite(gradient).all():
+        _wrong(
+            "The number is right, but where β is the same for all prompts, as at the start of training, the gradient "
+            "to the parameters is NaN: a square root has no slope at 0. Square without taking the root first."
+        )
