@@ -16,14 +16,13 @@ import torch
 
 from dpoviz.analysis.plots import plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy
+from dpoviz.analysis.tables import summarize_estimators
+from dpoviz.analysis.text import accuracy_as_text, as_text, entropy_as_text
 from dpoviz.experiments.bench import bench
 from dpoviz.experiments.comparison import BASELINE, CompareConfig, compare, job_table
 from dpoviz.experiments.comparison_report import effects_as_text, reading_of_effects, write_comparison
 from dpoviz.experiments.folder import (
-    accuracy_as_text,
-    as_text,
     claim,
-    entropy_as_text,
     report,
     require_unclaimed,
     write,
@@ -32,7 +31,6 @@ from dpoviz.experiments.generate import sample_pairs, write_pairs
 from dpoviz.experiments.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
 from dpoviz.experiments.small import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
 from dpoviz.experiments.time_estimate import forecast
-from dpoviz.lm.entropy import summarize_estimators
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import default_cache_dir

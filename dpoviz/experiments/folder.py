@@ -12,8 +12,7 @@ import pandas as pd
 
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
-from dpoviz.analysis.tables import summarize, summarize_accuracy
-from dpoviz.lm.entropy import summarize_estimators
+from dpoviz.analysis.tables import summarize, summarize_accuracy, summarize_estimators
 
 TABLES = ("beta", "history", "entropy", "held_out", "answers")
 """The tables a folder may hold, each as <name>.csv."""
@@ -122,51 +121,3 @@ def report(out: Path) -> dict[str, pd.DataFrame]:
         answers=answers,
     )
     return found
-
-
-def as_text(summary: pd.DataFrame) -> str:
-    """`summarize`'s table as text, for a terminal."""
-    rows = pd.DataFrame(
-        {
-            "form": summary["form"],
-            "task": summary["task"],
-            "prompts": summary["n"],
-            "beta (median)": summary["beta_median"].map("{:.3g}".format),
-            "quartiles": [f"{a:.3g} to {b:.3g}" for a, b in zip(summary["beta_q1"], summary["beta_q3"], strict=True)],
-            "s (median)": summary["scale_median"].map("{:.3g}".format),
-            "H, nats/token": summary["ref_entropy_mean"].map("{:.3f}".format),
-            "rho(beta, H)": [
-                f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
-                for rho, low, high in zip(summary["rho"], summary["rho_low"], summary["rho_high"], strict=True)
-            ],
-        }
-    )
-    return rows.to_string(index=False)
-
-
-def entropy_as_text(summary: pd.DataFrame) -> str:
-    """`summarize_estimators`' table as text, estimators by tasks."""
-    cells = [f"{row.mean:.3f} ± {row.se:.3f} (n={row.n})" for row in summary.itertuples()]
-    order = {name: i for i, name in enumerate(dict.fromkeys(summary["estimator"]))}
-    wide = summary.assign(cell=cells).pivot(index="estimator", columns="task", values="cell")
-    return wide.loc[sorted(wide.index, key=order.get), list(dict.fromkeys(summary["task"]))].to_string()
-
-
-def accuracy_as_text(accuracy: pd.DataFrame) -> str:
-    """`summarize_accuracy`'s table as text."""
-    rows = pd.DataFrame(
-        {
-            "run": accuracy["arm"],
-            "task": accuracy["task"],
-            "pairs": accuracy["n"],
-            "accuracy": [
-                f"{a:.3f} [{b:.3f}, {c:.3f}]"
-                for a, b, c in accuracy[["accuracy", "accuracy_low", "accuracy_high"]].itertuples(index=False)
-            ],
-            "difference from fixed": [
-                "" if a != a else f"{a:+.3f} [{b:+.3f}, {c:+.3f}]"
-                for a, b, c in accuracy[["difference", "difference_low", "difference_high"]].itertuples(index=False)
-            ],
-        }
-    )
-    return rows.to_string(index=False)
