@@ -44,7 +44,8 @@ def evaluate_policy(
     Three estimates of KL(π‖π_ref) use the same answers y, sampled from π, in nats for a whole answer of at most
     `max_new_tokens` tokens. All are unbiased (k3 up to the probability of π_ref on answers that π never gives):
 
-        k1 = log π(y|x) − log π_ref(y|x)    k3 = π_ref(y|x)/π(y|x) − 1 + k1    kl = Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t))
+        k1 = log π(y|x) − log π_ref(y|x)        k3 = π_ref(y|x)/π(y|x) − 1 + k1
+        kl = Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t))
 
     (k1 and k3 as named by J. Schulman, "Approximating KL divergence", 2020). `kl` is k1 with each token's term replaced
     by its mean given the tokens before it (a Rao-Blackwell estimate, token by token); it varied least in our

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 
-import numpy as np
 import pandas as pd
 
 MISSING = "–"
@@ -21,9 +21,9 @@ def number(value: float, digits: int = 3, *, trim: bool = False) -> str:
     """
     if math.isnan(value):
         return MISSING
-    trimmed = "-" if trim else "k"
-    text = np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim=trimmed)
-    return _minus(text.removesuffix("."))
+    # numpy's format_float_positional drops the zeros of a number that it rounds up: 0.51996 becomes 0.52, not 0.520
+    text = format(Decimal(f"{value:.{digits - 1}e}"), "f")
+    return _minus(text.rstrip("0").rstrip(".") if trim and "." in text else text)
 
 
 def fixed(value: float, decimals: int = 2, *, sign: bool = False) -> str:
