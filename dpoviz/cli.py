@@ -24,12 +24,12 @@ from dpoviz.experiments.comparison_report import effects_as_text, reading_of_eff
 from dpoviz.experiments.folder import (
     claim,
     report,
-    require_unclaimed,
+    require_same_config,
     write,
 )
 from dpoviz.experiments.generate import sample_pairs, write_pairs
 from dpoviz.experiments.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
-from dpoviz.experiments.small import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
+from dpoviz.experiments.small import Demo, DemoConfig, WorldConfig, quiet_libraries, run_demo, small_world
 from dpoviz.experiments.time_estimate import forecast
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.processes import processes
@@ -41,7 +41,7 @@ from dpoviz.training.methods import METHODS
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `dpoviz`; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    own_progress_only()
+    quiet_libraries()
     state = processes()
     try:
         if state.num_processes > 1 and arguments.run not in (_train, _reference):
@@ -178,7 +178,7 @@ def _model_and_data(parser: argparse.ArgumentParser, *, without: str = "") -> No
         max_length="limit of prompt and answer, in tokens",
         max_new_tokens="limit of a sampled answer, in tokens",
         entropy_samples="answers a prompt for the entropy",
-        score_batch="pairs at once where nothing is trained",
+        eval_batch_size="pairs at once where nothing is trained",
     )
     parser.add_argument("--held-out", type=float, default=default.held_out, help="share (default: %(default)s)")
 
@@ -255,7 +255,7 @@ def _config(given: argparse.Namespace) -> RealConfig:
 
 def _loaded(config: RealConfig, out: Path, command: str) -> Loaded:
     settings = {"command": command, **asdict(config)}
-    require_unclaimed(out, settings)
+    require_same_config(out, settings)
     loaded = load(config)
     processes().wait_for_everyone()  # all have seen that the folder is free
     if processes().is_main_process:

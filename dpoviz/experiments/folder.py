@@ -18,7 +18,7 @@ TABLES = ("beta", "history", "entropy", "held_out", "answers")
 """The tables a folder may hold, each as <name>.csv."""
 
 
-def require_unclaimed(out: Path, settings: Mapping[str, object]) -> None:
+def require_same_config(out: Path, settings: Mapping[str, object]) -> None:
     """Refuse a folder that holds a run with other settings.
 
     Raises:
@@ -33,8 +33,8 @@ def require_unclaimed(out: Path, settings: Mapping[str, object]) -> None:
 
 
 def claim(out: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings into the folder, or refuse as `require_unclaimed`."""
-    require_unclaimed(out, settings)
+    """Write the settings into the folder, or refuse as `require_same_config`."""
+    require_same_config(out, settings)
     file = out / "config.json"
     out.mkdir(parents=True, exist_ok=True)
     packages = {name: version(name) for name in ("dpoviz", "torch", "transformers", "datasets", "accelerate")}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import in_shares, own_seed, processes
+from dpoviz.lm.processes import map_over_processes, process_seed, processes
 from dpoviz.lm.sampling import Sampler, sampling
 
 
@@ -119,7 +119,7 @@ def estimate_entropy(
     if keep is not None:
         name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, __name__)
         journal = Journal(Path(keep) / f"entropy-{name}")
-    settings["seed"] = own_seed(seed)
+    settings["seed"] = process_seed(seed)
     shown = progress and processes().is_main_process
     with (
         sampling(model, prompts, samples, **settings, scores=True) as sampler,
@@ -174,7 +174,7 @@ def _numbers(
         bar.update(len(rows))
         return batch
 
-    for batch in in_shares(range(len(parts)), draw):
+    for batch in map_over_processes(range(len(parts)), draw):
         if batch is not None:
             known |= {prompt: (batch, i) for i, prompt in enumerate(batch["prompts"])}
     found = [known[name] for name in names]
