@@ -241,8 +241,7 @@ def _report(given: _Report) -> None:
 
 
 def _compare(given: _Compare) -> None:
-    from dpoviz.analysis.text import effects_as_text, reading_of_effects
-    from dpoviz.experiments.comparison_report import write_comparison
+    from dpoviz.experiments.comparison_report import effects_as_text, reading_of_effects, write_comparison
     from dpoviz.experiments.comparison_runs import compare
     from dpoviz.experiments.folder import locked_run
     from dpoviz.lm.reference import default_cache_dir

@@ -3,14 +3,12 @@
 import logging
 import math
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 import dpoviz.lm.entropy as module
 from dpoviz.lm import cache as journal
-from dpoviz.lm.entropy import _ratio, estimate_entropy, summarize_estimators
+from dpoviz.lm.entropy import _ratio, estimate_entropy
 
 EOS, LIMIT = 0, 3
 
@@ -306,68 +304,3 @@ class TestKeep:
         assert "7/7" in shown
         assert "prompt/s" in shown
         assert "sampling" not in shown
-
-
-class TestSummarizeEstimators:
-    @staticmethod
-    def table(estimator="per_token", **groups):
-        rows = [(estimator, task, value) for task, values in groups.items() for value in values]
-        return pd.DataFrame(rows, columns=["estimator", "task", "entropy"])
-
-    def test_by_hand(self):
-        table = pd.concat(
-            [
-                self.table(math=[1.0, 2.0, 3.0], code=[10.0, 12.0]),
-                self.table("sequence", math=[90.0, 110.0, 100.0], code=[40.0, 60.0]),
-            ]
-        )
-        got = summarize_estimators(table)
-        assert got["estimator"].tolist() == ["per_token"] * 2 + ["sequence"] * 2
-        assert got["task"].tolist() == ["math", "code"] * 2
-        assert got["n"].tolist() == [3, 2, 3, 2]
-        assert got["mean"].tolist() == [2, 11, 100, 50]
-        # sd 1 over sqrt(3); sd sqrt(2) over sqrt(2); sd 10 over sqrt(3); sd sqrt(200) over sqrt(2)
-        assert got["se"].tolist() == pytest.approx([3**-0.5, 1, 10 * 3**-0.5, 10])
-        assert got["order"].tolist() == ["math < code"] * 2 + ["code < math"] * 2
-        assert got["order_share"].tolist() == [1] * 4  # no resample mixes ranges that do not overlap
-
-    def test_the_share_is_the_probability_of_the_order(self):
-        # the bootstrap's mean of two is 0, 1/2 or 1 with 1/4, 1/2, 1/4, against 0.4 that does not vary
-        got = summarize_estimators(self.table(code=[0.0, 1.0], math=[0.4, 0.4]), resamples=20_000)
-        assert got["order"].unique() == ["math < code"]
-        # 20000 resamples: standard error 0.003, four of these
-        assert got["order_share"].tolist() == pytest.approx([0.75] * 2, abs=0.012)
-
-    def test_ties_are_no_order(self):
-        assert summarize_estimators(self.table(code=[1.0, 1.0], math=[1.0, 1.0]))["order_share"].tolist() == [0, 0]
-
-    def test_three_tasks_are_one_order(self):
-        table = self.table(math=[1.0, 1.1], code=[2.0, 2.1], dialogue=[0.0, 10.0])
-        got = summarize_estimators(table, resamples=20_000)
-        assert got["order"].unique() == ["math < code < dialogue"]
-        # dialogue's resampled mean is 0, 5 or 10: above the others with probability 3/4
-        assert got["order_share"].tolist() == pytest.approx([0.75] * 3, abs=0.012)
-
-    def test_one_prompt_has_no_standard_error_and_one_task_no_order(self):
-        got = summarize_estimators(self.table(math=[1.0]))
-        assert np.isnan(got["se"][0])
-        assert (got["order"][0], got["order_share"][0]) == ("math", 1)
-
-    def test_repeatable(self):
-        draw = np.random.default_rng(0)
-        table = self.table(math=draw.normal(size=20), code=draw.normal(size=20))
-        a, b, other = (summarize_estimators(table, seed=seed) for seed in (0, 0, 1))
-        assert a.equals(b)
-        assert not a.equals(other)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda t: t.drop(columns="task"), r"no columns \['task'\]"),
-            (lambda t: t.iloc[:0], "got 0 rows"),
-            (lambda t: t.assign(entropy=float("nan")), "entropy is not finite"),
-        ],
-    )
-    def test_refused(self, change, message):
-        with pytest.raises(ValueError, match=message):
-            summarize_estimators(change(self.table(math=[1.0])))

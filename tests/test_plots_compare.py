@@ -13,10 +13,9 @@ from dpoviz.analysis.plots_comparison import (
     figure_frontier,
     figure_parts,
     figure_reliability,
-    first_value,
-    gains,
     plot_frontier,
 )
+from dpoviz.analysis.tables_comparison import first_value, frontier_points, gains, parts_by_seed
 from dpoviz.data.tasks import TASKS
 
 ALL = (*TASKS, "all")
@@ -45,6 +44,29 @@ def test_gains_are_over_the_reference_of_the_same_world():
     found = gains(table())
     assert len(found) == 12
     assert found["gain/math"].to_numpy() == pytest.approx(0.1 * found["kl/math"].to_numpy())
+
+
+def test_points_are_means_over_seeds():
+    points = frontier_points(gains(table()), "code").set_index(["contender", "learning_rate", "value"])
+    assert len(points) == 6
+    # of two seeds, KL 1/0.8 and 2/0.8; one standard error of two numbers is half their distance
+    row = points.loc[("constant", 1e-4, 0.8)]
+    assert row.tolist() == pytest.approx([1.875, 0.1875, 0.625, 0.0625])
+    alone = frontier_points(gains(table()).query("seed == 0"), "code")
+    assert (alone["kl_se"] == 0).all()
+
+
+def test_parts_are_means_over_seeds():
+    parts = parts_by_seed(table().query("phase == 'main'")).set_index(["contender", "part", "task"])
+    assert len(parts) == 2 * 4 * 3
+    # at value 0.2 and rate 2e-4: KL 10 and 20
+    assert parts.loc[("constant", "kl", "math")].tolist() == pytest.approx([15, 5])
+    assert parts.loc[("network inverse", "s", "code")].tolist() == pytest.approx([0.2, 0])
+
+
+def test_gains_refuses_other_tables():
+    with pytest.raises(ValueError, match=r"table: missing columns \['phase'\]"):
+        gains(table().drop(columns="phase"))
 
 
 class TestFrontier:

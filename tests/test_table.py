@@ -1,9 +1,12 @@
-"""The table of beta by prompt, and its summary, against plain Python and scipy's one-pair functions."""
+"""Tables and summaries against plain Python and scipy's one-pair functions; files against the tables they hold."""
 
 from __future__ import annotations
 
+import ast
+import csv
 import random
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpoviz.analysis.tables import COLUMNS, EXPECTED_ORDER, beta_table, summarize, summarize_accuracy
+from dpoviz.analysis import tables
+from dpoviz.analysis.tables import (
+    COLUMNS,
+    EXPECTED_ORDER,
+    beta_table,
+    read_table,
+    summarize,
+    summarize_accuracy,
+    summarize_estimators,
+    write_table,
+)
 
 # sums and quotients of a few dozen numbers of size 1 in float64: rounding stays below 1e-13
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -82,6 +95,9 @@ class TestBetaTable:
         assert list(table["beta"]) == [2.0, 4.0]
         assert list(table["ref_entropy"]) == [1.0, 2.0]
         assert all(table[column].dtype == np.float64 for column in COLUMNS[4:])
+
+    def test_takes_bfloat16(self):
+        assert list(made(torch.tensor([0.5, 4.0], dtype=torch.bfloat16), [1.0, 2.0])["beta"]) == [0.5, 4.0]
 
     def test_same_prompt_in_another_task_is_another_row(self):
         assert len(made([1.0, 1.0], [1.0, 1.0], task=["math", "code"], prompts=["a", "a"])) == 2
@@ -344,3 +360,180 @@ class TestSummarizeAccuracy:
             summarize_accuracy(data, baseline="fixed", n_boot=10)
         with pytest.raises(ValueError, match="all"):
             summarize_accuracy(data.assign(task="all"), baseline="fixed")
+
+    def test_a_group_called_like_a_prompt_is_not_that_prompt(self):
+        data = scored({"fixed": [1.0, -1.0]}, group=["p1", None])
+        assert summarize_accuracy(data, baseline="fixed")["groups"].tolist() == [2, 2]
+
+
+class TestSummarizeEstimators:
+    @staticmethod
+    def table(estimator="per_token", **groups):
+        rows = [(estimator, task, value) for task, values in groups.items() for value in values]
+        return pd.DataFrame(rows, columns=["estimator", "task", "entropy"])
+
+    def test_by_hand(self):
+        table = pd.concat(
+            [
+                self.table(math=[1.0, 2.0, 3.0], code=[10.0, 12.0]),
+                self.table("sequence", math=[90.0, 110.0, 100.0], code=[40.0, 60.0]),
+            ]
+        )
+        got = summarize_estimators(table)
+        assert got["estimator"].tolist() == ["per_token"] * 2 + ["sequence"] * 2
+        assert got["task"].tolist() == ["math", "code"] * 2
+        assert got["n"].tolist() == [3, 2, 3, 2]
+        assert got["mean"].tolist() == [2, 11, 100, 50]
+        # sd 1 over sqrt(3); sd sqrt(2) over sqrt(2); sd 10 over sqrt(3); sd sqrt(200) over sqrt(2)
+        assert got["se"].tolist() == pytest.approx([3**-0.5, 1, 10 * 3**-0.5, 10])
+        assert got["order"].tolist() == ["math < code"] * 2 + ["code < math"] * 2
+        assert got["order_share"].tolist() == [1] * 4  # no resample mixes ranges that do not overlap
+
+    def test_the_share_is_the_probability_of_the_order(self):
+        # the bootstrap's mean of two is 0, 1/2 or 1 with 1/4, 1/2, 1/4, against 0.4 that does not vary
+        got = summarize_estimators(self.table(code=[0.0, 1.0], math=[0.4, 0.4]), n_boot=20_000)
+        assert got["order"].unique() == ["math < code"]
+        # 20000 resamples: standard error 0.003, four of these
+        assert got["order_share"].tolist() == pytest.approx([0.75] * 2, abs=0.012)
+
+    def test_ties_are_no_order(self):
+        assert summarize_estimators(self.table(code=[1.0, 1.0], math=[1.0, 1.0]))["order_share"].tolist() == [0, 0]
+
+    def test_three_tasks_are_one_order(self):
+        table = self.table(math=[1.0, 1.1], code=[2.0, 2.1], dialogue=[0.0, 10.0])
+        got = summarize_estimators(table, n_boot=20_000)
+        assert got["order"].unique() == ["math < code < dialogue"]
+        # dialogue's resampled mean is 0, 5 or 10: above the others with probability 3/4
+        assert got["order_share"].tolist() == pytest.approx([0.75] * 3, abs=0.012)
+
+    def test_one_prompt_has_no_standard_error_and_one_task_no_order(self):
+        got = summarize_estimators(self.table(math=[1.0]))
+        assert np.isnan(got["se"][0])
+        assert (got["order"][0], got["order_share"][0]) == ("math", 1)
+
+    def test_repeatable(self):
+        draw = np.random.default_rng(0)
+        table = self.table(math=draw.normal(size=20), code=draw.normal(size=20))
+        a, b, other = (summarize_estimators(table, seed=seed) for seed in (0, 0, 1))
+        assert a.equals(b)
+        assert not a.equals(other)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.drop(columns="task"), r"missing columns \['task'\]"),
+            (lambda t: t.iloc[:0], "got no rows"),
+            (lambda t: t.assign(entropy=float("nan")), r"entropy: not finite in rows \[0\]"),
+        ],
+    )
+    def test_refused(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            summarize_estimators(change(self.table(math=[1.0])))
+
+
+# names and texts that a reader of CSV takes for numbers, for missing values, for formulas, or for the end of a row
+ODD = (
+    "1", "007", "1e5", "1_000", "-1", "+1", "inf", "NA", "N/A", "None", "nan", "NaN", "null", "", "True", "false",
+    "=1+1", "@sum", "\t=1", "\r=1", "\n", "'", "'=1", "''x", "＝1", '"', ",", "a\rb", "a\r\nb", "a\0b", "\ufeffx", " x ",
+    "2026-01-01", "$x$", "_x", "讲个笑话", "<b>&", "{{ x }}", "#x", "\\N",
+)  # fmt: skip
+
+
+def odd_table() -> pd.DataFrame:
+    n = len(ODD)
+    group = pd.Series([None if i % 3 else text for i, text in enumerate(ODD)], dtype=object)
+    text = {name: ODD[i:] + ODD[:i] for i, name in enumerate(("task", "prompt", "answer", "arm", "form", "estimator"))}
+    numbers = {
+        "seed": range(n),
+        "beta": np.random.default_rng(0).normal(size=n) * 1e-7,
+        "example": [True, False] * (n // 2),
+    }
+    kl = [np.nan, 0.1 + 0.2, np.inf, 5e-324, *[1.0] * (n - 4)]
+    return pd.DataFrame({**text, "group": group, **numbers, "kl": kl, f"beta/{ODD[0]}": 2.5})
+
+
+class TestFiles:
+    def test_text_and_numbers_survive_whatever_they_look_like(self, tmp_path):
+        table = odd_table()
+        write_table(table, tmp_path / "t.csv")
+        back = read_table(tmp_path / "t.csv")
+        assert list(back.columns) == list(table.columns)
+        for name in table:
+            got, expected = back[name].tolist(), table[name].tolist()
+            assert all(a == b or (a != a and b != b) for a, b in zip(got, expected, strict=True)), name
+        assert back["group"].isna().sum() == len([i for i in range(len(ODD)) if i % 3])
+        assert all(text is None for text in back["group"][back["group"].isna()])
+        assert back["example"].dtype == bool and back["seed"].dtype == np.int64 and back["kl"].dtype == np.float64
+        # the control: pandas' guesses lose most of them
+        guessed = pd.read_csv(tmp_path / "t.csv")["task"].tolist()
+        assert sum(a != b for a, b in zip(guessed, ODD, strict=True)) > 10
+
+    def test_no_cell_is_a_formula_for_a_spreadsheet(self, tmp_path):
+        write_table(odd_table(), tmp_path / "t.csv")
+        with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        cells = [row[name] for row in rows for name in ("task", "prompt", "answer", "group")]
+        assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r\n"))]
+        assert "'=1+1" in cells and "''=1" in cells
+
+    @given(
+        st.lists(
+            st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False)),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    def test_any_text_and_any_number(self, tmp_path_factory, rows):
+        path = tmp_path_factory.mktemp("t") / "t.csv"
+        table = pd.DataFrame(rows, columns=["prompt", "beta"])
+        write_table(table, path)
+        back = read_table(path)
+        assert list(back.itertuples(index=False, name=None)) == rows
+
+    def test_a_column_of_one_empty_text(self, tmp_path):
+        write_table(pd.DataFrame({"prompt": ["", "x", ""]}), tmp_path / "t.csv")
+        assert read_table(tmp_path / "t.csv")["prompt"].tolist() == ["", "x", ""]
+
+    def test_no_rows(self, tmp_path):
+        write_table(pd.DataFrame({"prompt": [], "beta": []}), tmp_path / "t.csv")
+        back = read_table(tmp_path / "t.csv")
+        assert list(back.columns) == ["prompt", "beta"] and back.empty
+
+    def test_a_file_from_before_the_apostrophes(self, tmp_path):
+        (tmp_path / "t.csv").write_text("task,prompt,answer,beta\nmath,'tis,,0.5\n", encoding="utf-8")
+        assert read_table(tmp_path / "t.csv").to_dict("records") == [
+            {"task": "math", "prompt": "'tis", "answer": "", "beta": 0.5}
+        ]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"note": ["a", "b"]}, "column 'note' holds text, expected numbers"),
+            ({"task": ["math", None]}, r"column 'task' has no text in rows \[1\]"),
+        ],
+    )
+    def test_refuses_to_write_what_would_not_come_back(self, tmp_path, change, message):
+        with pytest.raises(ValueError, match=message):
+            write_table(pd.DataFrame({"task": ["math", "code"], "beta": [1.0, 2.0]} | change), tmp_path / "t.csv")
+        assert not list(tmp_path.iterdir())
+
+    def test_refuses_to_read_text_as_numbers(self, tmp_path):
+        (tmp_path / "t.csv").write_text("task,beta\nmath,much\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"t\.csv: column 'beta' holds text .*'much'"):
+            read_table(tmp_path / "t.csv")
+
+    def test_summaries_of_odd_names_are_the_same_after_reading(self, tmp_path):
+        names = [*ODD[:16], "=1+1"]
+        parts = [noisy(4, seed=i, task=name) for i, name in enumerate(names)]
+        table = pd.concat(parts, ignore_index=True)
+        write_table(table, tmp_path / "t.csv")
+        pd.testing.assert_frame_equal(
+            summarize(read_table(tmp_path / "t.csv"), n_boot=100), summarize(table, n_boot=100), check_dtype=False
+        )
+
+
+def test_no_torch():
+    tree = ast.parse(Path(tables.__file__).read_text(encoding="utf-8"))
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    assert not [module for module in imported if module.split(".")[0] == "torch"]

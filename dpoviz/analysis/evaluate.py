@@ -1,4 +1,4 @@
-r"""What a policy is worth: true reward, distance from the reference, and whether its margins mean what they say."""
+"""Evaluation of a policy: true reward, distance from the reference, and calibration of its margins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_both
 
 MEASURES = ("reward", "kl", "kl_k1", "kl_k3", "entropy", "length")
-"""What `evaluate_policy` measures at each prompt."""
+"""The measures of `evaluate_policy` at each prompt."""
 
 
 def evaluate_policy(
@@ -36,36 +36,35 @@ def evaluate_policy(
     reward: Callable[[Problem, str], float] = task_reward,
     progress: bool = False,
 ) -> pd.DataFrame:
-    r"""Sample answers from the policy, and measure them at each prompt.
+    """Sample answers from the policy, and measure them at each prompt.
 
-    The processes of `accelerate launch` share the prompts; each draws by a seed of its own, and all return the whole.
+    The processes of `accelerate launch` share the prompts; each samples with its own seed, and all return the whole
+    table.
 
-    Three estimates of :math:`KL(\pi\|\pi_{ref})` come from the same answers, y drawn from :math:`\pi`, in nats for a
-    whole answer of at most `max_new_tokens`, and all unbiased (up to the weight of k3 where :math:`\pi` never goes):
+    Three estimates of KL(π‖π_ref) use the same answers y, sampled from π, in nats for a whole answer of at most
+    `max_new_tokens` tokens. All are unbiased (k3 up to the probability of π_ref on answers that π never gives):
 
-    .. math::
-        k_1 = \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}, \qquad
-        k_3 = \frac{\pi_{ref}(y|x)}{\pi(y|x)} - 1 + k_1, \qquad
-        \sum_t KL(\pi(\cdot|x, y_{<t})\,\|\,\pi_{ref}(\cdot|x, y_{<t}))
+        k1 = log π(y|x) − log π_ref(y|x)        k3 = π_ref(y|x)/π(y|x) − 1 + k1
+        kl = Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t))
 
-    (k1 and k3 as J. Schulman names them, "Approximating KL divergence", 2020). The last is k1 with each token's term
-    replaced by its mean given the tokens before it (Rao and Blackwell's idea, token by token), and varies least where
-    we looked; it is the one called `kl`. k3 over whole answers has heavy tails where the policy is far away.
+    (k1 and k3 as named by J. Schulman, "Approximating KL divergence", 2020). `kl` is k1 with each token's term replaced
+    by its mean given the tokens before it (a Rao-Blackwell estimate, token by token); it varied least in our
+    measurements. k3 over whole answers has heavy tails where the policy is far away.
 
     Args:
-        policy: a causal language model, left in the mode it was in.
+        policy: a causal language model; its training or evaluation mode is kept.
         reference: the model it started from, on the same device; the policy itself if it is a PEFT model.
-        tokenizer: theirs.
-        problems: prompts, with what is needed to judge an answer.
-        samples: answers drawn at each prompt.
+        tokenizer: of both models.
+        problems: prompts, with the data needed to judge an answer.
+        samples: answers per prompt.
         max_new_tokens: limit of an answer, in tokens.
-        seed: the draws.
+        seed: of the sampling.
         batch_size: prompts at once.
         reward: true reward of an answer, given its problem.
         progress: show a bar.
 
     Returns:
-        A row per problem: task, prompt, and the means over its samples of reward, kl, kl_k1, kl_k3 (nats an answer),
+        A row per problem: task, prompt, and the means over its samples of reward, kl, kl_k1, kl_k3 (nats per answer),
         entropy (of the policy, nats per token: the next-token entropies along its answers over all their tokens) and
         length (tokens).
 
@@ -96,7 +95,7 @@ def evaluate_policy(
         for places in by_length(lengths, batch_size):
             rows = [share[place] for place in places]
             own = [drawn[row] for row in rows]
-            sums = score_both(policy, reference, [prompts[row] for row in rows], own, _look, pad_id=pad_id)
+            sums = score_both(policy, reference, [prompts[row] for row in rows], own, _token_statistics, pad_id=pad_id)
             k1, step_kl, entropy, length = sums.unbind(dim=-1)  # (rows, samples) each
             k3 = torch.expm1(-k1) + k1
             for i, row in enumerate(rows):
@@ -121,8 +120,8 @@ def evaluate_policy(
     return pd.DataFrame([found[row] for row in range(len(problems))])
 
 
-def _look(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
-    """(n, 4) of each token: log-ratio, exact next-token KL, entropy of the policy, and 1."""
+def _token_statistics(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
+    """Return, for each token, (n, 4): log-ratio, exact next-token KL, entropy of the policy, and 1."""
     logps, ref_logps = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
     p = logps.exp()
     ratio = logps - ref_logps
@@ -133,15 +132,15 @@ def _look(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def summarize_evaluation(table: pd.DataFrame) -> pd.DataFrame:
-    """Means with standard errors over prompts, by task and over all of them, each task with the same weight.
+    """Return means with standard errors over prompts, by task and over all tasks, each task with the same weight.
 
     Samples of one prompt are not independent: the prompt is the unit.
 
     Args:
-        table: what `evaluate_policy` returned, at least two prompts a task.
+        table: what `evaluate_policy` returned, at least two prompts per task.
 
     Returns:
-        A row per task, and one of task "all": n (prompts), and of each of `MEASURES` the mean and <measure>_se.
+        A row per task, and one of task "all": n (prompts), and for each of `MEASURES` the mean and <measure>_se.
 
     Raises:
         ValueError: a task with a single prompt, which has no standard error.
@@ -159,15 +158,15 @@ def summarize_evaluation(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> pd.DataFrame:
-    r"""How probabilities that are said compare with those that are true, bin by bin.
+    """Compare predicted with true probabilities, bin by bin.
 
     Args:
-        predicted: (N,) probabilities said, as :math:`\sigma(s h)`.
-        truth: (N,) what they should be: true preference probabilities, or 0 and 1.
-        bins: of equal width over 0 to 1.
+        predicted: (N,) predicted probabilities, as σ(s·h).
+        truth: (N,) true preference probabilities, or labels 0 and 1.
+        bins: number of bins of equal width over 0 to 1.
 
     Returns:
-        A row per bin that holds any: bin (its number), n, predicted and truth (means over the bin).
+        A row per bin that is not empty: bin (its number), n, predicted and truth (means over the bin).
 
     Raises:
         ValueError: the two differ in length, or are empty or outside 0 to 1.
@@ -181,7 +180,10 @@ def reliability(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> pd
 
 
 def calibration(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> dict[str, float]:
-    """Brier score, the mean of (predicted − truth)², and expected calibration error over `bins`; as `reliability`."""
+    """Return the Brier score, the mean of (predicted − truth)², and the expected calibration error over `bins`.
+
+    Arguments and errors are those of `reliability`.
+    """
     predicted, truth = _probabilities(predicted, truth)
     table = reliability(predicted, truth, bins=bins)
     error = (table["n"] * (table["predicted"] - table["truth"]).abs()).sum() / table["n"].sum()

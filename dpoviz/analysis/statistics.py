@@ -1,13 +1,14 @@
-r"""Reward against KL: curves through runs, differences between them at equal KL, and what such differences are worth.
+"""The bootstrap that every interval comes from; and reward against KL, with tests of differences at equal KL.
 
 A run is a point (KL to the reference in nats, true reward). A curve joins the points of one method, from the reference
-itself at (0, its reward). The straight line between two points is no guess: who answers with either policy, by the
-toss of a coin at each prompt, has the mean of their rewards, and at most the mean of their KLs, because KL is convex.
+itself at (0, its reward). The straight line between two points can be reached: a policy that follows one of two
+policies with probability w at each prompt has the weighted mean of their rewards, and at most the weighted mean of
+their KLs, because KL is convex.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +16,54 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.stats import nct, t, ttest_1samp
 
+_BLOCK = 100
+"""Resamples computed at once: bounds the memory, does not change the numbers."""
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return a statistic of `resamples` samples of n rows, drawn with replacement.
+
+    Which uncertainty the result covers depends on the rows: prompts, groups of pairs, or seeds of one training setup.
+
+    Args:
+        statistic: takes row numbers (R, n), a resample per row, and returns an array (R, ...).
+        n: the number of rows that are resampled.
+        resamples: the number of resamples.
+        rng: continues from its present state.
+
+    Returns:
+        (resamples, ...).
+    """
+    sizes = [min(_BLOCK, resamples - done) for done in range(0, resamples, _BLOCK)]
+    return np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5 % and the 97.5 % quantile of a bootstrap, leaving NaN out (both NaN if all are).
+
+    A resample can lack a statistic: one prompt repeated n times has no rank correlation. The other resamples still show
+    how far it scatters. This is why `scipy.stats.bootstrap` is not used: one such resample makes its interval NaN.
+    """
+    known = values[~np.isnan(values)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def order_share(groups: Sequence[np.ndarray]) -> float:
+    """Return the fraction of resamples in which the groups keep their order, ties not counted.
+
+    Args:
+        groups: the bootstrapped statistic (R,) of each group, in the order of the estimates, lowest first.
+    """
+    return float((np.diff(groups, axis=0) > 0).all(axis=0).mean())
+
 
 class Curve:
     """Reward as a function of KL, through the runs of one method.
 
-    Beyond the last point the curve stays level: what is reached with less KL can be had.
+    Beyond the last point the curve stays level: a reward that takes less KL is available at more.
 
     Args:
         kl: (N,) of the runs, in nats, N ≥ 1; a sampled KL below 0 counts as 0.
@@ -41,19 +85,19 @@ class Curve:
         self.reward = np.concatenate([[start], reward[order]])
 
     def at(self, kl: ArrayLike) -> np.ndarray:
-        """Reward at these KLs."""
+        """Return the reward at these KLs."""
         return np.interp(np.asarray(kl, dtype=float), self.kl, self.reward)
 
     def best(self, budget: float) -> float:
-        """The highest reward at a KL of at most `budget`."""
+        """Return the highest reward at a KL of at most `budget`."""
         inside = self.reward[self.kl <= budget]
         return float(max(inside.max(), self.at(budget)))
 
     def mean_difference(self, other: Curve, *, points: int = 200) -> float:
-        """The area between this curve and `other` over the width of the KL range that both reach: a mean reward.
+        """Return the mean difference in reward to `other` over the KL range that both reach.
 
-        The range ends where the shorter curve ends and starts at this curve's first run, because before it both
-        curves are lines from the reference.
+        It is the area between the curves over the width of the range. The range ends where the shorter curve ends and
+        starts at this curve's first run, because before it both curves are lines from the reference.
         """
         end = min(self.kl[-1], other.kl[-1])
         start = min(self.kl[1], end)
@@ -70,9 +114,9 @@ class Effect(NamedTuple):
         mean: the mean.
         low: lower end of the 95 % interval.
         high: upper end.
-        p: two-sided, of a mean of 0 (paired t test).
-        detectable: the mean that a test at 5 % would find four times in five, given the spread between the seeds.
-        n: seeds.
+        p: two-sided p-value for a mean of 0 (paired t test).
+        detectable: the mean that a test at 5 % finds with a power of 80 %, given the spread between the seeds.
+        n: number of seeds.
     """
 
     mean: float
@@ -84,10 +128,15 @@ class Effect(NamedTuple):
 
 
 def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect:
-    """The mean of paired differences, one from each seed, with a bootstrap interval over the seeds.
+    """Return the mean of paired differences, one per seed, with a 95 % bootstrap interval over the seeds.
 
-    The interval is the bootstrap-t: each resample's mean is measured by its own standard error, which with few seeds
-    keeps its promise better than quantiles of means (Efron and Tibshirani 1993, §12.5).
+    The interval is the bootstrap-t: each resample's mean is divided by its own standard error. With few seeds its
+    coverage is nearer to 95 % than that of quantiles of means (Efron and Tibshirani 1993, §12.5).
+
+    Args:
+        values: (N,) differences, N ≥ 3.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: fewer than three values, or one that is not finite.
@@ -99,26 +148,37 @@ def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect
     spread = float(values.std(ddof=1))
     if spread == 0:
         return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, n)
-    drawn = values[np.random.default_rng(seed).integers(n, size=(resamples, n))]
-    errors = drawn.std(axis=1, ddof=1) / n**0.5
-    pivots = (drawn.mean(axis=1) - mean)[errors > 0] / errors[errors > 0]
+    rng = np.random.default_rng(seed)
+    means, spreads = bootstrap(lambda rows: _mean_and_spread(values[rows]), n, resamples=resamples, rng=rng).T
+    pivots = (means - mean)[spreads > 0] / (spreads[spreads > 0] / n**0.5)
     upper, lower = np.quantile(pivots, [0.975, 0.025])
     error = spread / n**0.5
     p = float(ttest_1samp(values, 0.0).pvalue)
     return Effect(mean, mean - upper * error, mean - lower * error, p, detectable_mean(spread, n), n)
 
 
+def _mean_and_spread(samples: np.ndarray) -> np.ndarray:
+    """Return the mean and the standard deviation (R, 2) of each row of (R, n)."""
+    return np.stack([samples.mean(axis=1), samples.std(axis=1, ddof=1)], axis=1)
+
+
 def detectable_mean(spread: float, n: int, *, power: float = 0.8, level: float = 0.05) -> float:
-    """The mean of n differences of this standard deviation that a two-sided t test at `level` finds, with its sign
-    right, with `power`."""
+    """Return the mean that a two-sided t test at `level` finds, with the right sign, with probability `power`.
+
+    Args:
+        spread: standard deviation of the differences.
+        n: their number.
+        power: the probability of finding it.
+        level: of the test.
+    """
     critical = t.ppf(1 - level / 2, n - 1)
-    # the shift of the non-central t law whose mass above the critical value is the power
+    # the shift of the non-central t distribution whose mass above the critical value is the power
     shift = brentq(lambda shift: nct.sf(critical, n - 1, shift) - power, 0.0, 2 * critical + 5)
     return float(shift * spread / n**0.5)
 
 
 def holm(p: Mapping[str, float] | Sequence[float]) -> np.ndarray:
-    """Holm's adjusted p-values, in the order they came in: below 5 % may all be believed at once, at 5 %.
+    """Return Holm's adjusted p-values in the order given: rejecting all below 5 % keeps the familywise error at 5 %.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6.
     """

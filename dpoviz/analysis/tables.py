@@ -1,19 +1,21 @@
-r"""One row per prompt: the contract between numbers and pictures.
+"""Tables: one row per prompt, pair or estimator; their summaries; and their files.
 
-Tensors end here. What is drawn or reported afterwards is a `pandas.DataFrame` whose columns are `COLUMNS`.
+Tensors end here. What is drawn or reported afterwards is a `pandas.DataFrame`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
-from torch import Tensor
 
+from dpoviz.analysis.statistics import bootstrap, order_share, percentile_interval
 from dpoviz.forms import Form, scale
 
 COLUMNS = ("form", "seed", "task", "prompt", "beta", "scale", "ref_entropy", "ref_entropy_se")
@@ -22,9 +24,22 @@ EXPECTED_ORDER = ("math", "code", "dialogue")
 """The tasks in the order of beta that the derivation expects (§5.1.2), smallest first."""
 
 POOLED = "all"
-"""What `summarize` calls the row over all tasks; no task may have this name."""
+"""The name of the row over all tasks in a summary; no task may have it."""
 
-Numbers = Tensor | Sequence[float] | np.ndarray | pd.Series
+TEXT_COLUMNS = ("form", "task", "prompt", "answer", "arm", "variant", "group", "estimator")
+"""The columns of text in the files of a run; every other column holds numbers, or true and false."""
+
+OPTIONAL_TEXT = ("group",)
+"""The columns of text in which a value may be missing (None), which is not the empty text."""
+
+
+class TensorLike(Protocol):
+    """A tensor, told by its method: this module works without torch."""
+
+    def detach(self) -> TensorLike: ...
+
+
+Numbers = TensorLike | Sequence[float] | np.ndarray | pd.Series
 
 
 def beta_table(
@@ -37,7 +52,7 @@ def beta_table(
     ref_entropy: Numbers,
     ref_entropy_se: Numbers,
 ) -> pd.DataFrame:
-    r"""Beta at each held-out prompt beside the entropy of the reference there, for one form and one seed.
+    """Return beta at each held-out prompt beside the entropy of the reference there, for one form and one seed.
 
     Args:
         form: "inverse" or "standard", for every row.
@@ -49,11 +64,11 @@ def beta_table(
         ref_entropy_se: (N,) its standard error, in nats per token, 0 where H is exact.
 
     Returns:
-        N rows with the columns `COLUMNS`; `scale` is what multiplies h in the loss (`losses.scale`).
-        Numbers are float64 and carry no gradient.
+        N rows with the columns `COLUMNS`; `scale` is the factor of h in the loss: 1/β (inverse) or β (standard).
+        Numbers are float64.
 
     Raises:
-        ValueError: no rows, other lengths than N, not one finite number a row, beta not positive, a negative
+        ValueError: no rows, other lengths than N, not one finite number per row, beta not positive, a negative
             entropy or error, a prompt that is twice in its task, a task called "all", or another form.
     """
     task, prompt = list(task), list(prompt)
@@ -62,37 +77,49 @@ def beta_table(
     if len(task) != len(prompt):
         raise ValueError(f"task: got {len(task)} rows, expected {len(prompt)}, one per prompt")
     _require_no_pooled(task)
-    columns = {"form": form, "seed": seed, "task": task, "prompt": prompt}
     beta = _numbers("beta", beta, len(prompt))
-    columns |= {"beta": beta.numpy(), "scale": scale(beta, form).numpy()}
+    _require_rows("beta", beta > 0, "not positive", "numbers above 0")
+    columns = {"form": form, "seed": seed, "task": task, "prompt": prompt}
+    columns |= {"beta": beta, "scale": [scale(float(value), form) for value in beta]}
     for name, values in (("ref_entropy", ref_entropy), ("ref_entropy_se", ref_entropy_se)):
-        values = _numbers(name, values, len(prompt))
-        if (values < 0).any():
-            raise ValueError(f"{name}: negative in rows {_where(values < 0)}, expected at least 0")
-        columns[name] = values.numpy()
+        columns[name] = _numbers(name, values, len(prompt))
+        _require_rows(name, columns[name] >= 0, "negative", "at least 0")
     table = pd.DataFrame(columns)
     _require_once(table)
     return table
 
 
-def _numbers(name: str, values: Numbers, n: int) -> Tensor:
-    """Values as a float64 tensor (n,) without gradient, or a ValueError."""
-    if not isinstance(values, Tensor):
-        values = torch.from_numpy(np.array(values, dtype=np.float64))
-    values = values.detach().cpu().double()
+def _numbers(name: str, values: Numbers, n: int) -> np.ndarray:
+    """Return values as a float64 array (n,), or raise a ValueError."""
+    if hasattr(values, "detach"):  # a tensor, perhaps on a graph, on another device, or in bfloat16
+        values = values.detach().cpu().double().numpy()
+    values = np.array(values, dtype=np.float64)
     if values.shape != (n,):
-        raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected ({n},), one number per prompt")
-    if not values.isfinite().all():
-        raise ValueError(f"{name}: not finite in rows {_where(~values.isfinite())}, expected finite numbers")
+        raise ValueError(f"{name}: got shape {values.shape}, expected ({n},), one number per prompt")
+    _require_rows(name, np.isfinite(values), "not finite", "finite numbers")
     return values
 
 
-def _where(rows: Tensor) -> list[int]:
-    return rows.nonzero().flatten().tolist()
+def _require_rows(name: str, holds: np.ndarray, got: str, expected: str) -> None:
+    if not holds.all():
+        raise ValueError(f"{name}: {got} in rows {np.flatnonzero(~holds).tolist()}, expected {expected}")
 
 
-def _require_no_pooled(tasks: Sequence[str]) -> None:
-    if POOLED in tasks:
+def _require_columns(name: str, table: pd.DataFrame, columns: Iterable[str]) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(f"{name}: missing columns {missing}, expected {list(columns)}")
+    if table.empty:
+        raise ValueError(f"{name}: got no rows, expected at least one")
+
+
+def _require_resamples(n_boot: int) -> None:
+    if n_boot < 100:
+        raise ValueError(f"n_boot: got {n_boot}, expected at least 100: fewer do not show a tail of 2.5 %")
+
+
+def _require_no_pooled(tasks: Iterable[str]) -> None:
+    if POOLED in set(tasks):
         raise ValueError(f"task: got {POOLED!r}, expected another name: it stands for all tasks together")
 
 
@@ -102,76 +129,67 @@ def _require_once(table: pd.DataFrame) -> None:
         first = twice.iloc[0]
         raise ValueError(
             f"prompt: {len(twice)} rows repeat a prompt of their task, form and seed, the first is "
-            f"{first['prompt']!r} in {first['task']!r}; expected one row a prompt: drop the others"
+            f"{first['prompt']!r} in {first['task']!r}; expected one row per prompt: drop the others"
         )
 
 
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """Return the tasks, each once: those of `EXPECTED_ORDER` first, then the others by name."""
+    tasks = set(tasks)
+    return [task for task in EXPECTED_ORDER if task in tasks] + sorted(tasks - set(EXPECTED_ORDER))
+
+
 def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    r"""Medians, quartiles and Spearman's rank correlation of beta with entropy, by form and task.
+    """Return medians, quartiles and Spearman's rank correlation of beta with entropy, by form and task.
 
     The interval of rho is the percentile bootstrap over prompts, at 95 %. A prompt's rows of several seeds
-    are drawn together: they are not independent prompts. All other numbers are over rows.
+    are resampled together: they are not independent prompts. All other numbers are over rows.
 
     Args:
         table: what `beta_table` returned, or several of them concatenated.
-        n_boot: resamples of the bootstrap, at least 100.
-        seed: of the bootstrap's draws.
+        n_boot: number of bootstrap resamples, at least 100.
+        seed: seed of the bootstrap.
 
     Returns:
         A row per form and task, and one per form over all tasks (`task` "all"): form, task, n (prompts),
         beta_median, beta_q1, beta_q3, scale_median, ref_entropy_mean (nats per token), rho, rho_low,
-        rho_high, order_share. Forms come as "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name,
-        "all" last. rho and its interval are NaN where beta or the entropy is constant, or prompts are fewer than
-        three. order_share, the same in all rows of a form, is the share of resamples of each task's prompts in which
-        the medians of beta keep the order of beta_median, ties not, and says nothing of another training; it is NaN
-        with one task, or a task of one prompt.
+        rho_high, order_share. Forms in the order "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name,
+        "all" last. rho and its interval are NaN where beta or the entropy is constant, or there are fewer than three
+        prompts. order_share, the same in all rows of a form, is the fraction of resamples of each task's prompts in
+        which the medians of beta keep the order of beta_median, ties not counted. It covers the choice of prompts, not
+        another training; it is NaN with one task, or a task of one prompt.
 
     Raises:
         ValueError: an empty table, missing columns, a prompt that is twice in its form, seed and task, a task
             called "all", or n_boot below 100.
     """
-    missing = [column for column in COLUMNS if column not in table.columns]
-    if missing:
-        raise ValueError(f"table: missing columns {missing}, expected those of beta_table")
-    if table.empty:
-        raise ValueError("table: got no rows, expected at least one")
-    if n_boot < 100:
-        raise ValueError(f"n_boot: got {n_boot}, expected at least 100: fewer say nothing of a tail of 2.5 %")
-    _require_no_pooled(table["task"].tolist())
+    _require_columns("table", table, COLUMNS)
+    _require_resamples(n_boot)
+    _require_no_pooled(table["task"])
     _require_once(table)
     rows = []
     for form, of_form in table.groupby("form"):  # sorted: inverse before standard
-        known = [task for task in EXPECTED_ORDER if (of_form["task"] == task).any()]
-        others = sorted(set(of_form["task"]) - set(known))
-        groups = {task: of_form[of_form["task"] == task] for task in [*known, *others]}
-        share = _order_share(groups.values(), n_boot, seed)
+        groups = {task: of_form[of_form["task"] == task] for task in in_order(of_form["task"])}
+        share = _medians_order_share(list(groups.values()), n_boot, seed)
         for task, group in (groups | {POOLED: of_form}).items():
             rows.append({"form": form, "task": task} | _summary(group, n_boot, seed) | {"order_share": share})
     return pd.DataFrame(rows)
 
 
-def _order_share(groups: Collection[pd.DataFrame], n_boot: int, seed: int) -> float:
-    """In which share of resamples the groups' medians of beta stand in their order again, the lowest first."""
+def _medians_order_share(groups: Sequence[pd.DataFrame], n_boot: int, seed: int) -> float:
+    """Return the fraction of resamples in which the groups' medians of beta keep their order."""
     if len(groups) < 2 or min(group["prompt"].nunique() for group in groups) < 2:
         return np.nan
     rng = np.random.default_rng(seed)
-    rising = []
+    medians = []
     for group in sorted(groups, key=lambda group: group["beta"].median()):
         beta = group.pivot(index="prompt", columns="seed", values="beta").to_numpy()  # NaN where not in a seed
-        rising.append(_resampled(partial(_medians, beta), len(beta), n_boot, rng))
-    return float((np.diff(rising, axis=0) > 0).all(axis=0).mean())
 
+        def median(prompts: np.ndarray, beta: np.ndarray = beta) -> np.ndarray:
+            return np.nanmedian(beta[prompts].reshape(len(prompts), -1), axis=1)
 
-def _medians(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    return np.nanmedian(values[drawn].reshape(len(drawn), -1), axis=1)
-
-
-def _resampled(
-    statistic: Callable[[np.ndarray], np.ndarray], n: int, n_boot: int, rng: np.random.Generator
-) -> np.ndarray:
-    """A statistic of n_boot resamples of n rows; it takes their numbers, (resamples, n): a hundred, for memory."""
-    sizes = [min(100, n_boot - done) for done in range(0, n_boot, 100)]
-    return np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
+        medians.append(bootstrap(median, len(beta), resamples=n_boot, rng=rng))
+    return order_share(medians)
 
 
 def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
@@ -192,19 +210,46 @@ def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
     }
 
 
-def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    r"""Reward accuracy on held-out pairs by arm and task, and its difference from one arm's.
+def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: int) -> tuple[float, float, float]:
+    """Return Spearman's rho of two arrays (prompts, seeds), and its interval from resampled prompts."""
 
-    The accuracy is the share of pairs with h > 0; a tie, :math:`|h| \le 10^{-4}`, counts a half. Intervals are
-    percentile bootstraps at 95 % over groups of pairs: pairs of one `group`, or where that is None of one prompt,
-    are drawn together, and the same draw serves all arms, so that the difference is paired.
+    def rho(prompts: np.ndarray) -> np.ndarray:
+        resampled = (values[prompts].reshape(len(prompts), -1) for values in (beta, entropy))
+        return _spearman(*resampled)
+
+    n = len(beta)
+    estimate = float(rho(np.arange(n)[None])[0])
+    if n < 3 or np.isnan(estimate):
+        return np.nan, np.nan, np.nan
+    resampled = bootstrap(rho, n, resamples=n_boot, rng=np.random.default_rng(seed))
+    return estimate, *percentile_interval(resampled)
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Spearman's rho along the last axis, leaving NaN out; NaN where one side is constant.
+
+    `scipy.stats.spearmanr` takes one pair of samples per call, too slow for thousands of resamples.
+    """
+    a, b = (stats.rankdata(values, axis=-1, nan_policy="omit") for values in (a, b))
+    a, b = (ranks - np.nanmean(ranks, axis=-1, keepdims=True) for ranks in (a, b))
+    norm = np.sqrt(np.nansum(a * a, axis=-1) * np.nansum(b * b, axis=-1))
+    varies = norm > 0
+    return np.where(varies, np.nansum(a * b, axis=-1) / np.where(varies, norm, 1), np.nan)
+
+
+def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Return the reward accuracy on held-out pairs by arm and task, and its difference from the baseline's.
+
+    The accuracy is the fraction of pairs with h > 0; a tie, |h| ≤ 1e-4, counts one half. Intervals are percentile
+    bootstraps at 95 % over groups of pairs: pairs of one `group`, or where that is None of one prompt, are resampled
+    together. All arms have the same resamples, so that the difference is paired.
 
     Args:
         scores: a row per arm and pair: arm, task, group, prompt, h (nats). Every arm has the same pairs, in the
             same order.
         baseline: the arm that the others are compared with.
-        n_boot: resamples of the bootstrap, at least 100.
-        seed: of the bootstrap's draws.
+        n_boot: number of bootstrap resamples, at least 100.
+        seed: seed of the bootstrap.
 
     Returns:
         A row per arm and task, and one per arm over all tasks (`task` "all"): arm, task, n (pairs), groups,
@@ -215,79 +260,177 @@ def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 200
         ValueError: missing columns, no rows of the baseline, arms with other pairs, a task called "all", or n_boot
             below 100.
     """
-    needed = ["arm", "task", "group", "prompt", "h"]
-    missing = [column for column in needed if column not in scores.columns]
-    if missing:
-        raise ValueError(f"scores: missing columns {missing}, expected {needed}")
+    _require_columns("scores", scores, ("arm", "task", "group", "prompt", "h"))
     arms = {arm: rows.reset_index(drop=True) for arm, rows in scores.groupby("arm", sort=False)}
     if baseline not in arms:
         raise ValueError(f"baseline: got {baseline!r}, expected one of {list(arms)}")
-    if n_boot < 100:
-        raise ValueError(f"n_boot: got {n_boot}, expected at least 100: fewer say nothing of a tail of 2.5 %")
+    _require_resamples(n_boot)
     base = arms[baseline]
     for arm, rows in arms.items():
         if not rows[["task", "prompt"]].equals(base[["task", "prompt"]]):
             raise ValueError(f"scores: {arm!r} and {baseline!r} have other pairs, expected the same in the same order")
-    _require_no_pooled(base["task"].tolist())
-    right = {arm: _right(rows["h"].to_numpy()) for arm, rows in arms.items()}
-    cluster = base["group"].where(base["group"].notna(), "prompt: " + base["prompt"].astype(str))
-    known = [task for task in EXPECTED_ORDER if (base["task"] == task).any()]
-    found = []
-    for task in [*known, *sorted(set(base["task"]) - set(known)), POOLED]:
-        rows = np.full(len(base), True) if task == POOLED else (base["task"] == task).to_numpy()
-        code, names = pd.factorize(cluster[rows])
-        # (groups,) pairs of each group, and a matrix of how often each resample draws each group
-        count = np.bincount(code)
-        drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)
-        sums = {arm: np.bincount(code, weights=values[rows]) for arm, values in right.items()}
-        boot = {arm: drawn @ total / (drawn @ count) for arm, total in sums.items()}
-        for arm in arms:
-            row = {"arm": arm, "task": task, "n": int(rows.sum()), "groups": len(names)}
-            row |= _interval("accuracy", right[arm][rows].mean(), boot[arm])
-            if arm == baseline:
-                row |= _interval("difference", np.nan, np.full(1, np.nan))
-            else:
-                difference = (right[arm] - right[baseline])[rows].mean()
-                row |= _interval("difference", difference, boot[arm] - boot[baseline])
-            found.append(row)
+    _require_no_pooled(base["task"])
+    correct = pd.DataFrame({arm: _correct(rows["h"].to_numpy()) for arm, rows in arms.items()})
+    grouped = base["group"].notna()
+    clusters = pd.DataFrame({"grouped": grouped, "name": base["group"].where(grouped, base["prompt"])})
+    rows = []
+    for task in [*in_order(base["task"]), POOLED]:
+        chosen = (base["task"] == task) | (task == POOLED)
+        rows += _accuracies(correct[chosen], clusters[chosen], baseline, task, n_boot, seed)
     order = {arm: i for i, arm in enumerate(arms)}
-    return pd.DataFrame(found).sort_values("arm", key=lambda arm: arm.map(order), kind="stable", ignore_index=True)
+    return pd.DataFrame(rows).sort_values("arm", key=lambda arm: arm.map(order), kind="stable", ignore_index=True)
 
 
-def _right(h: np.ndarray) -> np.ndarray:
+def _accuracies(
+    correct: pd.DataFrame, clusters: pd.DataFrame, baseline: str, task: str, n_boot: int, seed: int
+) -> list[dict[str, object]]:
+    """Return the rows of one task, an arm each; `correct` has a column per arm and a row per pair."""
+    number = clusters.groupby(["grouped", "name"], sort=False).ngroup().to_numpy()
+    pairs = np.bincount(number)  # (groups,)
+    sums = np.stack([np.bincount(number, weights=values) for _, values in correct.items()], axis=1)  # (groups, arms)
+
+    def accuracy(groups: np.ndarray) -> np.ndarray:
+        return sums[groups].sum(axis=1) / pairs[groups].sum(axis=1)[:, None]
+
+    resampled = bootstrap(accuracy, len(pairs), resamples=n_boot, rng=np.random.default_rng(seed))
+    resampled = pd.DataFrame(resampled, columns=correct.columns)
+    rows = []
+    for arm in correct:
+        row = {"arm": arm, "task": task, "n": len(correct), "groups": len(pairs)}
+        row |= _with_interval("accuracy", correct[arm].mean(), resampled[arm])
+        if arm == baseline:
+            row |= dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
+        else:
+            difference = (correct[arm] - correct[baseline]).mean()
+            row |= _with_interval("difference", difference, resampled[arm] - resampled[baseline])
+        rows.append(row)
+    return rows
+
+
+def _correct(h: np.ndarray) -> np.ndarray:
+    """Return 1 where a pair is ranked correctly, 0 where not, and ½ for a tie."""
     return (np.sign(h) * (np.abs(h) > 1e-4) + 1) / 2
 
 
-def _interval(name: str, value: float, boot: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(boot, [0.025, 0.975])
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+def _with_interval(name: str, estimate: float, resampled: pd.Series) -> dict[str, float]:
+    low, high = percentile_interval(resampled.to_numpy())
+    return {name: estimate, f"{name}_low": low, f"{name}_high": high}
 
 
-def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: int) -> tuple[float, float, float]:
-    """Spearman's rho of two arrays (prompts, seeds), and its interval from resampled prompts."""
+def summarize_estimators(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Return the mean entropy of each task by each estimator, and the order of the tasks with its uncertainty.
 
-    def rho(prompts: np.ndarray) -> np.ndarray:
-        drawn = (values[prompts].reshape(*prompts.shape[:-1], -1) for values in (beta, entropy))
-        return _spearman(*drawn)
+    Args:
+        table: a row per estimator and prompt: columns estimator, task, entropy; in the estimator's unit.
+        n_boot: number of bootstrap resamples of the prompts, each task on its own, at least 100.
+        seed: seed of the bootstrap.
 
-    n = len(beta)
-    estimate = float(rho(np.arange(n)))
-    if n < 3 or np.isnan(estimate):
-        return np.nan, np.nan, np.nan
-    boot = _resampled(rho, n, n_boot, np.random.default_rng(seed))
-    # not scipy.stats.bootstrap: a resample of one prompt again and again has no rho, and one such makes its
-    # interval NaN; the others still say how far rho scatters
-    low, high = np.nanquantile(boot, [0.025, 0.975])
-    return estimate, float(low), float(high)
+    Returns:
+        A row per estimator and task, in the order in which they first appear: estimator, task, n (prompts), mean,
+        se (of the mean over prompts: their standard deviation over √n; NaN for one), order (the estimator's tasks by
+        rising mean, as "math < code"), order_share (the fraction of resamples of the prompts that keep this order).
 
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's rho along the last axis, leaving NaN out; NaN where one side is constant.
-
-    `scipy.stats.spearmanr` takes one pair of samples a call, too slow for thousands of resamples.
+    Raises:
+        ValueError: missing columns, no rows, an entropy that is not finite, or n_boot below 100.
     """
-    a, b = (stats.rankdata(values, axis=-1, nan_policy="omit") for values in (a, b))
-    a, b = (ranks - np.nanmean(ranks, axis=-1, keepdims=True) for ranks in (a, b))
-    norm = np.sqrt(np.nansum(a * a, axis=-1) * np.nansum(b * b, axis=-1))
-    varies = norm > 0
-    return np.where(varies, np.nansum(a * b, axis=-1) / np.where(varies, norm, 1), np.nan)
+    _require_columns("table", table, ("estimator", "task", "entropy"))
+    _require_rows("entropy", np.isfinite(table["entropy"].to_numpy()), "not finite", "finite numbers")
+    _require_resamples(n_boot)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for estimator, of_estimator in table.groupby("estimator", sort=False):
+        groups = {task: group.to_numpy() for task, group in of_estimator.groupby("task", sort=False)["entropy"]}
+        resampled = {}
+        for task, values in groups.items():
+            resampled[task] = bootstrap(
+                lambda prompts, values=values: values[prompts].mean(axis=1), len(values), resamples=n_boot, rng=rng
+            )
+        order = sorted(groups, key=lambda task: groups[task].mean())
+        shared = {"order": " < ".join(order), "order_share": order_share([resampled[task] for task in order])}
+        for task, values in groups.items():
+            se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+            row = {"estimator": estimator, "task": task, "n": len(values), "mean": values.mean(), "se": se}
+            rows.append(row | shared)
+    return pd.DataFrame(rows)
+
+
+_FORMULA = "=+-@\t\r\n＝＋－＠"
+"""Characters with which a spreadsheet starts a formula (or skips, to find one), in half and full width."""
+
+
+def write_table(table: pd.DataFrame, path: Path | str) -> None:
+    """Write a table as CSV that `read_table` reads back exactly.
+
+    Text is quoted. A text that a spreadsheet would take for a formula gets a leading apostrophe, which spreadsheets
+    hide and `read_table` takes off; so do texts that begin with an apostrophe, and the empty text. An empty cell is a
+    missing value. Numbers have as many digits as tell them from their neighbours.
+
+    Args:
+        table: text in columns of `TEXT_COLUMNS` alone, missing only in columns of `OPTIONAL_TEXT`.
+        path: of the file.
+
+    Raises:
+        ValueError: text in another column, or missing text.
+    """
+    written = {}
+    for name, values in table.items():
+        if name not in TEXT_COLUMNS:
+            plain = pd.api.types.is_numeric_dtype(values) or values.map(lambda v: isinstance(v, (bool, np.bool_))).all()
+            if not plain:
+                raise ValueError(f"table: column {name!r} holds text, expected numbers; add it to TEXT_COLUMNS")
+            written[name] = values
+            continue
+        missing = values.isna()
+        if missing.any() and name not in OPTIONAL_TEXT:
+            rows = np.flatnonzero(missing.to_numpy()).tolist()
+            raise ValueError(f"table: column {name!r} has no text in rows {rows}, expected text in every row")
+        written[name] = ["" if none else _guarded(str(v)) for v, none in zip(values, missing, strict=True)]
+    # quotes around all text: the csv module leaves a lone carriage return unquoted, which would end the row
+    quoting = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
+    pd.DataFrame(written, columns=table.columns).to_csv(path, index=False, encoding="utf-8", **quoting)
+
+
+def read_table(path: Path | str) -> pd.DataFrame:
+    """Return a table that `write_table` wrote, text as text whatever it looks like.
+
+    Columns of `TEXT_COLUMNS` hold str, or None where a value is missing. Every other column holds integers, booleans,
+    or floating numbers, NaN where missing.
+
+    Raises:
+        ValueError: a column that is neither text nor numbers.
+    """
+    # the names are read as a row of values: as a header, pandas would rename the empty and the repeated ones
+    cells = pd.read_csv(path, header=None, dtype=str, na_filter=False, skip_blank_lines=False, encoding="utf-8")
+    names = cells.iloc[0].tolist()
+    cells = cells.iloc[1:].reset_index(drop=True)
+    columns = {}
+    for i, name in enumerate(names):
+        if name in TEXT_COLUMNS:
+            optional = name in OPTIONAL_TEXT
+            texts = [None if optional and cell == "" else _unguarded(cell) for cell in cells[i]]
+            columns[name] = pd.Series(texts, dtype=object if None in texts else None)
+        else:
+            columns[name] = _read_numbers(name, cells[i], path)
+    return pd.DataFrame(columns, columns=names)
+
+
+def _guarded(text: str) -> str:
+    return text if text and text[0] not in _FORMULA + "'" else "'" + text
+
+
+def _unguarded(cell: str) -> str:
+    """Take the apostrophe of `_guarded` off, and leave those of files that are older than it."""
+    return cell[1:] if re.match(rf"'([{re.escape(_FORMULA)}']|\Z)", cell) else cell
+
+
+def _read_numbers(name: str, cells: pd.Series, path: Path | str) -> pd.Series:
+    cells = cells.astype(object)
+    if len(cells) and cells.isin(["True", "False"]).all():
+        return cells == "True"
+    if len(cells) and cells.str.fullmatch(r"-?[0-9]{1,18}").all():
+        return cells.astype(np.int64)
+    try:
+        # float() and not pandas' parser, which rounds the last digit its own way
+        return cells.map(lambda cell: float(cell) if cell else np.nan).astype(np.float64)
+    except ValueError as error:
+        raise ValueError(f"{path}: column {name!r} holds text ({error}), expected numbers") from None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -189,43 +188,3 @@ def _draw(prompts: Sequence[Sequence[int]], sampler: Sampler, eos_id: int) -> di
     batch = {name: getattr(scores, name).double().cpu().numpy() for name in _NUMBERS[:-1]}
     cut = [sum(answer[-1] != eos_id for answer in own) for own in answers]
     return {**batch, "truncated": np.array(cut)}
-
-
-def summarize_estimators(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Mean entropy of each task by each estimator, and the order of the tasks with its uncertainty.
-
-    Args:
-        table: a row per estimator and prompt: columns estimator, task, entropy; in the estimator's unit.
-        resamples: of the bootstrap over prompts, each task's own.
-        seed: of the bootstrap.
-
-    Returns:
-        A row per estimator and task, in the order in which they first come: estimator, task, n (prompts), mean,
-        se (of the mean over prompts: their standard deviation over the root of n; NaN for one), order (the
-        estimator's tasks by rising mean, as "math < code"), order_share (of the resamples that give this order).
-
-    Raises:
-        ValueError: missing columns, no rows, or an entropy that is not finite.
-    """
-    missing = [column for column in ("estimator", "task", "entropy") if column not in table.columns]
-    if missing or table.empty:
-        raise ValueError(f"table: got {len(table)} rows and no columns {missing}, expected a row for each prompt")
-    if not np.isfinite(table["entropy"]).all():
-        raise ValueError("table: entropy is not finite in some rows, expected finite numbers")
-    draw = np.random.default_rng(seed)
-    rows = []
-    for estimator, of_estimator in table.groupby("estimator", sort=False):
-        groups = {task: group.to_numpy() for task, group in of_estimator.groupby("task", sort=False)["entropy"]}
-        means = np.array([values.mean() for values in groups.values()])
-        again = np.stack(
-            [draw.choice(v, size=(resamples, len(v))).mean(axis=1) for v in groups.values()], axis=1
-        )  # (resamples, tasks)
-        order = means.argsort(kind="stable")
-        facts = {
-            "order": " < ".join(np.array(list(groups))[order]),
-            "order_share": (np.diff(again[:, order], axis=1) > 0).all(axis=1).mean(),
-        }
-        for (task, values), mean in zip(groups.items(), means, strict=True):
-            se = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-            rows.append({"estimator": estimator, "task": task, "n": len(values), "mean": mean, "se": se, **facts})
-    return pd.DataFrame(rows)

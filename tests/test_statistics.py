@@ -8,13 +8,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from dpoviz.analysis.statistics import Curve, detectable_mean, effect, holm
+from dpoviz.analysis.statistics import (
+    Curve,
+    bootstrap,
+    detectable_mean,
+    effect,
+    holm,
+    order_share,
+    percentile_interval,
+)
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=4, max_size=4)
 
 
 def normalised(values):
     return np.array(values) / np.sum(values)
+
+
+class TestBootstrap:
+    @pytest.mark.parametrize("resamples", [1, 100, 250])
+    def test_resamples_are_those_of_the_generator_in_one_go(self, resamples):
+        """Committed numbers stay: blocks are for memory alone."""
+        values = np.arange(7.0)
+        got = bootstrap(lambda rows: values[rows].mean(axis=1), 7, resamples=resamples, rng=np.random.default_rng(3))
+        again = np.random.default_rng(3).choice(values, size=(resamples, 7)).mean(axis=1)
+        assert got.tolist() == again.tolist()
+
+    def test_law_of_the_mean_of_two(self):
+        values = np.array([0.0, 1.0])
+        got = bootstrap(lambda rows: values[rows].mean(axis=1), 2, resamples=20_000, rng=np.random.default_rng(0))
+        # 0, 1/2, 1 with 1/4, 1/2, 1/4; four standard errors
+        assert [(got == v).mean() for v in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.015)
+
+    def test_the_generator_goes_on(self):
+        rng = np.random.default_rng(0)
+        first, second = (bootstrap(lambda rows: rows[:, 0], 50, resamples=100, rng=rng) for _ in range(2))
+        assert (first != second).any()
+
+    def test_interval_leaves_nan_out(self):
+        values = np.array([np.nan, *np.arange(101.0)])
+        assert percentile_interval(values) == (2.5, 97.5)
+        assert np.isnan(percentile_interval(np.array([np.nan]))).all()
+
+    def test_share_of_the_order(self):
+        low, high = np.array([1.0, 1.0, 3.0, 1.0]), np.array([2.0, 1.0, 2.0, 5.0])
+        assert order_share([low, high]) == 0.5  # a tie is no order
+        assert order_share([low, high, np.array([9.0, 9.0, 9.0, 4.0])]) == 0.25
+        assert order_share([low]) == 1
 
 
 class TestCurve:

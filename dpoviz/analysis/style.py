@@ -1,0 +1,129 @@
+"""The style that all figures share: colours, axes, ticks, and text that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from dpoviz.analysis.text import number, short
+
+TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
+"""The colour of a task, everywhere; the order is that of axes and legends."""
+
+_FURTHER_COLORS = ("#2E8B57", "#8C564B", "#17808F", "#6F7F00", "#6B6B6B")
+
+TERM_COLORS = {
+    "dpo": "#1D2F5F",
+    "range": "#5B9A8B",
+    "smoothness": "#9A53C5",
+    "consistency": "#EE7733",
+    "entropy": "#7A1A0C",
+}
+"""The colour of a term of the total loss, in the order of legends."""
+
+GREY, INK = "#5A5A5A", "#222222"
+"""The colours of lines and texts that belong to no task and no term."""
+
+
+def task_colors(tasks: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each task, in the order of axes and legends.
+
+    Args:
+        tasks: names, repeated or not.
+
+    Returns:
+        The tasks of `TASK_COLORS` with their colours, then the others by name with colours from a fixed
+        cycle of five.
+    """
+    tasks = set(tasks)
+    others = sorted(tasks - set(TASK_COLORS))
+    known = {task: color for task, color in TASK_COLORS.items() if task in tasks}
+    return known | {task: _FURTHER_COLORS[i % len(_FURTHER_COLORS)] for i, task in enumerate(others)}
+
+
+def require_columns(table: pd.DataFrame, columns: list[str], name: str) -> None:
+    """Refuse a table that lacks one of the columns, or has no rows."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(f"{name}: missing columns {missing}, expected {columns}")
+    if table.empty:
+        raise ValueError(f"{name}: got no rows, expected at least one")
+
+
+def open_axes(ax: Axes | None) -> Axes:
+    """Return the Axes, or one of a new Figure, without the top and right spines."""
+    ax = Figure(figsize=(6, 4), layout="constrained").add_subplot() if ax is None else ax
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+class _PlainLogLocator(LogLocator):
+    """Places at least three round numbers: 1, 2, 5 of each decade, or more of them on a short axis."""
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        low, high = sorted((vmin, vmax))
+        if high < 5 * low:
+            return MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
+        self.set_params(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5))
+        return super().tick_values(vmin, vmax)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a log axis with plain decimals."""
+    axis.set_major_locator(_PlainLogLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 4, trim=True)))
+    axis.set_minor_locator(NullLocator())
+
+
+def legend_above(ax: Axes, ncols: int) -> None:
+    """Put the legend in rows above the axes, where it hides nothing; no legend where nothing has a label."""
+    if not ax.get_legend_handles_labels()[1]:
+        return
+    tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 1.0, "borderaxespad": 0.3}
+    legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols, frameon=False, fontsize="small", **tight)
+    use_known_letters(legend.get_texts())
+
+
+_CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
+    "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS", "Droid Sans Fallback",
+)  # fmt: skip
+
+
+def printable(text: str) -> tuple[dict[str, list[str]], str]:
+    """Return the font properties and the text to draw; letters that no installed font has become boxes.
+
+    matplotlib would draw a box for such a letter too, with a warning.
+    """
+    known = get_font(findfont(FontProperties()))
+    if all(letter == "\n" or known.get_char_index(ord(letter)) for letter in text):
+        return {}, text
+    there = {font.name for font in fontManager.ttflist}
+    for name in _CHINESE_FONTS:
+        if name in there:
+            return {"fontfamily": ["sans-serif", name]}, text
+    return {}, "".join(letter if letter == "\n" or known.get_char_index(ord(letter)) else "□" for letter in text)
+
+
+def use_known_letters(texts: Iterable[Text]) -> None:
+    """Give each text a font that has its letters, or boxes in their place."""
+    for text in texts:
+        font, shown = printable(text.get_text())
+        text.set(text=shown, **font)
+
+
+def task_label(task: str) -> str:
+    """Return a task's name for a figure: one short line, whatever the name is.
+
+    A dollar sign starts no formula, and a name that begins with an underscore is not left out of the legend.
+    """
+    label = short(task, 24).replace("$", r"\$") or "(no name)"
+    return f" {label}" if label.startswith("_") else label

@@ -1,0 +1,95 @@
+"""Numbers and tables as text: one way to print a number, on the page, in a picture and in the terminal."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+
+import pandas as pd
+
+MISSING = "–"
+"""Printed where there is no number."""
+
+
+def number(value: float, digits: int = 3, *, trim: bool = False) -> str:
+    """Return a number in so many significant digits, never with an exponent; "–" for NaN.
+
+    Args:
+        value: finite, or NaN.
+        digits: how many.
+        trim: drop zeros at the end of a fraction.
+    """
+    if math.isnan(value):
+        return MISSING
+    # numpy's format_float_positional drops the zeros of a number that it rounds up: 0.51996 becomes 0.52, not 0.520
+    text = format(Decimal(f"{value:.{digits - 1}e}"), "f")
+    return _minus(text.rstrip("0").rstrip(".") if trim and "." in text else text)
+
+
+def fixed(value: float, decimals: int = 2, *, sign: bool = False) -> str:
+    """Return a number with so many decimals, with its sign if wanted; "–" for NaN."""
+    return MISSING if math.isnan(value) else _minus(f"{value:{'+' if sign else ''}.{decimals}f}")
+
+
+def interval(value: float, low: float, high: float, decimals: int = 2, *, sign: bool = False) -> str:
+    """Return an estimate with its interval, as "+0.50 [+0.10, +0.75]"; "–" where the estimate is NaN."""
+    if math.isnan(value):
+        return MISSING
+    value, low, high = (fixed(x, decimals, sign=sign) for x in (value, low, high))
+    return f"{value} [{low}, {high}]"
+
+
+def rho(row: tuple) -> str:
+    """Return Spearman's rho of a row of `summarize` with its interval, or "undefined"."""
+    text = interval(row.rho, row.rho_low, row.rho_high, sign=True)
+    return "undefined" if text == MISSING else text
+
+
+def short(text: str, most: int) -> str:
+    """Return a text on one line, cut to at most so many characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def as_text(summary: pd.DataFrame) -> str:
+    """Return the table of `summarize` as text, for a terminal."""
+    rows = [
+        {
+            "form": row.form,
+            "task": row.task,
+            "prompts": row.n,
+            "beta (median)": number(row.beta_median),
+            "quartiles": f"{number(row.beta_q1)} to {number(row.beta_q3)}",
+            "s (median)": number(row.scale_median),
+            "H, nats/token": number(row.ref_entropy_mean),
+            "rho(beta, H)": rho(row),
+        }
+        for row in summary.itertuples()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def entropy_as_text(summary: pd.DataFrame) -> str:
+    """Return the table of `summarize_estimators` as text, estimators by tasks."""
+    cells = [f"{number(row.mean)} ± {number(row.se)} (n={row.n})" for row in summary.itertuples()]
+    wide = summary.assign(cell=cells).pivot(index="estimator", columns="task", values="cell")
+    return wide.loc[summary["estimator"].unique(), summary["task"].unique()].to_string(na_rep=MISSING)
+
+
+def accuracy_as_text(accuracy: pd.DataFrame) -> str:
+    """Return the table of `summarize_accuracy` as text."""
+    rows = [
+        {
+            "run": row.arm,
+            "task": row.task,
+            "pairs": row.n,
+            "accuracy": interval(row.accuracy, row.accuracy_low, row.accuracy_high, 3),
+            "difference from fixed": interval(row.difference, row.difference_low, row.difference_high, 3, sign=True),
+        }
+        for row in accuracy.itertuples()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
