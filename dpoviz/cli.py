@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
 from dpoviz.experiments.comparison_config import CompareConfig
 from dpoviz.experiments.config import BenchConfig, DemoConfig, RealConfig, SampleConfig
@@ -126,7 +126,7 @@ def _one_seed(found: Any, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Demo:
-    settings: OmitArgPrefixes[DemoConfig]
+    settings: Annotated[DemoConfig, arg(name="")]
     out: Path = Path("dpoviz-demo")
     """folder that the results go to."""
     config: Path | None = None
@@ -135,7 +135,7 @@ class _Demo:
 
 @dataclass(frozen=True)
 class _Train:
-    settings: OmitArgPrefixes[RealConfig]
+    settings: Annotated[RealConfig, arg(name="")]
     out: Path = Path("dpoviz-run")
     """folder that the results go to."""
     config: Path | None = None
@@ -156,7 +156,7 @@ class _Report:
 
 @dataclass(frozen=True)
 class _Compare:
-    settings: OmitArgPrefixes[CompareConfig]
+    settings: Annotated[CompareConfig, arg(name="")]
     out: Path = Path("dpoviz-compare")
     """folder that the results go to."""
     config: Path | None = None
@@ -171,7 +171,7 @@ class _Compare:
 
 @dataclass(frozen=True)
 class _Sample:
-    settings: OmitArgPrefixes[SampleConfig]
+    settings: Annotated[SampleConfig, arg(name="")]
     out: Path = Path("pairs.jsonl")
     """file that the pairs go to."""
     config: Path | None = None
@@ -180,7 +180,7 @@ class _Sample:
 
 @dataclass(frozen=True)
 class _Bench:
-    settings: OmitArgPrefixes[BenchConfig]
+    settings: Annotated[BenchConfig, arg(name="")]
     out: Path = Path("dpoviz-bench")
     """folder that the tables go to."""
     config: Path | None = None

@@ -49,7 +49,7 @@ class TestRequireRows:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            (0.1, "v: got float"),
+            (0.1, "v: got 0.1"),
             (torch.tensor([1, 2]), "v: got a torch.int64"),
             (torch.ones(2, 1), r"shape \(2, 1\), expected \(2,\); drop the last axis"),
             (torch.ones(3), r"shape \(3,\), expected \(2,\)"),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tyro.conf import OmitArgPrefixes
+
 from dpoviz.forms import Form
 from dpoviz.training.config import RULES, TrainConfig, TrainSettings
 
@@ -59,7 +61,7 @@ class DemoConfig:
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
-    training: TrainSettings = field(default_factory=TrainSettings)
+    training: OmitArgPrefixes[TrainSettings] = field(default_factory=TrainSettings)
     answers: int = 3
     fast: bool = False
 
@@ -144,7 +146,7 @@ class RealConfig:
     rule: str = "network"
     strength: float | None = None
     answers: int = 3
-    training: TrainSettings = field(default_factory=_real_training)
+    training: OmitArgPrefixes[TrainSettings] = field(default_factory=_real_training)
 
     def __post_init__(self) -> None:
         _require_whole(self, {"entropy_samples": 2, "max_length": 2, "lora_rank": 0, "answers": 0})
