@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, RecursionError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # help, or a usage error that the parser has printed
+        return int(end.code or 0)
     except KeyboardInterrupt as stop:
         again = "; the same command goes on from where it was" if command.resumes else ""
         print(f"\ndpoviz: stopped{again}", file=sys.stderr)

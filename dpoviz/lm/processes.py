@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -47,3 +48,13 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def hidden(progress: bool) -> bool:
+    """Return whether a progress bar is hidden: not asked for, not of the main process, or watched by nobody."""
+    return not (progress and watched() and processes().is_main_process)
+
+
+def watched() -> bool:
+    """Return whether anybody sees a progress bar: in a terminal and in a notebook; in a log file it is noise."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
