@@ -801,6 +801,7 @@ class TestPlotEntropyEstimators:
 
     @pytest.mark.parametrize("fonts", [[], None])
     def test_chinese_is_drawn_without_a_warning_whatever_the_fonts(self, monkeypatch, fonts):
+        draw(plots.plot_entropy_estimators(with_examples()).figure)  # matplotlib remembers the fonts that it found
         if fonts is not None:
             monkeypatch.setattr(style.fontManager, "ttflist", fonts)
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
