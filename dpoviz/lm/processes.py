@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
@@ -36,3 +38,16 @@ def own_seed(seed: int) -> int:
     Far from the seeds that people take, and within the 32 bits that PyTorch's generator on the CPU reads.
     """
     return seed + (processes().process_index << 20)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the program ends as by Ctrl-C, and its exit status is 143."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM raise `Terminated`, so that scratch folders are removed and locks are freed; for the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
