@@ -19,7 +19,7 @@ def processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
-def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
+def map_over_processes(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
     """``work(task)`` for each task, in their order: every n-th by a process, and all results on every process.
 
     Args:
@@ -32,7 +32,7 @@ def in_shares(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Res
     return [done[number] for number in range(len(tasks))]
 
 
-def own_seed(seed: int) -> int:
+def process_seed(seed: int) -> int:
     """A seed for this process's draws: `seed` itself on the first, others on the others.
 
     Far from the seeds that people take, and within the 32 bits that PyTorch's generator on the CPU reads.
