@@ -11,8 +11,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -280,10 +281,11 @@ def code_digest(module: str) -> str:
     return digest.hexdigest()
 
 
-def sources(module: str) -> dict[str, str]:
+@cache
+def sources(module: str) -> Mapping[str, str]:
     """Return the source of a module of dpoviz and of those that it imports, directly or not, by name.
 
-    Read from the import statements, so that the list cannot fall behind the code.
+    Read from the import statements, so that the list cannot fall behind the code; once, as the code is imported once.
     """
     found: dict[str, str] = {}
     open_ = [module]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import datasets
 import transformers
@@ -58,3 +60,16 @@ def hidden(progress: bool) -> bool:
 def watched() -> bool:
     """Return whether anybody sees a progress bar: in a terminal and in a notebook; in a log file it is noise."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the program ends as by Ctrl-C, and its exit status is 143."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM raise `Terminated`, so that scratch folders are removed and locks are freed; for the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
