@@ -22,7 +22,7 @@ from dpoviz.forecast import forecast
 from dpoviz.losses import FORMS
 from dpoviz.methods import METHODS
 from dpoviz.models import load_lm
-from dpoviz.onpolicy import sample_pairs, write_pairs
+from dpoviz.onpolicy import require_writable, sample_pairs, write_pairs
 from dpoviz.plots import plot_entropy_estimators
 from dpoviz.processes import processes
 from dpoviz.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
@@ -118,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         "sample preference pairs from a model, labelled by programs",
         "Sample answers to HumanEval's problems, to generated word problems and to chat openers, label them by running "
         "the problems' tests, by the number and by the dialogue's reward, and write pairs of a better and a worse "
-        "answer.",
+        "answer. Programs run isolated by bubblewrap. A run that was killed goes on where it stopped when the same "
+        "command is given again.",
         "pairs.jsonl",
     )
     sample.add_argument("--model", default="smollm2-135m", help=_MODEL)
@@ -127,6 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--samples", type=int, default=8, help="answers a prompt (default: %(default)s)")
     sample.add_argument("--max-new-tokens", type=int, default=128, help="limit of an answer (default: %(default)s)")
     sample.add_argument("--batch", type=int, default=8, help="prompts at once (default: %(default)s)")
+    sample.add_argument(
+        "--unsafe", action="store_true", help="run the model's programs even where bubblewrap cannot isolate them"
+    )
     timing = command(
         "bench",
         _bench,
@@ -370,6 +374,7 @@ def _compare(given: argparse.Namespace) -> None:
 
 
 def _sample(given: argparse.Namespace) -> None:
+    require_writable(given.out)
     model, tokenizer = load_lm(given.model)
     records, made = sample_pairs(
         model,
@@ -380,6 +385,8 @@ def _sample(given: argparse.Namespace) -> None:
         max_new_tokens=given.max_new_tokens,
         batch_size=given.batch,
         seed=given.seed,
+        keep=default_cache_dir(),
+        unsafe=given.unsafe,
     )
     write_pairs(records, given.out)
     print(f"\n{made.to_string(index=False)}\n\n{len(records)} pairs: {given.out}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import platform
@@ -26,11 +27,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 Kind = Literal["passed", "failed", "timeout", "memory", "forbidden"]
+
+logger = logging.getLogger(__name__)
 
 _MESSAGE = 500  # characters of a failure that are kept
 _START = 60.0  # seconds that two interpreters may take to start on a busy machine
@@ -105,23 +108,34 @@ def check_program(
     return _run(source, name, tests, timeout, memory_mib, unsafe)
 
 
-def require_isolation() -> None:
-    """Raise `NoIsolation`, with what to do about it, where programs cannot be isolated."""
-    problem = _isolation_problem()
-    if problem:
+def require_isolation(*, unsafe: bool = False) -> bool:
+    """Return True if programs can be isolated here; if not, False with one warning, but only if `unsafe` allows it.
+
+    Raises:
+        NoIsolation: they cannot, and `unsafe` is False.
+    """
+    problem = _isolation_problem(shutil.which("bwrap"))
+    if not problem:
+        return True
+    if not unsafe:
         raise NoIsolation(
             f"programs: got no isolation ({problem}), expected a bubblewrap that works; install it (Linux: apt install "
             "bubblewrap) or allow user namespaces, or use unsafe=True (--unsafe) to run programs that could do "
             "whatever you can"
         )
+    _warn(problem)
+    return False
+
+
+@functools.cache
+def _warn(problem: str) -> None:
+    logger.warning("programs run without isolation (%s): they could do whatever you can", problem)
 
 
 def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: int, unsafe: bool) -> Outcome:
     if not (0 < timeout < math.inf and memory_mib > 0):
         raise ValueError(f"timeout, memory_mib: got {timeout}, {memory_mib}, expected positive numbers")
-    isolated = not _isolation_problem()
-    if not isolated and not unsafe:
-        require_isolation()
+    isolated = require_isolation(unsafe=unsafe)
     seconds = math.ceil(timeout) + 1
     limits = {"CPU": seconds, "CORE": 0, "NOFILE": 64, "AS": memory_mib * 2**20, "FSIZE": 0}
     if isolated:  # elsewhere they count what else this user runs
@@ -142,6 +156,9 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
         verdict = _read_line(judge.stdout, timeout)
         if verdict is None:
             return Outcome("timeout", f"ran for {timeout:g} s")
+        for process in (judge, program):  # where they end by themselves, bubblewrap clears up after them
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.5)
         kind, message = json.loads(verdict) if verdict else ("failed", "the tests took too much memory")
         if kind == "tests":
             raise ValueError(f"tests: {message}")
@@ -152,10 +169,7 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
 
 def _ended(program: subprocess.Popen, seconds: int) -> Outcome:
     """Read from its exit status why a program is gone. Bubblewrap adds 128 to the number of a signal."""
-    try:
-        status = program.wait(1)
-    except subprocess.TimeoutExpired:  # it closed its end and lives on
-        status = None
+    status = program.poll()  # None: it closed its pipe and lives on
     if status in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
         return Outcome("timeout", f"used {seconds} s of CPU")
     return Outcome("failed", f"ended before its end, with status {status}")
@@ -191,10 +205,8 @@ def _start(stack: ExitStack, isolated: bool, *, pass_fds: tuple = (), **streams:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
@@ -268,7 +280,7 @@ _REFUSED: dict[str, tuple[int | None, int]] = {
     **{"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430)},
     **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271)},
     **{"io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)},
-    **{"open_by_handle_at": (304, 265)},
+    **{"open_by_handle_at": (304, 265), "syslog": (103, 116)},
 }  # fmt: skip
 """System calls that fail with EPERM, by their numbers on x86_64 and on aarch64."""
 
@@ -315,9 +327,9 @@ _TRIAL = "import os\ntry: os.fork()\nexcept PermissionError: os._exit(0)\nos._ex
 
 
 @functools.cache
-def _isolation_problem() -> str:
+def _isolation_problem(bubblewrap: str | None) -> str:
     """Return why programs cannot be isolated here, or "": found out by isolating one."""
-    if shutil.which("bwrap") is None:
+    if bubblewrap is None:
         return "bwrap is not on the PATH"
     if platform.machine() not in _MACHINES:
         return f"no system call filter for {platform.machine()}"
@@ -364,8 +376,11 @@ def set_limits(task):
     for name, value in task["limits"].items():
         try:
             limit = getattr(resource, "RLIMIT_" + name)
-            # the first is a signal that says which limit it was, the second just kills
-            resource.setrlimit(limit, (value, value + (name == "CPU")))
+            hard = value + (name == "CPU")  # at the first a signal says that it was the time, at the second it kills
+            ours = resource.getrlimit(limit)[1]
+            if ours != resource.RLIM_INFINITY:
+                hard = min(hard, ours)
+            resource.setrlimit(limit, (min(value, hard), hard))
         except Exception:
             if task["strict"]:
                 raise

@@ -31,7 +31,7 @@ ALLOWED = {
     "stages": {"beta", "data", "methods", "rules", "logprobs", "losses", "processes", "table", "train"},
     "trl": {"beta", "losses", "regularizers", "train"},
     "sandbox": set(),
-    "onpolicy": {"logprobs", "tasks", "data", "sandbox"},
+    "onpolicy": {"logprobs", "tasks", "data", "journal", "sandbox"},
     "evaluate": {"logprobs", "processes", "tasks"},
     "frontier": set(),
     "table": {"losses"},
