@@ -89,8 +89,8 @@ def check_program(
 
     The tests run in a process of their own, in which no line of the program runs. Arguments and results travel as
     plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict. So a result of
-    another type fails (a generator, a NumPy array); the tests see no change that the function makes to its arguments;
-    and what it prints, or objects that two results share, they do not see either.
+    another type fails (a generator, a NumPy array), and so does any exception. The tests see no change that the
+    function makes to its arguments, nothing that it prints, and no object that two results share.
 
     Args:
         source: the program, which is not trusted.
@@ -473,7 +473,7 @@ def die_with_parent_and_guard(task, say):
 
 # ---- the judge's process
 
-class Verdict(Exception):
+class Verdict(BaseException):  # the tests' own handlers do not catch it
     pass
 
 def judge(task, say):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from string import Template
 
@@ -106,10 +107,12 @@ class TestOutcome:
 
     def test_what_a_program_finds(self, more, monkeypatch):
         monkeypatch.setenv("SECRET", "1")
-        source = "import os, sys; assert 'SECRET' not in os.environ and '' not in sys.path and sys.argv == ['-c']\n"
-        assert run_program(
-            source + "import __main__; assert not [n for n in vars(__main__) if n[0] != '_'][2:]", **more
+        source = (
+            "import os, sys, __main__\n"
+            "assert 'SECRET' not in os.environ and '' not in sys.path and sys.argv == ['-c'], (os.environ, sys.path)\n"
+            "assert {n for n in vars(__main__) if n[:2] != '__'} == {'os', 'sys'}, vars(__main__)"
         )
+        assert run_program(source, **more) == ("passed", "")
 
 
 class TestCheckProgram:
@@ -151,6 +154,10 @@ class TestCheckProgram:
     def test_tests_that_cannot_be_put_to_a_program_are_not_held_against_it(self, more, tests, message):
         with pytest.raises(ValueError, match=f"tests: .*{message}"):
             check_program("def f(x): return x", "f", tests, **more)
+
+    def test_tests_cannot_overlook_that_the_program_failed(self, more):
+        tests = "try: candidate()\nexcept Exception: pass"
+        assert check_program("def f(): raise ValueError('mine')", "f", tests, **more) == ("failed", "ValueError: mine")
 
     def test_tests_draw_the_same_inputs_each_time(self, more):
         tests = "import random; raise Exception(candidate(random.random()))"
@@ -332,6 +339,9 @@ class Outside:
 
 @pytest.fixture
 def outside():
+    """Return what a program aims at."""
+    if sys.platform != "linux":
+        pytest.skip("only Linux says what lives on")
     found = Outside()
     yield found
     found.close()
@@ -555,7 +565,7 @@ class TestHostile:
     @pytest.mark.parametrize("name", LOUD)
     def test_is_bounded(self, outside, name):
         begin = time.monotonic()
-        run_program(outside.source(LOUD[name]), timeout=0.5)
+        run_program(outside.source(LOUD[name]), timeout=0.3)
         assert outside.harm() == []
         # a program that were waited for would take a minute
         assert time.monotonic() - begin < 30
@@ -591,8 +601,6 @@ class TestHostile:
         assert outside.harm() == []
 
     def test_many_at_once_in_threads(self, outside):
-        from concurrent.futures import ThreadPoolExecutor
-
         sources = ["pass", "while True: pass", "import os; os._exit(0)", "x = bytes(10**10)"] * 4
         with ThreadPoolExecutor(8) as pool:
             kinds = [outcome.kind for outcome in pool.map(lambda s: run_program(s, timeout=2), sources)]
