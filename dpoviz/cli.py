@@ -16,7 +16,7 @@ import torch
 
 from dpoviz.bench import bench
 from dpoviz.compare import BASELINE, CompareConfig, compare, job_table
-from dpoviz.demo import Demo, DemoConfig, WorldConfig, own_progress_only, run_demo, small_world
+from dpoviz.demo import Demo, DemoConfig, WorldConfig, quiet_libraries, run_demo, small_world
 from dpoviz.entropy import summarize_estimators
 from dpoviz.forecast import forecast
 from dpoviz.losses import FORMS
@@ -28,14 +28,14 @@ from dpoviz.processes import processes
 from dpoviz.real import FIXED, Loaded, Prepared, RealConfig, RealRun, arms, load, run_real, score
 from dpoviz.reference import default_cache_dir
 from dpoviz.report import reading, reading_of_accuracy
-from dpoviz.results import accuracy_as_text, as_text, claim, entropy_as_text, report, require_unclaimed, write
+from dpoviz.results import accuracy_as_text, as_text, claim, entropy_as_text, report, require_same_config, write
 from dpoviz.results_compare import effects_as_text, reading_of_effects, write_comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the command `dpoviz`; returns the exit status."""
     arguments = _parser().parse_args(argv)
-    own_progress_only()
+    quiet_libraries()
     state = processes()
     try:
         if state.num_processes > 1 and arguments.run not in (_train, _reference):
@@ -176,7 +176,7 @@ def _model_and_data(parser: argparse.ArgumentParser, *, without: str = "") -> No
         max_length="limit of prompt and answer, in tokens",
         max_new_tokens="limit of a sampled answer, in tokens",
         entropy_samples="answers a prompt for the entropy",
-        score_batch="pairs at once where nothing is trained",
+        eval_batch_size="pairs at once where nothing is trained",
     )
     parser.add_argument("--held-out", type=float, default=default.held_out, help="share (default: %(default)s)")
 
@@ -253,7 +253,7 @@ def _config(given: argparse.Namespace) -> RealConfig:
 
 def _loaded(config: RealConfig, out: Path, command: str) -> Loaded:
     settings = {"command": command, **asdict(config)}
-    require_unclaimed(out, settings)
+    require_same_config(out, settings)
     loaded = load(config)
     processes().wait_for_everyone()  # all have seen that the folder is free
     if processes().is_main_process:
