@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from dpoviz.lm.packing import PrefixBatch
@@ -103,7 +103,19 @@ def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Tensor) -> Pred
     return Predictions(hidden[batch.predictors], _own_head(model, out), hidden[batch.prompt_tokens])
 
 
-def _body_output(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[str, object]:
+def fill_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> None:
+    """Read (B, T) tokens, padded on the left, into a cache."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    more = {cache_argument(model): cache}
+    _body_output(model, ids, attention_mask=mask, position_ids=positions, use_cache=True, **more)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which the model takes a cache."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
+
+
+def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False, **more: object) -> dict[str, object]:
     """Return what the model's body gives, in a call of the whole model whose head sees one token a row."""
     kept = []
 
@@ -114,7 +126,7 @@ def _body_output(model: PreTrainedModel, ids: Tensor, **more: Tensor) -> dict[st
 
     with _body_stands_for(model) as (body, inner):
         body.forward = look
-        model(input_ids=ids, use_cache=False, **more)
+        model(input_ids=ids, use_cache=use_cache, **more)
     if len(kept) != 1:
         raise NotImplementedError(f"{type(model).__name__} calls its body {len(kept)} times")
     return kept[0]

@@ -93,21 +93,32 @@ def require_readable(model: PreTrainedModel, prompts: Tokens, answers: Sequence[
     Raises:
         ValueError: by row.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    require_tokens_of(model, "prompts", prompts)
+    for j in range(len(answers[0])):
+        require_tokens_of(model, "answers", [own[j] for own in answers])
     context = context_length(model)
     for row, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
-        for name, tokens in (("prompts", prompt), *(("answers", answer) for answer in own)):
-            if len(tokens) and not (0 <= min(tokens) and max(tokens) < rows):
-                odd = max(tokens) if max(tokens) >= rows else min(tokens)
-                raise ValueError(
-                    f"{name}: got token {odd} in row {row}, expected 0 to {rows - 1}, the model's; use its own "
-                    "tokenizer, or model.resize_token_embeddings"
-                )
         longest = len(prompt) + max(len(answer) for answer in own)
         if context is not None and longest > context:
             raise ValueError(
                 f"answers: got {longest} tokens with the prompt in row {row}, expected at most the model's context, "
                 f"{context}; leave longer ones out"
+            )
+
+
+def require_tokens_of(model: PreTrainedModel, name: str, texts: Tokens) -> None:
+    """Refuse tokens that the model does not have.
+
+    Raises:
+        ValueError: by name and row.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    for row, text in enumerate(texts):
+        odd = next((token for token in (min(text), max(text)) if not 0 <= token < rows), None)
+        if odd is not None:
+            raise ValueError(
+                f"{name}: got token {odd} in row {row}, expected 0 to {rows - 1}, those of the model; use its own "
+                "tokenizer, or model.resize_token_embeddings"
             )
 
 

@@ -256,22 +256,22 @@ def _texts(model: PreTrainedModel, road: Road, size: Size, seed: int) -> tuple[l
 
     Between the longest prompt and its last answer stand others, as many as fill a row.
     """
-    draw = torch.Generator().manual_seed(seed)
-    top = model.get_input_embeddings().num_embeddings
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(top, (max(1, n),), generator=draw).tolist()
-
     start = size.longest // 2
     rest = size.longest - start
     between = max(2, size.widest - size.longest) if road.shared else 2
     parts = [min(rest, between - done) for done in range(0, between, rest)]
-    prompts = [tokens(start), tokens(start // 2), tokens(3)]
-    answers = [[tokens(n) for n in (*parts, rest)]]
-    for first, second in ((rest // 2, rest // 3), (6, 2)):
-        two = [tokens(first), tokens(second)]
-        answers.append(two + two[:1] * (len(parts) - 1))
-    return prompts, answers
+    lengths = [*parts, rest, rest // 2, rest // 3, 6, 2]
+    texts = random_tokens(model, [start, start // 2, 3, *lengths], seed)
+    prompts, texts = texts[:3], texts[3:]
+    long, mid, short = texts[: len(parts) + 1], texts[-4:-2], texts[-2:]
+    return prompts, [long, *(two + two[:1] * (len(parts) - 1) for two in (mid, short))]
+
+
+def random_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Return texts of random tokens of the model, of these lengths, at least 1."""
+    draw = torch.Generator().manual_seed(seed)
+    top = model.get_input_embeddings().num_embeddings
+    return [torch.randint(top, (max(1, n),), generator=draw).tolist() for n in lengths]
 
 
 def _places(length: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-VOCAB, CONTEXT = 97, 512
+VOCAB, CONTEXT = 97, 256
 
 _SIZES = {
     "vocab_size": VOCAB,
@@ -43,7 +43,12 @@ _MORE = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "gptj": {"rotary_dim": 4},
     "codegen": {"rotary_dim": 4},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8, "vocab_size_per_layer_input": 97},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "vocab_size_per_layer_input": 97,
+    },
     "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "zaya": {"num_experts_per_tok": 1},
