@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from dpoviz import cli
-from dpoviz.experiments import generate as onpolicy
 from dpoviz.data import tasks
 from dpoviz.data.records import load_pairs
-from dpoviz.lm.sampling import Sampler
-from dpoviz.experiments.generate import check_humaneval, finish_program, humaneval_problems, require_writable, sample_pairs, write_pairs
+from dpoviz.experiments import generate as onpolicy
+from dpoviz.experiments.generate import (
+    check_humaneval,
+    finish_program,
+    humaneval_problems,
+    require_writable,
+    sample_pairs,
+    write_pairs,
+)
 from dpoviz.experiments.sandbox import NoIsolation, require_isolation
+from dpoviz.lm.sampling import Sampler
 
 try:
     require_isolation()

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data import tasks
 from dpoviz.data.tokens import encode_prompts
+from dpoviz.experiments.sandbox import Outcome, check_program, require_isolation
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
 from dpoviz.lm.sampling import sampling
-from dpoviz.experiments.sandbox import Outcome, check_program, require_isolation
 
 TASKS = tasks.TASKS
 _HINT = {"math": " Think briefly and end with the number.", "dialogue": ""}
