@@ -96,9 +96,9 @@ def _by_its_own_code(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Rendered
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in chat.messages],
-            tools=chat.tools,
             add_generation_prompt=chat.prompt,
             tokenize=False,
+            **({"tools": chat.tools} if chat.tools else {}),
             **(chat.options or {}),
         )
     except Exception as error:  # whatever the class raises where it refuses a chat

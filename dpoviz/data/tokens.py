@@ -161,6 +161,12 @@ def token_counts(pairs: Dataset) -> np.ndarray:
     return np.stack([pc.list_value_length(arrow[name][:]).to_numpy() for name in IDS], axis=1)
 
 
+def highest_ids(pairs: Dataset) -> list[int]:
+    """Return the highest token id of the prompts, of the chosen and of the rejected answers."""
+    arrow = pairs.select_columns(list(IDS)).with_format("arrow")
+    return [pc.max(pc.list_flatten(arrow[name][:])).as_py() for name in IDS]
+
+
 def digest(pairs: Dataset, columns: Sequence[str] | None = None) -> str:
     """A hash of the values in some columns, or in all.
 
@@ -251,9 +257,13 @@ def _with_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         more = f" and {len(rows) - 1} more of {len(pairs)} pairs" if len(rows) > 1 else ""
         return f"{_name(pairs, rows[0][0])}{more}"
 
-    for kind in ("refused", "empty"):
-        if kind in found:
-            raise ValueError(f"{place(kind)}: {found[kind][0][1]}")
+    if "refused" in found:
+        raise ValueError(f"{place('refused')}: {found['refused'][0][1]}")
+    if "empty" in found:
+        raise ValueError(
+            f"prompt: {place('empty')} gives no token, or none that does not merge with the answer; expected a text "
+            "that ends where a token ends"
+        )
     for kind, text in _SAID.items():
         if kind in found:
             words = text.format(template=_template(tokenizer), words=found[kind][0][1])
@@ -293,14 +303,9 @@ def _cuts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
 
 def _chats(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Chat | None]:
     """The prompts that are chats, with their tools; None for a text."""
-    rows = pairs.select_columns(
-        [name for name in ("messages", "tools", "chat_template_kwargs") if name in pairs.column_names]
-    )[:]
-    nothing, found = [None] * len(pairs), []
-    for i in range(len(pairs)):
-        messages, tools, options = (
-            rows.get(name, nothing)[i] for name in ("messages", "tools", "chat_template_kwargs")
-        )
+    names, found = ("messages", "tools", "chat_template_kwargs"), []
+    columns = [pairs[name][:] if name in pairs.column_names else [None] * len(pairs) for name in names]
+    for i, (messages, tools, options) in enumerate(zip(*columns, strict=True)):
         try:
             tools, options = (json.loads(own) if isinstance(own, str) else own for own in (tools, options))
         except json.JSONDecodeError as error:
@@ -437,9 +442,7 @@ def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Ite
         if answers[0] == answers[1]:
             found["same"] = ""
         if not prompt and "refused" not in found:
-            found["empty"] = (
-                "the prompt gives no token of its own; expected a prompt that does not melt into the answer"
-            )
+            found["empty"] = ""
         yield _Cut(prompt, *answers, found)
 
 
@@ -508,7 +511,7 @@ def _require_template(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"the chat template of {tokenizer.name_or_path or type(tokenizer).__name__}"
+    return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
 
 
 def _refusal(tokenizer: PreTrainedTokenizerBase, words: str) -> str:

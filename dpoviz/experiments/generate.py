@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data import tasks
-from dpoviz.data.tokens import encode_prompts
+from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.experiments.sandbox import Outcome, run_program
 from dpoviz.lm.sampling import sample_answers
 
@@ -138,18 +138,19 @@ def sample_pairs(
     for task in tasks:
         questions = _questions(task, prompts_per_task, seed, chat)
         prompts = encode_prompts([q.prompt for q in questions], [q.messages for q in questions], tokenizer)
+        end = answer_end(tokenizer, questions[0].messages)
         drawn = sample_answers(
             model,
             prompts,
             samples,
             max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=end,
             pad_id=tokenizer.pad_token_id,
             seed=seed,
             batch_size=batch_size,
             progress=progress,
         ).answers
-        finished = [_finished(question, own, tokenizer) for question, own in zip(questions, drawn, strict=True)]
+        finished = [_finished(question, own, tokenizer, end) for question, own in zip(questions, drawn, strict=True)]
         made, rewards = _labelled(questions, finished, pairs_per_prompt, seed, progress)
         records += [record for own in made for record in own]
         whole = sum(map(len, finished))
@@ -166,11 +167,14 @@ def sample_pairs(
     return records, pd.DataFrame(rows)
 
 
-def _finished(question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _finished(
+    question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, end: int
+) -> list[str]:
     found = []
     for answer in answers:
-        ended = answer[-1] == tokenizer.eos_token_id
-        text = question.finish(tokenizer.decode(answer, skip_special_tokens=True), ended)
+        ended = answer[-1] == end
+        own = answer[:-1] if ended else answer  # not every end token counts as special
+        text = question.finish(tokenizer.decode(own, skip_special_tokens=True), ended)
         if text is not None and text.strip():
             found.append(text)
     return found

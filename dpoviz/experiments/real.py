@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.beta import Beta
 from dpoviz.data.records import as_chat, load_pairs, split_by_group
-from dpoviz.data.tokens import digest, tokenize_pairs
+from dpoviz.data.tokens import answer_end, digest, encode_prompts, end_id, tokenize_pairs
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.models import add_lora, load_lm
@@ -273,13 +273,15 @@ def _examples(
     cache_dir: Path | str | None,
     progress: bool,
 ) -> pd.DataFrame:
-    ids = prompt_ids(tokenizer, EXAMPLES)
+    chat = bool(tokenizer.chat_template)
+    messages = [[{"role": "user", "content": text}] if chat else None for text in EXAMPLES]
+    ids = encode_prompts(EXAMPLES, messages, tokenizer)
     estimates = estimate_entropy(
         model,
         ids,
         samples=config.entropy_samples,
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=answer_end(tokenizer, messages[0]),
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         batch_size=config.score_batch,
@@ -291,17 +293,6 @@ def _examples(
         value, se = getattr(estimates, estimator)
         parts.append(pd.DataFrame({"estimator": estimator, "prompt": EXAMPLES, "entropy": value, "se": se}))
     return pd.concat(parts, ignore_index=True).assign(task="example", example=True)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Texts as a user's messages where the tokenizer has a chat template, as they stand elsewhere."""
-    if not tokenizer.chat_template:
-        return tokenizer(list(texts))["input_ids"]
-    rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        for text in texts
-    ]
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def run_folder(config: RealConfig, prepared: Prepared, cache_dir: Path | str) -> Path:
@@ -344,7 +335,7 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         held_out=held_out,
         reference=reference,
         pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=end_id(prepared.train),
         out=out,
         progress=progress,
     ):
@@ -382,15 +373,17 @@ def _answers(
     """One answer to each shown prompt, drawn with the same seed in every arm."""
     if shown.empty:
         return pd.DataFrame(columns=["arm", "task", "prompt", "answer"])
+    end = int(shown["chosen_ids"].iloc[0][-1])
     drawn = sample_answers(
         model,
         [list(ids) for ids in shown["prompt_ids"]],
         1,
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=end,
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
         progress=progress,
     ).answers
-    texts = tokenizer.batch_decode([own[0] for own in drawn], skip_special_tokens=True)
+    ids = [own[0][:-1] if own[0][-1] == end else own[0] for own in drawn]  # not every end token counts as special
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return shown[["task", "prompt"]].assign(arm=arm, answer=texts)

@@ -14,12 +14,12 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpoviz.data.tokens import IDS, digest, token_counts, tokenize_pairs
+from dpoviz.data.tokens import IDS, digest, end_id, highest_ids, token_counts, tokenize_pairs
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
 from dpoviz.lm.processes import in_shares, processes
-from dpoviz.lm.scoring import context_length, evaluating, score_answers
+from dpoviz.lm.scoring import context_length, evaluating, require_known, score_answers
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def reference_pass(
 
     Raises:
         ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
-            context; or log-probabilities that are not finite, by row.
+            context; a token that it does not know; or log-probabilities that are not finite, by row.
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
     require_room(model, pairs, max_length, max_new_tokens)
@@ -92,9 +92,9 @@ def reference_pass(
         "entropy_samples": entropy_samples,
         "seed": seed,
     }
-    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    ends = {"eos_id": end_id(pairs), "pad_id": tokenizer.pad_token_id}
     if ends["pad_id"] is None:
-        ends["pad_id"] = ends["eos_id"]
+        ends["pad_id"] = tokenizer.eos_token_id
     if cache_dir is None:
         return _compute(model, pairs, settings, ends, None, Journal(None), progress)
     facts = [tokenizer.pad_token_id, ends, settings, digest(pairs)]
@@ -114,7 +114,7 @@ def reference_pass(
 
 
 def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_new_tokens: int) -> None:
-    """Refuse what the model's context cannot hold, before time is spent.
+    """Refuse what the model cannot read, before time is spent.
 
     Args:
         model: the reference.
@@ -123,8 +123,10 @@ def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_ne
         max_new_tokens: limit of a sampled answer.
 
     Raises:
-        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context.
+        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context; a token that it does
+            not know.
     """
+    require_known(model, [highest_ids(pairs)])
     room = context_length(model)
     if room is None:
         return

@@ -24,6 +24,7 @@ from dpoviz.lm.scoring import (
     context_length,
     evaluating,
     language_model,
+    require_known,
     supports_shared_prefix,
     token_entropies,
 )
@@ -106,6 +107,7 @@ def sampling(
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: got none, or an empty one, expected at least one token each")
     model, longest = language_model(model), max(len(prompt) for prompt in prompts)
+    require_known(model, [*prompts, [eos_id, pad_id]])
     room = context_length(model)
     if room is not None and longest + max_new_tokens > room:
         raise ValueError(
@@ -168,7 +170,8 @@ def sample_answers(
         prompts: token ids.
         k: answers a prompt.
         max_new_tokens: limit of an answer, in tokens.
-        eos_id: token that ends an answer.
+        eos_id: token that ends an answer: `dpoviz.data.tokens.end_id` of the pairs that are trained on, or
+            `answer_end` where there are none. An end token is not always the tokenizer's.
         pad_id: token that fills the rows.
         seed: the draws; the caller's random state is left alone.
         batch_size: prompts at once. Their answers are drawn side by side: `batch_size` × K sequences, each with a
@@ -176,8 +179,8 @@ def sample_answers(
         progress: show a bar.
 
     Raises:
-        ValueError: k < 1, no prompt or an empty one, an adapter by prompt tuning, or a prompt that leaves no room
-            for `max_new_tokens` in the model's context.
+        ValueError: k < 1, no prompt or an empty one, a token that the model does not know, an adapter by prompt
+            tuning, or a prompt that leaves no room for `max_new_tokens` in the model's context.
     """
     answers: list[list[list[int]]] = [[] for _ in prompts]
     settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -72,9 +73,10 @@ def score_answers(
         shared_prefix: compute each prompt once for all its answers; None asks `supports_shared_prefix`.
 
     Raises:
-        ValueError: as `prefix_batch`, or an adapter by prompt tuning.
+        ValueError: as `prefix_batch`, a token that the model does not know, or an adapter by prompt tuning.
     """
     model = language_model(model)
+    require_known(model, chain([[pad_id]], prompts, *answers))
     if shared_prefix is None:
         shared_prefix = supports_shared_prefix(model)
     score = _shared_scores if shared_prefix else _separate_scores
@@ -93,6 +95,21 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens that the model reads, by its configuration; None where that does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_known(model: PreTrainedModel, tokens: Iterable[Sequence[int]]) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        ValueError: there is one.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    wrong = next((token for own in tokens for token in own if not 0 <= token < rows), None)
+    if wrong is not None:
+        raise ValueError(
+            f"tokens: got the id {wrong}, expected 0 to {rows - 1}: the model has {rows} embeddings; use its own "
+            "tokenizer, or give the model rows for the new tokens (model.resize_token_embeddings)"
+        )
 
 
 def _shared_scores(

@@ -79,7 +79,8 @@ def byte_level(special: Sequence[str], *, template: str | None, eos: str, bos: s
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=330, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=330, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False),
     )
     return _finished(core, special, template, eos, bos, opens)
 
@@ -91,7 +92,10 @@ def sentencepiece(special: Sequence[str], *, template: str | None, eos: str, bos
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank]) if prefix else blank
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     core.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=460, special_tokens=["<pad>", "<unk>", *bytes_], max_token_length=6, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=460, special_tokens=["<pad>", "<unk>", *bytes_], max_token_length=6, show_progress=False
+        ),
     )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     core.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
@@ -138,7 +142,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
         _LLAMA_3, template=DATED, eos="<|end_of_text|>", bos="<|begin_of_text|>", opens=True
     ),
     "phi-3": lambda: sentencepiece(
-        ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"], template=PHI_3, eos="<|endoftext|>", bos="<s>", prefix=True
+        ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
+        template=PHI_3,
+        eos="<|endoftext|>",
+        bos="<s>",
+        prefix=True,
     ),
     "llama-2": lambda: sentencepiece([], template=LLAMA_2, eos="</s>", bos="<s>", prefix=True),
     "gemma": lambda: sentencepiece(
