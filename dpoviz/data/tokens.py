@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +148,7 @@ def end_id(pairs: Dataset) -> int:
         ends, rows = np.unique(pc.list_flatten(column).to_numpy()[behind - 1], return_index=True)
         first = dict(zip(ends.tolist(), rows.tolist(), strict=True)) | first
     if len(first) > 1:
-        rows = ", ".join(f"{end} in {_name(pairs, row)}" for end, row in list(first.items())[:_SHOWN])
+        rows = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
         raise ValueError(
             f"pairs: got answers that end with different tokens ({rows}), expected one that answers can be drawn up "
             "to; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers bring the same end"
@@ -343,7 +344,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> _Turn | Rendered:
     tail = whole.text[whole.text.rindex(_PROBE) + len(_PROBE) :]
     # some vocabularies have runs of blanks among their added tokens
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
     end = next((i for i in ids if i in added), None)
     return _Turn(tail, tokenizer.eos_token_id, 0) if end is None else _Turn(tail, end, ids.count(end))
 
