@@ -24,9 +24,9 @@ from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.losses import Form, scale
-from dpoviz.training.config import TrainConfig, calibrate_alpha
+from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.methods import METHODS
-from dpoviz.training.stages import Arm, arm, held_out_table, log_ratio_differences, run_arms
+from dpoviz.training.stages import Variant, arm, held_out_table, log_ratio_differences, run_variants
 
 FIXED = "fixed"
 """The arm that goes on with the beta of stage 1."""
@@ -60,7 +60,7 @@ class RealConfig:
         stage1_steps: steps with the fixed beta; None: one pass over the pairs.
         stage2_steps: steps with beta(x), and of the fixed beta that it is compared with; None: one pass.
         batch_size: pairs in a step.
-        score_batch: pairs, or prompts with all their samples, at once where nothing is trained.
+        eval_batch_size: pairs, or prompts with all their samples, at once where nothing is trained.
         learning_rate: of the policy; None: 1e-4 with adapters, 1e-6 without.
         answers: held-out prompts a task whose answers before and after are kept.
         seed: everything that is drawn.
@@ -84,13 +84,13 @@ class RealConfig:
     stage1_steps: int | None = None
     stage2_steps: int | None = None
     batch_size: int = 8
-    score_batch: int = 8
+    eval_batch_size: int = 8
     learning_rate: float | None = None
     answers: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = {"entropy_samples": 2, "batch_size": 1, "score_batch": 1, "max_length": 2, "max_new_tokens": 1}
+        whole = {"entropy_samples": 2, "batch_size": 1, "eval_batch_size": 1, "max_length": 2, "max_new_tokens": 1}
         whole |= {"lora_rank": 0, "answers": 0, "seed": 0}
         for name, least in whole.items():
             value = getattr(self, name)
@@ -235,7 +235,7 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
             max_length=config.max_length,
             max_new_tokens=config.max_new_tokens,
             entropy_samples=config.entropy_samples,
-            batch_size=config.score_batch,
+            batch_size=config.eval_batch_size,
             seed=config.seed,
             cache_dir=cache_dir,
             progress=progress,
@@ -284,7 +284,7 @@ def _examples(
         eos_id=answer_end(tokenizer, messages[0]),
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
-        batch_size=config.score_batch,
+        batch_size=config.eval_batch_size,
         keep=cache_dir,
         progress=progress,
     )
@@ -301,7 +301,7 @@ def run_folder(config: RealConfig, prepared: Prepared, cache_dir: Path | str) ->
     return Path(cache_dir) / f"run-{fingerprint(prepared.model, [asdict(config), pairs, torch.__version__], __name__)}"
 
 
-def arms(config: RealConfig, prepared: Prepared) -> dict[str, Arm]:
+def arms(config: RealConfig, prepared: Prepared) -> dict[str, Variant]:
     """The runs of stage 2: the rule in each form that it has, and the fixed beta that they are compared with."""
     settings = {form: config.training(form, len(prepared.train)) for form in METHODS[config.rule].forms}
     found = {form: arm(config.rule, own, config.strength) for form, own in settings.items()}
@@ -328,7 +328,7 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
     shown = held_out.to_pandas().drop_duplicates("prompt").groupby("task").head(config.answers)
     answers = [_answers(config, policy, tokenizer, shown, "reference", progress)]
     tables, histories, scores, alpha = [], [], [], {}
-    for done in run_arms(
+    for done in run_variants(
         policy,
         prepared.train,
         runs,
@@ -350,9 +350,9 @@ def run_real(config: RealConfig, prepared: Prepared, *, out: Path, progress: boo
         histories.append(done.history.assign(arm=done.name))
         if isinstance(done.beta, Beta) and done.name != FIXED:
             tables.append(held_out_table(done.beta, held_out, form=settings.form, seed=config.seed))
-            alpha[settings.form] = settings.alpha or calibrate_alpha(prepared.train["ref_entropy"], settings.beta0)
+            alpha[settings.form] = settings.alpha or alpha_for_mean(prepared.train["ref_entropy"], settings.beta0)
         h = log_ratio_differences(
-            policy, held_out, pad_id=tokenizer.pad_token_id, batch_size=config.score_batch, progress=progress
+            policy, held_out, pad_id=tokenizer.pad_token_id, batch_size=config.eval_batch_size, progress=progress
         )
         rows = held_out.to_pandas()[["task", "group", "prompt"]]
         scores.append(rows.assign(arm=done.name, form=settings.form, h=h))

@@ -18,7 +18,7 @@ from dpoviz.data.tokens import IDS, digest, end_id, highest_ids, token_counts, t
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import in_shares, processes
+from dpoviz.lm.processes import map_over_processes, processes
 from dpoviz.lm.scoring import context_length, evaluating, require_known, score_answers
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ def _score(
 
     shown = progress and processes().is_main_process
     with evaluating(model), tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=not shown) as bar:
-        parts = in_shares(range(len(batches)), score)
+        parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 
