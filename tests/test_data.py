@@ -1,9 +1,7 @@
 """Bad pairs are refused by name before any time is spent; a split keeps together what belongs together."""
 
 import json
-import logging
 import os
-import random
 import subprocess
 import sys
 import tracemalloc
@@ -12,15 +10,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 import dpoviz.data.records as module
-from dpoviz.data import tokens
 from dpoviz.data.records import _with_prompt, as_chat, load_pairs, split_by_group
-from dpoviz.data.tokens import digest, token_counts, tokenize_pairs
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -378,51 +373,6 @@ class TestAsChat:
             as_chat(load_pairs(write(GOOD)), ["poetry", "math"])
 
 
-TEMPLATE = (
-    "{% for m in messages %}<unk> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<unk> assistant{% endif %}"
-)
-
-
-class TestChatTokens:
-    @pytest.fixture
-    def chats(self, write):
-        record = {"prompt": [USER | {"content": "a b"}], "chosen": "c", "rejected": "d e", "task": "dialogue"}
-        return load_pairs(write({**GOOD, "prompt": "a b", "chosen": "c", "rejected": "d"}, record))
-
-    def test_template_up_to_where_the_answer_begins(self, chats, tokenizer):
-        tokenizer.chat_template = TEMPLATE
-        ids = tokenizer.convert_tokens_to_ids
-        plain, chat = tokenize_pairs(chats, tokenizer, 40)
-        assert plain["prompt_ids"] == ids(["a", "b"])
-        unknown = tokenizer.unk_token_id  # what the words user and assistant become here
-        assert chat["prompt_ids"] == [unknown, unknown, *ids(["a", "b"]), tokenizer.eos_token_id, unknown, unknown]
-        assert chat["rejected_ids"] == [*ids(["d", "e"]), tokenizer.eos_token_id]
-        # prompt and answer together are what the template writes for the whole chat
-        whole = [*chats[1]["messages"], assistant("c")]
-        text = tokenizer.apply_chat_template(whole, tokenize=False)
-        assert chat["prompt_ids"] + chat["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def test_no_template(self, chats, tokenizer):
-        with pytest.raises(
-            ValueError, match="tokenizer: has no chat template, and line 2 is a chat; give a chat model"
-        ):
-            tokenize_pairs(chats, tokenizer, 40)
-
-    def test_a_template_whose_turns_end_otherwise(self, chats, tokenizer):
-        tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
-        with pytest.raises(ValueError, match=r"ends an answer with '<pad>', .* set tokenizer.eos_token = '<pad>'"):
-            tokenize_pairs(chats, tokenizer, 40)
-
-    def test_a_tokenizer_that_ends_every_text(self, chats, tokenizer):
-        eos = tokenizer.eos_token_id
-        tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
-        assert tokenizer("a")["input_ids"][-1] == eos
-        pairs = tokenize_pairs(chats.select([0]), tokenizer, 40)
-        assert pairs["prompt_ids"][0] == tokenizer.convert_tokens_to_ids(["a", "b"])
-        assert pairs["chosen_ids"][0] == [tokenizer.convert_tokens_to_ids("c"), eos]
-
-
 def dataset(rows):
     """Pairs from (prompt, group, task)."""
     return Dataset.from_list(
@@ -500,151 +450,3 @@ class TestSplitByGroup:
     def test_a_task_of_one_group(self):
         with pytest.raises(ValueError, match="task 'code': all its pairs are of one prompt or group"):
             split_by_group(dataset([("a", None, "t"), ("b", None, "t"), ("c", None, "code")]), 0.5, 0)
-
-
-def pair(prompt, chosen, rejected, line):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "task": "t", "line": line}
-
-
-class TestTokenizePairs:
-    PAIRS = (pair("a b", "c", "d e", 1), pair("f", "g h i j", "k", 5))
-
-    def test_ids_by_hand(self, tokenizer):
-        pairs = Dataset.from_list(list(self.PAIRS))
-        out = tokenize_pairs(pairs, tokenizer, max_length=6)
-        a, end = 4, 2  # the tokenizer's numbers of "a" and of the end
-        assert out["prompt_ids"][:] == [[a, a + 1], [a + 5]]
-        assert out["chosen_ids"][:] == [[a + 2, end], [a + 6, a + 7, a + 8, a + 9, end]]
-        assert out["rejected_ids"][:] == [[a + 3, a + 4, end], [a + 10, end]]
-        assert [out[i]["prompt"] for i in range(2)] == pairs["prompt"][:]
-        assert out["line"][:] == [1, 5]
-
-    def test_counts(self, tokenizer):
-        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
-        assert token_counts(out).tolist() == [[2, 2, 3], [1, 5, 2]]
-        assert token_counts(out.select([1])).tolist() == [[1, 5, 2]]
-
-    def test_is_not_done_twice(self, tokenizer, monkeypatch):
-        once = tokenize_pairs(Dataset.from_list(list(self.PAIRS) * 20), tokenizer, max_length=6)
-        seen = []
-        monkeypatch.setattr(
-            module, "encode_prompts", lambda *args, own=module.encode_prompts: seen.append(args[0]) or own(*args)
-        )
-        assert tokenize_pairs(once, tokenizer, max_length=6)[:] == once[:]
-        assert sum(map(len, seen)) == tokens._CHECKED < len(once)
-        with pytest.raises(ValueError, match=r"20 of 40 pairs are over max_length = 5 tokens"):
-            tokenize_pairs(once, tokenizer, max_length=5)
-
-    def test_ids_of_another_tokenizer_are_refused(self, tokenizer):
-        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
-        other = out.map(lambda row: {"chosen_ids": [*row["chosen_ids"][:-1], 3]})
-        with pytest.raises(ValueError, match=r"pairs: have prompt_ids, .*, which are not this tokenizer's; remove"):
-            tokenize_pairs(other, tokenizer, max_length=6)
-
-    def test_special_tokens_open_the_prompt_and_never_an_answer(self, tokenizer):
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 1)]
-        )
-        row = tokenize_pairs(Dataset.from_list([self.PAIRS[0]]), tokenizer, max_length=9)[0]
-        assert (row["prompt_ids"], row["chosen_ids"]) == ([1, 4, 5], [6, 2])
-
-    @pytest.mark.parametrize(("limit", "fits"), [(6, True), (5, False)])
-    def test_the_limit_holds_prompt_answer_and_end(self, tokenizer, limit, fits):
-        pairs = Dataset.from_list([self.PAIRS[1]])  # 1 + 4 + the end
-        if fits:
-            assert len(tokenize_pairs(pairs, tokenizer, limit)) == 1
-        else:
-            with pytest.raises(ValueError, match="1 of 1 pairs"):
-                tokenize_pairs(pairs, tokenizer, limit)
-
-    def test_too_long_is_refused_by_line_and_lengths(self, tokenizer):
-        with pytest.raises(ValueError) as error:
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=5)
-        message = str(error.value)
-        assert "1 of 2 pairs are over max_length = 5 tokens" in message
-        assert "line 5: prompt 1 + longer answer 5" in message
-        assert "too_long='drop'" in message
-
-    def test_the_rejected_answer_counts_as_well(self, tokenizer):
-        with pytest.raises(ValueError, match="line 1: prompt 2 + longer answer 3".replace("+", r"\+")):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=4)
-
-    def test_too_long_is_dropped_counted_and_named(self, tokenizer, caplog):
-        with caplog.at_level(logging.WARNING, logger="dpoviz.data.tokens"):
-            out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=5, too_long="drop")
-        assert out["line"][:] == [1]
-        (record,) = caplog.records
-        assert "1 of 2 pairs" in record.getMessage()
-        assert "line 5" in record.getMessage()
-
-    def test_nothing_is_said_where_nothing_is_dropped(self, tokenizer, caplog):
-        tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6, too_long="drop")
-        assert not caplog.records
-
-    def test_not_all_are_dropped(self, tokenizer):
-        with pytest.raises(ValueError, match=r"2 of 2 pairs are over max_length = 3(.|\n)*raise max_length$"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=3, too_long="drop")
-
-    def test_rows_are_numbered_where_lines_are_not_known(self, tokenizer):
-        pairs = Dataset.from_list(list(self.PAIRS)).remove_columns("line")
-        with pytest.raises(ValueError, match="row 1: prompt 1"):
-            tokenize_pairs(pairs, tokenizer, max_length=5)
-
-    def test_a_tokenizer_without_an_end(self, tokenizer):
-        tokenizer.eos_token = None
-        with pytest.raises(ValueError, match="tokenizer: has no end token"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9)
-
-    def test_a_prompt_of_no_tokens(self, tokenizer):
-        pairs = Dataset.from_list([*self.PAIRS, pair(" ", "a", "b", 9)])
-        with pytest.raises(ValueError, match="prompt: line 9 gives no token"):
-            tokenize_pairs(pairs, tokenizer, max_length=9)
-
-    def test_an_unknown_policy_for_long_pairs(self, tokenizer):
-        with pytest.raises(ValueError, match="too_long: got 'cut', expected 'refuse' or 'drop'"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9, too_long="cut")
-
-
-class TestDigest:
-    ROWS: ClassVar = {
-        "prompt": ["a", "b", "c"],
-        "ids": [[1, 2], [3], []],
-        "x": [[0.5], [1.0], [2.0]],
-        "n": [1, None, 3],
-        "messages": [None, [{"role": "user", "content": "a"}], None],
-    }
-
-    @pytest.mark.parametrize(
-        ("name", "values"),
-        [
-            ("prompt", ["a", "c", "b"]),
-            ("ids", [[1], [2, 3], []]),  # the same numbers, cut otherwise
-            ("ids", [[1, 2], [4], []]),
-            ("x", [[0.5], [1.0], [2.0000001]]),
-            ("n", [1, 2, None]),
-            ("messages", [None, [{"role": "user", "content": "b"}], None]),
-        ],
-    )
-    def test_any_other_value_gives_another(self, name, values):
-        first = digest(Dataset.from_dict(self.ROWS))
-        assert digest(Dataset.from_dict(self.ROWS | {name: values})) != first
-        assert digest(Dataset.from_dict(self.ROWS | {name: values}), [n for n in self.ROWS if n != name]) == digest(
-            Dataset.from_dict(self.ROWS), [n for n in self.ROWS if n != name]
-        )
-
-    def test_the_same_values_give_the_same_wherever_they_lie(self, tmp_path):
-        rows = Dataset.from_dict(self.ROWS)
-        rows.save_to_disk(str(tmp_path))
-        twice = Dataset.from_dict({name: [*values, *values] for name, values in self.ROWS.items()})
-        for other in (load_from_disk(str(tmp_path)), twice.select([3, 4, 2]), twice.select(range(3))):
-            assert digest(other) == digest(rows)
-
-    def test_a_thousand_rows_at_a_time(self):
-        draw = random.Random(0)
-        rows = Dataset.from_dict({"ids": [[draw.randrange(1000) for _ in range(100)] for _ in range(5000)]})
-        tracemalloc.start()
-        digest(rows)
-        most = tracemalloc.get_traced_memory()[1]
-        rows["ids"][:]
-        assert most < 0.3 * tracemalloc.get_traced_memory()[1]  # the control: the rows as lists
-        tracemalloc.stop()

@@ -130,11 +130,12 @@ class Scripted:
         self.answers, self.asked = answers, []
         self.chat_template = "there is one"
         self.eos_token_id, self.pad_token_id = 1, 0
+        self.added_tokens_decoder = {}
 
     def apply_chat_template(self, chat, add_generation_prompt, tokenize):
         return chat[-1]["content"]
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, return_attention_mask=True):
         ids = [[2] * 3 for _ in text] if isinstance(text, list) else [2] * 3
         self.asked += text if isinstance(text, list) else [text]
         return {"input_ids": ids}

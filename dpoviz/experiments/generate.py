@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data import tasks
-from dpoviz.data.tokens import encode_prompts
+from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.experiments.sandbox import Outcome, check_program, require_isolation
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
@@ -163,15 +163,18 @@ def sample_pairs(
     encoded = [
         encode_prompts([q.prompt for q in questions], [q.messages for q in questions], tokenizer) for questions in asked
     ]
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    settings = {"max_new_tokens": max_new_tokens, "eos_id": eos, "pad_id": eos if pad is None else pad, "seed": seed}
-    for prompts in encoded:  # a prompt of the last task that leaves no room is refused before the first task is drawn
-        with sampling(model, prompts, samples, **settings):
+    ends = [answer_end(tokenizer, questions[0].messages) for questions in asked]
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = [{"max_new_tokens": max_new_tokens, "eos_id": end, "pad_id": pad, "seed": seed} for end in ends]
+    for prompts, own in zip(encoded, settings, strict=True):
+        with sampling(
+            model, prompts, samples, **own
+        ):  # no room in the last task is refused before the first is sampled
             pass
     records, rows = [], []
-    for task, questions, prompts in zip(tasks, asked, encoded, strict=True):
-        drawn = _drawn(model, prompts, samples, settings, batch_size, keep, f"sampling {task}", progress)
-        finished = [_finished(question, own, tokenizer) for question, own in zip(questions, drawn, strict=True)]
+    for task, questions, prompts, own, end in zip(tasks, asked, encoded, settings, ends, strict=True):
+        drawn = _drawn(model, prompts, samples, own, batch_size, keep, f"sampling {task}", progress)
+        finished = [_finished(question, a, tokenizer, end) for question, a in zip(questions, drawn, strict=True)]
         made, rewards = _labelled(questions, finished, pairs_per_prompt, seed, progress)
         records += [record for own in made for record in own]
         whole = sum(map(len, finished))
@@ -236,11 +239,14 @@ def _unpacked(tokens: np.ndarray, lengths: np.ndarray) -> list[list[list[int]]]:
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 
-def _finished(question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _finished(
+    question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, end: int
+) -> list[str]:
     found = []
     for answer in answers:
-        ended = answer[-1] == tokenizer.eos_token_id
-        text = question.finish(tokenizer.decode(answer, skip_special_tokens=True), ended)
+        ended = answer[-1] == end
+        own = answer[:-1] if ended else answer  # not every end token counts as special
+        text = question.finish(tokenizer.decode(own, skip_special_tokens=True), ended)
         if text is not None and text.strip():
             found.append(text)
     return found

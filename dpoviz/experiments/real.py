@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoviz.analysis.plots import plot_entropy_estimators
 from dpoviz.analysis.tables import write_table
 from dpoviz.data.records import as_chat, load_pairs, split_by_group
-from dpoviz.data.tokens import digest, tokenize_pairs
+from dpoviz.data.tokens import answer_end, digest, encode_prompts, tokenize_pairs
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
@@ -149,13 +148,15 @@ def _examples(
     cache_dir: Path | str | None,
     progress: bool,
 ) -> pd.DataFrame:
-    ids = prompt_ids(tokenizer, EXAMPLES)
+    chat = bool(tokenizer.chat_template)
+    messages = [[{"role": "user", "content": text}] if chat else None for text in EXAMPLES]
+    ids = encode_prompts(EXAMPLES, messages, tokenizer)
     estimates = estimate_entropy(
         model,
         ids,
         samples=config.entropy_samples,
         max_new_tokens=config.training.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=answer_end(tokenizer, messages[0]),
         pad_id=tokenizer.pad_token_id,
         seed=config.training.seed,
         batch_size=config.training.eval_batch_size,
@@ -167,17 +168,6 @@ def _examples(
         value, se = getattr(estimates, estimator)
         parts.append(pd.DataFrame({"estimator": estimator, "prompt": EXAMPLES, "entropy": value, "se": se}))
     return pd.concat(parts, ignore_index=True).assign(task="example", example=True)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Texts as a user's messages where the tokenizer has a chat template, as they stand elsewhere."""
-    if not tokenizer.chat_template:
-        return tokenizer(list(texts))["input_ids"]
-    rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        for text in texts
-    ]
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def run_folder(config: RealConfig, scored: ScoredPairs, cache_dir: Path | str) -> Path:

@@ -89,13 +89,14 @@ _SLOW = 2.0
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode, and back in the mode it was in, whatever happens."""
-    mode = model.training
+    """Put the model in evaluation mode, and each of its modules back in the mode it had, whatever happens."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(mode)
+        for module, mode in before:
+            module.training = mode
 
 
 def lay_out(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.beta import BetaNetwork
-from dpoviz.lm.scoring import score_answers, supports_shared_prefix
+from dpoviz.lm.scoring import score_answers
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import Observation, PromptRule, Rule
 from dpoviz.training.batch import Batch
@@ -33,9 +33,9 @@ class Scorer(nn.Module):
     adapter, and no second name of a tied weight.
     """
 
-    def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
+    def __init__(self, policy: PreTrainedModel, pad_id: int) -> None:
         super().__init__()
-        self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+        self.policy, self.pad_id = policy, pad_id
         trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
         # a tied weight has several names, and a state dict holds it under each
         names = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
@@ -54,7 +54,7 @@ class Scorer(nn.Module):
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
-        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id).logps
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -191,8 +191,7 @@ def prepare(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     _check_accelerator(accelerator, config)
     set_seed(config.seed + stage)
-    shared_prefix = supports_shared_prefix(models.policy)
-    scorer = accelerator.prepare(Scorer(models.policy, models.pad_id, shared_prefix))
+    scorer = accelerator.prepare(Scorer(models.policy, models.pad_id))
     optimizers = [accelerator.prepare(adamw(models.policy, config.policy_learning_rate))]
     if rule.trainable:
         optimizers.append(accelerator.prepare(adamw(rule, config.beta_learning_rate)))
