@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 
 import dpoviz.data.records as module
 from dpoviz.data import tokens
-from dpoviz.data.records import _with_prompt, as_chat, load_pairs, split_by_group
+from dpoviz.data.layouts import Reader, Refused
+from dpoviz.data.records import as_chat, load_pairs, split_by_group
 from dpoviz.data.tokens import digest, token_counts, tokenize_pairs
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
@@ -226,16 +227,20 @@ class TestLayouts:
         (pair,) = load_pairs(write({"chosen": chosen, "rejected": rejected, "task": "math"}))
         assert (pair["prompt"], (pair["chosen"], pair["rejected"])) == (prompt, answers)
 
-    @settings(max_examples=100)
+    @settings(max_examples=200)
     @given(st.text(alphabet="ab ", min_size=1), st.text(alphabet="ab "), st.text(alphabet="ab "))
-    def test_what_texts_share_is_cut_as_trl_cuts_it(self, shared, one, other):
-        """The rule of TRL's `extract_prompt`, written out again: the first difference, and not on a blank."""
+    def test_what_texts_share_is_cut_as_trl_cuts_it_but_not_inside_a_word(self, shared, one, other):
+        """The rule of TRL's `extract_prompt`, written out again, and a walk back to where a word begins."""
         chosen, rejected = shared + one + "x", shared + other + "y"
         i = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-        i -= chosen[i - 1] == " "
-        found = _with_prompt({"chosen": chosen, "rejected": rejected})
-        if i > 0:
+        while i and any(text[i - 1] != " " != text[i] for text in (chosen, rejected)):
+            i -= 1
+        i -= i > 0 and chosen[i - 1] == " "
+        found = Reader({}, ()).read({"chosen": chosen, "rejected": rejected})
+        if chosen[:i].strip():
             assert found == {"prompt": chosen[:i], "chosen": chosen[i:], "rejected": rejected[i:]}
+        else:
+            assert "prompt" not in found
 
     @pytest.mark.parametrize("kind", [".jsonl", ".json", "data.json", ".parquet", "Dataset", "DatasetDict", "list"])
     def test_every_kind_of_source_gives_the_same(self, tmp_path, kind):
