@@ -284,6 +284,19 @@ def _json(text: str) -> object:
         raise ValueError("nested too deeply") from error
 
 
+def parse_json(text: str) -> object:
+    """Return what a JSON text inside a row holds.
+
+    Raises:
+        ValueError: it is not JSON, holds a key twice, or is nested too deeply.
+    """
+    value = _json(text)
+    flaw = _flaw(value)
+    if flaw:
+        raise ValueError(flaw)
+    return value
+
+
 def _flaw(record: object) -> str | None:
     """Return what is wrong with a row before its fields are looked at: a key twice, or too deep a nest."""
     level: list[object] = [record]
@@ -353,7 +366,7 @@ def _json_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterat
 
 
 def _is_table(content: Mapping[str, object]) -> bool:
-    """Whether an object holds a column per key, as `DataFrame.to_json` writes it: rows by number, or a list of texts."""
+    """Whether an object holds a column per key, as `DataFrame.to_json` writes it: by number, or a list of texts."""
     firsts = [v.get("0") if isinstance(v, dict) else v[:1] if isinstance(v, list) else None for v in content.values()]
     return bool(firsts) and all(
         first and not (isinstance(first, list) and isinstance(first[0], dict)) for first in firsts

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import regex
 
+from dpoviz.data.files import parse_json
+
 FIELDS = ("prompt", "chosen", "rejected", "task")
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -72,9 +74,9 @@ NO_LABELS = frozenset("by model source statement reason explanation elaboration 
 TIES = frozenset({"tie", "both", "neither", "equal", "same", "draw", "none"})
 
 PROMPT_WORDS = frozenset(
-    "prompt instruction instructions input inputs question query queries problem post context contexts passage passages "
-    "document documents doc docs article articles paragraph paragraphs story premise background knowledge evidence "
-    "history dialogue dialog conversation conversations messages turns example examples shots demonstration "
+    "prompt instruction instructions input inputs question query queries problem post context contexts passage "
+    "passages document documents doc docs article articles paragraph paragraphs story premise request background knowledge "
+    "evidence history dialogue dialog conversation conversations messages turns example examples shots demonstration "
     "demonstrations persona hint hints".split()
 )
 SYSTEM_WORDS = frozenset({"system", "sys"})
@@ -246,9 +248,9 @@ class Reader:
             scores = apart is not None and _score_of(name) and set(words(name)) & {m for pair in MARKERS for m in pair}
             if name not in named and (is_label(name, value) or (scores and value is not None)):
                 raise Refused(
-                    f"column {name!r}: looks like a label, got {value!r}, beside answers that are ordered already; without "
-                    "--columns a label that names one of two answers is read, else order them in Python; where it says "
-                    f"something else, {_leave_out(name)}",
+                    f"column {name!r}: looks like a label, got {value!r}, beside answers that are ordered already; a "
+                    "label that names one of two answers is read without --columns, else order them in Python; where "
+                    f"it says something else, {_leave_out(name)}",
                     name,
                 )
 
@@ -267,8 +269,8 @@ class Reader:
             difference = _score_of(name) * (scores[0] - scores[1])
             if difference < 0:
                 raise Refused(
-                    f"column {name!r}: got {row[name]}, and {other!r} is {row[other]}: they prefer the rejected answer; "
-                    f"where they mean something else, leave them out (--ignore-columns {name} {other})"
+                    f"column {name!r}: got {row[name]}, and {other!r} is {row[other]}: they prefer the rejected "
+                    f"answer; where they mean something else, leave them out (--ignore-columns {name} {other})"
                 )
             if difference == 0:
                 self.counts["have two equal scores, by which neither answer is the better one"] += 1
@@ -318,7 +320,7 @@ class Reader:
         if "prompt" in row and (_empty(row["prompt"]) <= (not there)):
             own = self._chat(row.pop("prompt"))
             lists = [name for name in there if isinstance(own, str) and isinstance(row.get(name), list)]
-            chats = [name for name in lists if self._is_rendered(row[name], own)]
+            chats = [name for name in lists if self._is_rendered(row[name], own, row.get("tools"))]
             return self._chat(row.pop(chats[0])) if chats else own
         if isinstance(row.get("instruction"), str) and {"input", "history"} & set(row):
             return _alpaca(row)
@@ -348,10 +350,10 @@ class Reader:
             value = value["messages"]
         return self._chat(value)
 
-    def _is_rendered(self, value: object, text: object) -> bool:
+    def _is_rendered(self, value: list, text: object, tools: object) -> bool:
         """Whether a chat in words is this text: a record of ours that was saved and is read again."""
-        chat = self._chat(value)
-        return not any(_message_flaw(message) for message in chat) and as_text(chat) == text
+        chat = [self._message(message) for message in value]
+        return not any(_message_flaw(message) for message in chat) and as_text(chat, tools) == text
 
     def _without_prompt(self, prompt: object, answers: dict[str, object]) -> dict[str, object]:
         """Cut the prompt off answers that repeat it; one or two words may begin an answer by chance."""
@@ -375,11 +377,14 @@ class Reader:
 
     def _require_said(self, row: Mapping[str, object], found: Mapping[str, object]) -> None:
         """Refuse a column that a model would read, unless it is empty or says what the record says already."""
-        said = _texts([found.get(name) for name in ("prompt", "chosen", "rejected")])
+        prompt, answers = _texts(found["prompt"]), _texts([found["chosen"], found["rejected"]])
         for name, value in row.items():
-            if not isinstance(value, (str, list, dict)) or _empty(value):
+            # numbers are no texts to read; a text must stand in the prompt itself, a conversation may hold the answers
+            if isinstance(value, (bool, int, float)) or _empty(value):
                 continue
-            if _is_media(value) or (is_context(name) and not _said(value, said)):
+            said = prompt if isinstance(value, str) else prompt + answers
+            mere_text = _means(name, PROMPT_WORDS | SYSTEM_WORDS)
+            if _is_media(value) or (is_context(name) and not (mere_text and _said(value, said))):
                 raise Refused(
                     f"column {name!r}: looks like something that the model should read, and is not in the prompt; put "
                     f"it there, or {_leave_out(name)}",
@@ -441,11 +446,13 @@ _CODED = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 def _unpacked(name: str, value: object) -> object:
     """Return a chat that stands in a text as JSON."""
+    if name == "chat_template_kwargs" and isinstance(value, dict):
+        return json.dumps(_filled(value), ensure_ascii=False)  # as a column of objects it would be filled with None
     if not isinstance(value, str) or not _CODED.match(value):
         return value
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
+        return parse_json(value)
+    except ValueError as error:
         if not is_context(name) and not any(name in pair for pair in ANSWERS):
             return value
         raise Refused(f"field {name!r}: begins like a chat in JSON and is none ({error})") from error
@@ -694,9 +701,9 @@ def _tools(value: object) -> list | None:
     """Return the schemas of tools: a list, as such or in JSON."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise Refused(f"column 'tools': got text that is not JSON ({error}), expected a list of schemas") from error
+            value = parse_json(value)
+        except ValueError as error:
+            raise Refused(f"column 'tools': not JSON ({error}), expected a list of schemas") from error
     if _empty(value):
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -707,10 +714,10 @@ def _tools(value: object) -> list | None:
 def _calls(content: object) -> list[dict]:
     """Return ShareGPT's function_call, an object or a list of such in JSON, as tool calls."""
     try:
-        calls = json.loads(content) if isinstance(content, str) else content
+        calls = parse_json(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
         return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise Refused(
             f"a function_call is no JSON with name and arguments ({type(error).__name__}: {error})"
         ) from error
@@ -741,13 +748,33 @@ def _texts(value: object) -> list[str]:
 
 
 def _said(value: object, texts: Sequence[str]) -> bool:
-    """Whether each text of a value stands in one of some texts."""
-    return all(any(own in text for text in texts) for own in _texts(value) if own)
+    """Whether each text of a value stands in one of some texts, as whole words."""
+    if not isinstance(value, (str, list, dict)):
+        return False
+    return all(any(_stands_in(own, text) for text in texts) for own in _texts(value) if own)
 
 
-def as_text(messages: Sequence[Mapping[str, str]]) -> str:
-    """Return a chat in plain words."""
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def _stands_in(own: str, text: str) -> bool:
+    """Whether some words stand in a text, whole."""
+    at = text.find(own)
+    while at >= 0:
+        if not (text[at - 1 : at] + own[:1]).isalnum() or at == 0:
+            end = at + len(own)
+            if end == len(text) or not (own[-1:] + text[end]).isalnum():
+                return True
+        at = text.find(own, at + 1)
+    return False
+
+
+def as_text(messages: Sequence[Mapping[str, object]], tools: object = None) -> str:
+    """Return a chat in plain words, all that tells it from another: tools and further fields in JSON."""
+    said = [f"tools: {tools}"] if tools else []
+    for message in messages:
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        said.append(
+            f"{message['role']}: {message['content']}" + (f" {json.dumps(more, ensure_ascii=False)}" if more else "")
+        )
+    return "\n\n".join(said)
 
 
 def _message_flaw(message: object) -> str | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Json, List, Value
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from dpoviz.data import files
 from dpoviz.data.files import Row, Source
@@ -148,8 +148,10 @@ class _Loading:
         name = recognised(self.reader.without_ignored(row.record))
         if name is None:
             return None
-        logger.warning("%s: read as the public set %s (%s)", row.file or self.name, name, PRESETS[name].page)
-        return PRESETS[name]
+        found = PRESETS[name]
+        said = "%s: read as the public set %s (%s), preferred by %s"
+        logger.warning(said, row.file or self.name, name, found.page, found.preferred_by)
+        return found
 
     def _records(self, row: Row, layout: Preset | None) -> Iterable[tuple[dict, list[str]]]:
         if not isinstance(row.record, dict):
@@ -198,7 +200,7 @@ class _Loading:
         messages = None
         if isinstance(record["prompt"], list):
             messages = record["prompt"]
-            record["prompt"] = as_text(messages)
+            record["prompt"] = as_text(messages, record.get("tools"))
         if record["chosen"] == record["rejected"]:
             problems.append("fields 'chosen' and 'rejected' are identical: no preference can be learned from them")
         if record["task"] in RESERVED_TASKS:
@@ -322,7 +324,8 @@ class _Columns:
         if not self.rich:
             return pairs
         messages = [text and json.loads(text) for text in chats.to_pylist()]
-        return pairs.add_column("messages", messages, feature=List(Json()))
+        column = Dataset.from_dict({"messages": messages}, features=Features(messages=List(Json())))
+        return concatenate_datasets([pairs, column], axis=1)
 
     def _joined(self, field: str) -> pa.ChunkedArray:
         parts = [table.select([field] if field in table.column_names else []) for table in self.tables]
