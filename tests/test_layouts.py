@@ -1,16 +1,11 @@
 """Public sets' layouts, three rows each: whole with at most the task's name; what would be lost is refused by name."""
 
-import bz2
 import gzip
 import json
-import logging
-import lzma
 
-import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
-from dpoviz.data.layouts import Reader, words
 from dpoviz.data.records import load_pairs
 
 
@@ -37,7 +32,7 @@ def swapped(i, good, poor):
 
 
 def labelled(names, label):
-    """A row of two answers and a label: names of the answers' columns, and the label's columns for "first is better"."""
+    """Three rows of two answers and a label: the answers' columns, and the label's for whether the first is better."""
 
     def make(i, good, poor):
         first, second, first_is_better = swapped(i, good, poor)
@@ -397,3 +392,316 @@ def test_a_public_sets_rows_are_what_its_card_says(tmp_path, name, kind):
 
 def test_there_are_24():
     assert len(SETS) == 24
+
+
+PAIR = {"chosen": "It is Paris.", "rejected": "It is Rome.", "task": "t"}
+ROW = {"prompt": "Capital of France?", **PAIR}
+TWO = {"prompt": "Capital of France?", "task": "t"}
+FUNCTION = {"name": "weather", "arguments": {"city": "Paris"}}
+
+
+def load(*records, **options):
+    return load_pairs(Dataset.from_list(list(records)), **options)
+
+
+class TestPrompt:
+    @pytest.mark.parametrize("name", ["question", "query", "input", "instruction", "problem", "userInput", "passage"])
+    def test_a_text_under_another_name_is_asked_for_and_never_replaced(self, name):
+        record = {name: "Name the capital of France.", **PAIR}
+        with pytest.raises(ValueError, match=rf"column '{name}': .*--columns {name}=prompt"):
+            load(record)
+        assert load(record, columns={name: "prompt"})["prompt"][:] == ["Name the capital of France."]
+
+    def test_any_longer_text_may_be_the_prompt_where_there_is_none(self):
+        with pytest.raises(ValueError, match=r"column 'ask': may hold the prompt.*--columns ask=prompt"):
+            load({"ask": "Name the capital.", **PAIR})
+        assert load({"origin": "a forum", **PAIR})["prompt"][:] == ["It is"]  # two words are no prompt
+
+    def test_several_parts_are_refused(self):
+        with pytest.raises(ValueError, match="columns 'question', 'context': look like parts of the prompt"):
+            load({"question": "Which city?", "context": "France is a country.", **PAIR})
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected", "prompt"),
+        [
+            ("It costs 3.50 now", "It costs 3.75 now", "It costs"),
+            ("He don't", "He donates", "He"),
+            ("x = f.append(1)", "x = f.apply(1)", "x ="),
+            ("天空是蓝色", "天空是绿色", "天空是"),
+            ("Q: blue\nA: yes", "Q: blue\nA: no", "Q: blue\nA:"),
+            ("नमस्ते नमकीन", "नमस्ते नमकपारे", "नमस्ते"),
+        ],
+    )
+    def test_what_answers_share_ends_with_a_word(self, chosen, rejected, prompt):
+        (pair,) = load({"chosen": chosen, "rejected": rejected}, task="t")
+        assert pair["prompt"] == prompt and prompt + pair["chosen"] == chosen and prompt + pair["rejected"] == rejected
+
+    def test_one_answer_that_begins_the_other(self):
+        with pytest.raises(ValueError, match="one answer begins with the whole other"):
+            load({"chosen": "Sky? blue", "rejected": "Sky? blue and vast"}, task="t")
+        with pytest.raises(ValueError, match="one answer begins with the whole other"):
+            load({"chosen": chat(0, "a"), "rejected": [*chat(0, "a"), user("b"), assistant("c")]}, task="t")
+
+    @pytest.mark.parametrize(
+        "answer", [lambda text: [assistant(text)], assistant, lambda text: json.dumps([assistant(text)])]
+    )
+    def test_answers_that_are_messages_make_a_text_a_users_message(self, answer):
+        (pair,) = load(ROW | {"chosen": answer("Paris."), "rejected": answer("Rome.")})
+        assert pair["messages"] == [user("Capital of France?")] and (pair["chosen"], pair["rejected"]) == (
+            "Paris.",
+            "Rome.",
+        )
+
+    def test_a_chat_in_json(self):
+        (pair,) = load(ROW | {"prompt": json.dumps([user("Hi")])})
+        assert pair["messages"] == [user("Hi")]
+        with pytest.raises(ValueError, match="field 'prompt': begins like a chat in JSON and is none"):
+            load(ROW | {"prompt": str([user("Hi")])})
+
+    @pytest.mark.parametrize(("prompt", "begin"), [("What is the capital? ", ""), ([user("What is the capital?")], "")])
+    def test_answers_that_repeat_the_prompt_are_cut(self, prompt, begin, caplog):
+        answers = {name: f"What is the capital? {city}" for name, city in (("chosen", "Paris"), ("rejected", "Rome"))}
+        (pair,) = load({"prompt": prompt, **answers}, task="t")
+        assert (pair["chosen"], pair["rejected"]) == ("Paris", "Rome")
+        assert "1 of 1 pairs have answers that both repeat the prompt" in caplog.text
+        (pair,) = load({"prompt": prompt, **answers, "rejected": "Rome"}, task="t")
+        assert pair["chosen"] == answers["chosen"] and "one answer that begins with the prompt" in caplog.text
+        (pair,) = load({"prompt": "Hi", "chosen": "Hi there", "rejected": "Hi you"}, task="t")
+        assert pair["chosen"] == "Hi there"  # a greeting is no repeated prompt
+
+    def test_a_saved_record_of_ours_is_the_same_again(self):
+        first = load(ROW | {"prompt": [user("Hi")], "tools": [{"name": "f"}]})
+        again = load(*first)
+        assert all(again[name][:] == first[name][:] for name in ("prompt", "messages", "tools", "chosen", "rejected"))
+
+
+class TestSystemAndTools:
+    @pytest.mark.parametrize("name", ["system", "system_prompt", "sys", "systemMessage"])
+    def test_a_system_column_is_the_first_message(self, name):
+        pairs = load(ROW | {name: "Be brief."}, {**ROW, "prompt": "Other?", name: ""})
+        assert pairs["messages"][:] == [
+            [{"role": "system", "content": "Be brief."}, user("Capital of France?")],
+            [user("Other?")],
+        ]
+
+    def test_two_systems(self):
+        own = [{"role": "system", "content": "Be brief."}, user("Hi")]
+        assert load(ROW | {"prompt": own, "system": "Be brief."})["messages"][0] == own
+        with pytest.raises(ValueError, match=r"column 'system': .*another system message"):
+            load(ROW | {"prompt": own, "system": "Be long."})
+        assert load(ROW | {"prompt": own, "system": "Be long."}, ignore_columns=["system"])["messages"][0] == own
+        with pytest.raises(ValueError, match="column 'system': there is no prompt"):
+            load({"system": "Be brief.", "chosen": "yes", "rejected": "no"}, task="t")
+
+    @pytest.mark.parametrize("given", [[{"name": "f", "parameters": None}], '[{"name": "f"}]'])
+    def test_tools_are_json_beside_a_chat(self, given):
+        (pair,) = load(ROW | {"prompt": [user("Hi")], "tools": given})
+        assert json.loads(pair["tools"]) == [{"name": "f"}] and pair["prompt"].startswith("tools: ")
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"tools": [{"name": "f"}]}, "column 'tools': got a prompt that is a text"),
+            ({"prompt": [user("Hi")], "tools": "weather"}, "column 'tools': not JSON"),
+            ({"prompt": [user("Hi")], "tools": '{"name": "f"}'}, "column 'tools': got dict, expected a list"),
+        ],
+    )
+    def test_tools_that_cannot_be_used(self, changed, message):
+        with pytest.raises(ValueError, match=message):
+            load(ROW | changed)
+
+    def test_no_tools(self):
+        assert "tools" not in load(ROW | {"tools": []}, ROW | {"prompt": "q", "tools": None}).column_names
+
+
+class TestNothingIsLost:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("input", "some text"), ("context", "some text"), ("supporting_documents", ["some text"]),
+            ("history", [["a", "b"]]), ("functions", [{"name": "f"}]), ("thinking", "hm"), ("few_shot_examples", "x: y"),
+            ("image", {"bytes": b"x", "path": None}),
+            ("picture_of_it", {"bytes": b"x", "path": "a.png"}),
+            ("messages", [user("another thing")]), ("background", "some text"),
+        ],
+    )  # fmt: skip
+    def test_what_a_model_would_read_is_refused_unless_ignored(self, name, value):
+        with pytest.raises(ValueError, match=rf"row 1: column '{name}': .*--ignore-columns {name}"):
+            load(ROW | {name: value})
+        pairs = load(ROW | {name: value}, ignore_columns=[name])
+        assert name not in pairs.column_names and pairs["prompt"][:] == [ROW["prompt"]]
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("id", "a1"), ("source", "a long text on a web page"), ("question", "Capital of France?"), ("context", ""),
+         ("input", None), ("turns", 1), ("prompt_id", "x"), ("question_source", "a forum of people"), ("images", [])],
+    )  # fmt: skip
+    def test_the_rest_is_kept_and_not_used(self, name, value):
+        pairs = load(ROW | {name: value})
+        assert pairs["prompt"][:] == [ROW["prompt"]] and pairs[name][:] == [value]
+
+    def test_a_messages_further_fields(self):
+        turns = [user("a"), {**assistant("b"), "thinking": "hm", "id": 7}, user("c")]
+        (pair,) = load(ROW | {"prompt": turns})
+        assert pair["messages"] == [user("a"), {**assistant("b"), "thinking": "hm"}, user("c")]
+        assert load(ROW | {"prompt": turns}, ignore_columns=["thinking"])["messages"][0][1] == assistant("b")
+        with pytest.raises(ValueError, match=r"a message has 'mood'.*--ignore-columns mood"):
+            load(ROW | {"prompt": [{**user("a"), "mood": "good"}]})
+        with pytest.raises(ValueError, match="field 'chosen': its message has 'thinking'"):
+            load(ROW | {"prompt": [user("a")], "chosen": [{**assistant("x"), "thinking": "hm"}]})
+
+    def test_tool_calls_in_both_spellings(self):
+        calls = [{"type": "function", "function": FUNCTION}]
+        openai = [
+            user("a"),
+            {"role": "assistant", "content": None, "tool_calls": calls},
+            {"role": "tool", "content": "7"},
+        ]
+        sharegpt = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(FUNCTION)},
+                    {"from": "observation", "value": "7"}]  # fmt: skip
+        expected = [user("a"), {**assistant(""), "tool_calls": calls}, {"role": "tool", "content": "7"}]
+        # another conversation beside it, whose objects Arrow would fill with None
+        other = [user("b"), {**assistant(""), "tool_calls": [{"function": {"name": "g", "arguments": {"n": 1}}}]},
+                 {"role": "tool", "content": "8"}]  # fmt: skip
+        for turns in (openai, sharegpt):
+            pairs = load_pairs(Dataset.from_list([ROW | {"prompt": json.dumps(own)} for own in (turns, other)]))
+            assert pairs["messages"][:] == [expected, other]
+
+    def test_a_mistyped_name(self):
+        with pytest.raises(ValueError, match="ignore_columns: got sytem, which no row has"):
+            load(ROW, ignore_columns=["sytem"])
+        with pytest.raises(ValueError, match="ignore_columns: got the text 'system'"):
+            load(ROW, ignore_columns="system")
+
+    @pytest.mark.parametrize("name", ["ref_chosen_logps", "ref_entropy", "prompt_ids", "line", "file"])
+    def test_names_that_are_written_later_are_set_aside(self, name, caplog):
+        pairs = load(ROW | {name: -3})
+        assert pairs[f"own_{name}"][:] == [-3] and (name not in pairs.column_names or pairs[name][0] != -3)
+        assert f"have a column '{name}'" in caplog.text
+
+
+class TestLabels:
+    """Whatever names the columns have, the label is heeded or refused."""
+
+    @pytest.mark.parametrize(
+        ("names", "label"),
+        [
+            (("response_0", "response_1"), lambda first: {"better_response_id": int(not first)}),
+            (("response_0", "response_1"), lambda first: {"safer_response_id": float(not first)}),
+            (("output_1", "output_2"), lambda first: {"preference": 1 if first else 2}),
+            (("answer_a", "answer_b"), lambda first: {"winner": "a" if first else "b"}),
+            (("responseA", "responseB"), lambda first: {"label": "response_A" if first else "response_B"}),
+            (("completion_a", "completion_b"), lambda first: {"winner": "model_a" if first else "model_b"}),
+            (("answer_left", "answer_right"), lambda first: {"choice": "left" if first else "right"}),
+            (("first_reply", "second_reply"), lambda first: {"preferred": "first" if first else "second"}),
+            (("text_a", "text_b"), lambda first: {"score_a": 3 - 2 * (not first), "score_b": 2.5}),
+            (("text_a", "text_b"), lambda first: {"rank_a": 1 + (not first), "rank_b": 1.5}),
+            (("candidate0", "candidate1"), lambda first: {"candidate0_score": int(first), "candidate1_score": 0.5}),
+            (("answer_1", "answer_2"), lambda first: {"is_answer_1_better": first}),
+            (
+                ("answer_1", "answer_2"),
+                lambda first: {"winner_1": int(first), "winner_2": int(not first), "winner_tie": 0},
+            ),
+        ],
+    )
+    def test_two_answers_and_a_label_that_names_one(self, names, label):
+        records = [{"prompt": f"p{i}", **row, "task": "t"} for i, row in enumerate(labelled(names, label))]
+        assert load(*records)["chosen"][:] == ["Good 0.", "Good 1.", "Good 2."]
+        # renaming them would turn the second row round
+        with pytest.raises(ValueError, match=r"looks like a label, got"):
+            load(*records, columns={names[0]: "chosen", names[1]: "rejected"})
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"answer_a": "x", "answer_b": "y", "label": 1}, "column 'label': got 1, expected the name of"),
+            ({"answer_a": "x", "answer_b": "y", "winner": "gpt-4"}, "column 'winner': got 'gpt-4'"),
+            ({"response_0": "x", "response_1": "y", "preference": -1}, "column 'preference': got -1"),
+            ({"response_1": "x", "response_2": "y", "label": "0"}, "column 'label': got '0'"),
+            ({"answer_a": "x", "answer_b": "y"}, "no column says which is better.*--columns answer_a=chosen"),
+            (
+                {"answer_a": "x", "answer_b": "y", "winner": "a", "score_a": 1, "score_b": 2},
+                "labels disagree: 'winner'",
+            ),
+            ({"answer_1": "x", "answer_2": "y", "answer_3": "z", "best": 1}, "got 3 answers, expected two"),
+            ({**PAIR, "label": 0}, "column 'label': looks like a label, got 0"),
+            ({**PAIR, "winner": "model_b"}, "column 'winner': looks like a label"),
+            ({**PAIR, "chosen_score": 1.0, "rejected_score": 2.0}, "they prefer the rejected answer"),
+            ({**PAIR, "rating-chosen": "1", "rating-rejected": "2"}, "they prefer the rejected answer"),
+        ],
+    )
+    def test_a_label_that_is_not_certain_is_refused(self, row, message):
+        with pytest.raises(ValueError, match=message):
+            load(TWO | row)
+
+    def test_ties_are_left_out_and_counted(self, caplog):
+        row = {**TWO, "answer_a": "x", "answer_b": "y"}
+        pairs = load({**row, "winner": "tie (bothbad)"}, {**row, "winner": "b"})
+        assert pairs["chosen"][:] == ["y"] and pairs["line"][:] == [2] and "1 pairs are left out" in caplog.text
+        assert len(load(ROW | {"chosen_score": 2, "rejected_score": 2})) == 1
+        assert "have two equal scores" in caplog.text
+
+    def test_an_ordered_pair_and_an_ignored_label(self):
+        pairs = load({**TWO, "answer_a": "x", "answer_b": "y", "winner": "b"}, ignore_columns=["winner"],
+                     columns={"answer_a": "chosen", "answer_b": "rejected"})  # fmt: skip
+        assert pairs["chosen"][:] == ["x"]
+
+    def test_repeated_and_contradictory_pairs_are_counted(self, caplog):
+        other = ROW | {"chosen": ROW["rejected"], "rejected": ROW["chosen"]}
+        load(ROW, other, ROW, ROW | {"prompt": "Another?"})
+        assert "1 of 4 pairs say the same as one before" in caplog.text
+        assert "3 of 4 pairs say the contrary of another" in caplog.text
+
+    def test_a_set_with_two_labels_is_read_by_the_one_that_its_page_names(self, caplog):
+        row = {"response_0": "x", "response_1": "y", "better_response_id": 1, "safer_response_id": 0}
+        assert load(TWO | row)["chosen"][:] == ["y"]
+        assert "the public set pku-saferlhf" in caplog.text and "by helpfulness" in caplog.text
+
+
+class TestOtherLayouts:
+    @pytest.mark.parametrize(
+        ("row", "messages"),
+        [
+            ({"system": "S", "question": "Q", **PAIR}, [{"role": "system", "content": "S"}, user("Q")]),
+            ({"messages": [user("Q")], "chosen": assistant("x"), "rejected": assistant("y")}, [user("Q")]),
+            (
+                {"input": {"messages": [user("Q")], "tools": [], "parallel_tool_calls": True},
+                 "preferred_output": [assistant("x")], "non_preferred_output": [assistant("y")]},
+                [user("Q")],
+            ),
+            (
+                {"instruction": "I", "input": "Q", "system": "S", "history": [["a", "b"]], **PAIR},
+                [{"role": "system", "content": "S"}, user("a"), assistant("b"), user("I\nQ")],
+            ),
+            ({"conversation": [user("Q")], "chosen_response": "x", "rejected_response": "y"}, [user("Q")]),
+            ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}], **PAIR}, [user("Q")]),
+        ],
+        ids=["axolotl's texts", "axolotl's messages", "OpenAI", "Alpaca with all", "other names", "parts"],
+    )  # fmt: skip
+    def test_reads(self, row, messages):
+        assert load({**row, "task": "t"})["messages"][:] == [messages]
+
+    def test_an_image_part_is_refused(self):
+        with pytest.raises(ValueError, match="message 1: its content is no text"):
+            load(ROW | {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}]})
+
+
+class TestTextStaysText:
+    NAMES = ("1", "NA", "None", "nan", "null", "", " x", "=1+1", "inf", "1e5", "True")
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_odd_names_of_tasks_and_prompts(self, tmp_path, kind):
+        names = [name for name in self.NAMES if name]
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(ROW | {"task": name, "prompt": name}) + "\n" for name in names))
+        else:
+            path.write_text("prompt,chosen,rejected,task\n" + "".join(f"{name},x,y,{name}\n" for name in names))
+        pairs = load_pairs(path)
+        assert pairs["task"][:] == names and pairs["prompt"][:] == names
+
+    def test_the_name_of_all_tasks_is_refused(self):
+        with pytest.raises(ValueError, match="row 1: field 'task': got 'all'"):
+            load(ROW | {"task": "all"})
+        with pytest.raises(ValueError, match="task: got 'all'"):
+            load(ROW, task="all")

@@ -251,7 +251,8 @@ def _lines(path: Path, open_: Callable[[], IO[bytes]]) -> Iterator[str | Unicode
 
 def _decoded(path: Path, file: IO[bytes], encoding: str, newline: str | None = None) -> Iterator[str]:
     try:
-        yield from io.TextIOWrapper(io.BufferedReader(file), encoding=encoding, newline=newline)  # type: ignore[arg-type]
+        with io.TextIOWrapper(io.BufferedReader(file), encoding=encoding, newline=newline) as text:  # type: ignore
+            yield from text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not {encoding.upper()} ({error.reason} at byte {error.start})") from error
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -75,9 +76,9 @@ TIES = frozenset({"tie", "both", "neither", "equal", "same", "draw", "none"})
 
 PROMPT_WORDS = frozenset(
     "prompt instruction instructions input inputs question query queries problem post context contexts passage "
-    "passages document documents doc docs article articles paragraph paragraphs story premise request background knowledge "
-    "evidence history dialogue dialog conversation conversations messages turns example examples shots demonstration "
-    "demonstrations persona hint hints".split()
+    "passages document documents doc docs article articles paragraph paragraphs story premise request background "
+    "knowledge evidence history dialogue dialog conversation conversations messages turns example examples shots "
+    "demonstration demonstrations persona hint hints".split()
 )
 SYSTEM_WORDS = frozenset({"system", "sys"})
 TOOL_WORDS = frozenset("tool tools function functions".split())
@@ -88,7 +89,7 @@ OTHER_WORDS = frozenset(
 """What models read beside text, or write before an answer."""
 
 FILLERS = frozenset(
-    "text texts content message msg str string full user human retrieved supporting source list json definitions "
+    "text texts content message msg str string full user human retrieved supporting shot list json definitions "
     "schema schemas available few chosen rejected prompt instruction instructions".split()
 )
 """Words that leave a name's meaning as it is: context_text."""
@@ -135,11 +136,13 @@ class _Pair(NamedTuple):
     markers: tuple[str, str]
 
 
-def words(name: str) -> list[str]:
+@cache  # a set's rows have the same few names
+def words(name: str) -> tuple[str, ...]:
     """Return the words of a column's name, in lower case: betterResponse_id is better, response, id."""
-    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))
 
 
+@cache
 def _means(name: str, meaning: frozenset[str]) -> bool:
     """Whether a name says one of some things, and nothing else."""
     own = set(words(name))
@@ -261,7 +264,7 @@ class Reader:
         for name in row:
             if not _score_of(name) or better not in words(name):
                 continue
-            theirs = [worse if word == better else word for word in words(name)]
+            theirs = tuple(worse if word == better else word for word in words(name))
             other = next((own for own in row if words(own) == theirs), name)
             scores = _number(row[name]), _number(row[other])
             if other == name or None in scores:
@@ -377,14 +380,14 @@ class Reader:
 
     def _require_said(self, row: Mapping[str, object], found: Mapping[str, object]) -> None:
         """Refuse a column that a model would read, unless it is empty or says what the record says already."""
-        prompt, answers = _texts(found["prompt"]), _texts([found["chosen"], found["rejected"]])
         for name, value in row.items():
             # numbers are no texts to read; a text must stand in the prompt itself, a conversation may hold the answers
             if isinstance(value, (bool, int, float)) or _empty(value):
                 continue
-            said = prompt if isinstance(value, str) else prompt + answers
-            mere_text = _means(name, PROMPT_WORDS | SYSTEM_WORDS)
-            if _is_media(value) or (is_context(name) and not (mere_text and _said(value, said))):
+            if not is_context(name) and not _is_media(value):
+                continue
+            says = [found["prompt"]] if isinstance(value, str) else [found[own] for own in FIELDS[:3]]
+            if not (_means(name, PROMPT_WORDS | SYSTEM_WORDS) and _said(value, _texts(says))):
                 raise Refused(
                     f"column {name!r}: looks like something that the model should read, and is not in the prompt; put "
                     f"it there, or {_leave_out(name)}",
@@ -472,7 +475,7 @@ def _stem_and_marker(name: str) -> tuple[tuple[str, ...], str] | None:
     """Return a name's words and what tells it from its like: response_0 is ("response",) and "0"."""
     own = words(name)
     for i in (-1, 0):
-        if len(own) > 1 and any(own[i] in pair for pair in MARKERS):
+        if len(own) > 1 and (len(own[i]) == 1 or any(own[i] in pair for pair in MARKERS)):
             return tuple(own[:-1] if i else own[1:]), own[i]
     return None
 
@@ -541,12 +544,12 @@ def _preferred(row: Mapping[str, object], pair: _Pair) -> int:
 
 def _other_marker(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> str | None:
     """Return the column that says of the other answer what this one says of its own: score_b for score_a."""
-    own = words(name)
+    own = list(words(name))
     here = [i for i, word in enumerate(own) if word in markers]
     if len(here) != 1:
         return None
     own[here[0]] = markers[own[here[0]] == markers[0]]
-    return next((other for other in row if words(other) == own), None)
+    return next((other for other in row if list(words(other)) == own), None)
 
 
 def _by_scores(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> int | None:
@@ -566,7 +569,7 @@ def _by_label(name: str, value: object, markers: tuple[str, str]) -> int | None:
     """Return the answer that a label names: 1 for the first, -1 for the second, 0 for neither, None if unclear."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    own = words(str(value)) if not isinstance(value, bool) else []
+    own = words(str(value)) if isinstance(value, (str, int)) and not isinstance(value, bool) else ()
     if TIES & set(own):
         return 0
     if TIES & set(words(name)):  # winner_tie = 1
