@@ -519,7 +519,8 @@ class TestNothingIsLost:
         ("name", "value"),
         [
             ("input", "some text"), ("context", "some text"), ("supporting_documents", ["some text"]),
-            ("history", [["a", "b"]]), ("functions", [{"name": "f"}]), ("thinking", "hm"), ("few_shot_examples", "x: y"),
+            ("history", [["a", "b"]]), ("functions", [{"name": "f"}]), ("thinking", "hm"),
+            ("few_shot_examples", "x: y"),
             ("image", {"bytes": b"x", "path": None}),
             ("picture_of_it", {"bytes": b"x", "path": "a.png"}),
             ("messages", [user("another thing")]), ("background", "some text"),

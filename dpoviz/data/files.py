@@ -39,7 +39,7 @@ _PACKINGS: dict[bytes, tuple[str, Callable[[Path], IO[bytes]]]] = {
     b"\x1f\x8b": ("gzip", gzip.open),
     b"BZh": ("bzip2", bz2.open),
     b"\xfd7zXZ": ("xz", lzma.open),
-    b"\x28\xb5\x2f\xfd": ("zstd", lambda path: pa.input_stream(str(path), compression="zstd")),
+    b"\x28\xb5\x2f\xfd": ("zstd", lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd"))),
 }
 """How compressed files begin; by their first bytes, whatever their names say."""
 
