@@ -151,3 +151,26 @@ def test_extreme_numbers_and_long_cells(tmp_path):
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([NAMES, ("q" * 300_000, "x", "y", "t")])
     assert len(load_pairs(tmp_path / "a.csv")["prompt"][0]) == 300_000
+
+
+def test_folders_of_several_sets_are_refused(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(LINES, encoding="utf-8")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(ValueError, match=r"got files in several folders \(one/a.jsonl, two/a.jsonl\)"):
+        load_pairs(tmp_path)
+    assert len(load_pairs(tmp_path / "one")) == 3
+
+
+def test_another_object_is_no_source():
+    with pytest.raises(ValueError, match=r"data: got dict, expected a file, a folder or a datasets.Dataset"):
+        load_pairs(ROWS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.parquet"])
+def test_an_empty_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name}: (holds no pairs|not JSON|not Parquet)"):
+        load_pairs(tmp_path / name)

@@ -635,6 +635,21 @@ class TestLabels:
         with pytest.raises(ValueError, match=message):
             load(TWO | row)
 
+    @pytest.mark.parametrize(
+        "label",
+        [{"upvotes_a": 1, "upvotes_b": 7}, {"gold": 1}, {"annotator_says": "model_b"}, {"selected": "second"},
+         {"chosen_index": 1}, {"result": "B wins"}, {"len_score_a": 2.5, "len_score_b": 0.5}],
+    )  # fmt: skip
+    def test_no_advice_leads_to_a_label_the_wrong_way_round(self, label):
+        row = {**TWO, "answer_a": "x", "answer_b": "y", **label}
+        columns = {"answer_a": "chosen", "answer_b": "rejected"}
+        with pytest.raises(ValueError, match=f"column '{next(iter(label))}'"):
+            load(row, columns=columns)
+        try:
+            assert load(row)["chosen"][:] == ["x" if "len_score_a" in label else "y"]
+        except ValueError as error:
+            assert next(iter(label)) in str(error) and "--columns" not in str(error)
+
     def test_ties_are_left_out_and_counted(self, caplog):
         row = {**TWO, "answer_a": "x", "answer_b": "y"}
         pairs = load({**row, "winner": "tie (bothbad)"}, {**row, "winner": "b"})

@@ -111,6 +111,11 @@ def _parts(source: Source, split: str) -> Iterator[Path | Dataset]:
         yield source[split]
     elif isinstance(source, Dataset):
         yield source
+    elif not isinstance(source, (str, Path)):
+        got = type(source).__name__
+        raise ValueError(
+            f"data: got {got}, expected a file, a folder or a datasets.Dataset; Dataset.from_list makes one"
+        )
     elif Path(source).is_dir():
         yield from _folder(Path(source), split)
     elif isinstance(source, str) and _is_hub_name(source):
@@ -137,12 +142,18 @@ def _folder(folder: Path, split: str) -> Iterator[Path | Dataset]:
         raise ValueError(f"{folder}: holds no file named {', '.join(READERS)}, packed or not, nor a saved data set")
     own = [path for path in there if path.parent == folder]
     splits = _splits(folder)
+    if not own and not splits:
+        raise ValueError(
+            f"{folder}: got files in several folders ({_few(there, folder)}), expected those of one set; give them"
+        )
     if set(splits) <= {"train"}:
-        chosen = own or splits.get("train") or there
+        chosen = own or splits["train"]
     elif split in splits:
         chosen = [path for path in splits[split] if path in there]
     else:
-        raise ValueError(f"split: got {split!r}, expected one of {', '.join(splits)}, which {folder} holds")
+        raise ValueError(
+            f"split: got {split!r}, expected one of {', '.join(splits)}, which {folder} holds, or files by name"
+        )
     others = [str(path.relative_to(folder)) for path in there if path not in chosen]
     if others:
         logger.warning("%s: %s is read; not %s", folder, _few(chosen, folder), ", ".join(others[:5]))

@@ -69,6 +69,12 @@ LABELS = frozenset(
     "label labels winner preference preferences preferred prefer better best safer choice vote verdict judgement "
     "judgment".split()
 )
+MAYBE_LABELS = frozenset(
+    "gold annotation annotations select selected selection favorite favourite outcome result target decision pick "
+    "picked correct answer rank ranking feedback y".split()
+)
+"""Words of a label's name that beside ordered answers are as often another thing's."""
+
 NO_LABELS = frozenset("by model source statement reason explanation elaboration annotator type date confidence".split())
 """Words that make of a label's name another thing's: preference_statement."""
 
@@ -161,8 +167,11 @@ def is_context(name: str) -> bool:
 def is_label(name: str, value: object) -> bool:
     """Whether a column says, by its name and its value, which of two answers is better."""
     own = set(words(name))
-    if not own & LABELS or own & NO_LABELS:
-        return False
+    which = own & LABELS or (own & {"chosen", "rejected"} and own & {"id", "index", "idx", "position"})
+    return bool(which) and not own & NO_LABELS and _short(value)
+
+
+def _short(value: object) -> bool:
     return isinstance(value, (bool, int, float)) or (isinstance(value, str) and 0 < len(value.split()) <= 3)
 
 
@@ -245,11 +254,13 @@ class Reader:
 
     def _require_no_label(self, row: Mapping[str, object], named: tuple[str, str]) -> None:
         """Refuse a label beside answers that are ordered already: it may say the contrary."""
-        theirs = [name for name, ours in self.columns.items() if ours in ("chosen", "rejected")]
-        apart = _stem_and_marker(theirs[0]) if theirs else None
+        theirs = {ours: name for name, ours in self.columns.items()}
+        marked = [_stem_and_marker(theirs[ours]) for ours in ("chosen", "rejected") if ours in theirs]
+        markers = tuple(own[1] for own in marked if own is not None)
         for name, value in row.items():
-            scores = apart is not None and _score_of(name) and set(words(name)) & {m for pair in MARKERS for m in pair}
-            if name not in named and (is_label(name, value) or (scores and value is not None)):
+            if name in named or value is None:
+                continue
+            if is_label(name, value) or (len(markers) == 2 and _may_be_label(row, name, markers)):
                 raise Refused(
                     f"column {name!r}: looks like a label, got {value!r}, beside answers that are ordered already; a "
                     "label that names one of two answers is read without --columns, else order them in Python; where "
@@ -526,6 +537,12 @@ def _preferred(row: Mapping[str, object], pair: _Pair) -> int:
                 )
             if vote or not (TIES & set(words(name))):
                 votes[name] = vote
+    others = [name for name, value in row.items() if value is not None and _may_be_label(row, name, pair.markers)]
+    if not votes and others:
+        raise Refused(
+            f"column {others[0]!r}: got {row[others[0]]!r}, and may say which of {pair.first!r} and {pair.second!r} is "
+            "better; order them in Python, as 'chosen' and 'rejected', and give load_pairs the datasets.Dataset"
+        )
     if not votes:
         raise Refused(
             f"columns {pair.first!r} and {pair.second!r}: hold two answers, and no column says which is better; where "
@@ -540,6 +557,18 @@ def _preferred(row: Mapping[str, object], pair: _Pair) -> int:
     if not vote:
         raise Tie
     return vote
+
+
+def _may_be_label(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> bool:
+    """Whether a column beside two answers may be their label, though its name does not say how to read it."""
+    value, own = row[name], set(words(name))
+    other = _other_marker(row, name, markers)
+    if not own.isdisjoint(IDLE - SCORES.keys()):
+        return False
+    if other is not None:
+        return _number(value) is not None and _number(row[other]) is not None
+    names_one = isinstance(value, str) and bool(_by_label(name, value, markers))
+    return names_one or (bool(own & MAYBE_LABELS) and _short(value))
 
 
 def _other_marker(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> str | None:
