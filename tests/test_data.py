@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpoviz.data.records as module
-from dpoviz.data.records import _with_prompt, as_chat, load_pairs, split_by_group
+from dpoviz.data.layouts import Reader
+from dpoviz.data.records import as_chat, load_pairs, split_by_group
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -99,10 +100,13 @@ class TestLoadPairs:
         assert len(lines) == min(count, 11)
         assert last in lines[-1]
 
-    def test_a_further_field_of_two_types_is_named(self, write):
-        path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
-        with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
-            load_pairs(path)
+    @pytest.mark.parametrize("at_once", [1, 1000])
+    def test_a_further_field_of_two_types_is_kept_as_json_and_named(self, write, caplog, monkeypatch, at_once):
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", at_once)
+        values = [1, "hard", None, {"a": [0.5, "x"]}, 10**30, "\ud83d"]
+        pairs = load_pairs(write(*({**GOOD, "prompt": f"q{i}", "level": own} for i, own in enumerate(values))))
+        assert [text and json.loads(text) for text in pairs["level"]] == values
+        assert "columns 'level' hold values of several types" in caplog.text
 
     def test_parts_of_a_file_make_one_set(self, write, monkeypatch):
         """What the columns of one part lack, or hold in whole numbers, another part may have, or in broken ones."""
@@ -114,10 +118,6 @@ class TestLoadPairs:
         assert parts.features == whole.features and parts[:] == whole[:]
         assert parts["level"][:] == [1, None, 0.5, None, 2] and parts["seen"][:] == [None, ["x"], None, None, None]
         assert parts["messages"][:] == [None] * 4 + [chat["prompt"]]
-        monkeypatch.setattr(module, "_ROWS_AT_ONCE", 1)
-        path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
-        with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
-            load_pairs(path)
 
     def test_memory_holds_a_thousand_records_whatever_their_number(self, write, monkeypatch):
         """Python's objects; Arrow's columns take a tenth."""
@@ -139,7 +139,7 @@ class TestLoadPairs:
     def test_text_that_no_encoding_holds_is_named(self, write):
         # half of a surrogate pair: legal JSON, no legal text
         path = write(r'{"prompt": "\ud83d", "chosen": "2", "rejected": "3", "task": "math"}')
-        with pytest.raises(ValueError, match=f"{path}, field 'prompt'"):
+        with pytest.raises(ValueError, match=rf"{path}, line 1: field 'prompt': half of a surrogate pair \('.ud83d'"):
             load_pairs(path)
 
     def test_an_empty_file(self, write):
@@ -221,16 +221,20 @@ class TestLayouts:
         (pair,) = load_pairs(write({"chosen": chosen, "rejected": rejected, "task": "math"}))
         assert (pair["prompt"], (pair["chosen"], pair["rejected"])) == (prompt, answers)
 
-    @settings(max_examples=100)
+    @settings(max_examples=200)
     @given(st.text(alphabet="ab ", min_size=1), st.text(alphabet="ab "), st.text(alphabet="ab "))
-    def test_what_texts_share_is_cut_as_trl_cuts_it(self, shared, one, other):
-        """The rule of TRL's `extract_prompt`, written out again: the first difference, and not on a blank."""
+    def test_what_texts_share_is_cut_as_trl_cuts_it_but_not_inside_a_word(self, shared, one, other):
+        """The rule of TRL's `extract_prompt`, written out again, and a walk back to where a word begins."""
         chosen, rejected = shared + one + "x", shared + other + "y"
         i = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-        i -= chosen[i - 1] == " "
-        found = _with_prompt({"chosen": chosen, "rejected": rejected})
-        if i > 0:
+        while i and any(text[i - 1] != " " != text[i] for text in (chosen, rejected)):
+            i -= 1
+        i -= i > 0 and chosen[i - 1] == " "
+        found = Reader({}, ()).read({"chosen": chosen, "rejected": rejected})
+        if chosen[:i].strip():
             assert found == {"prompt": chosen[:i], "chosen": chosen[i:], "rejected": rejected[i:]}
+        else:
+            assert "prompt" not in found
 
     @pytest.mark.parametrize("kind", [".jsonl", ".json", "data.json", ".parquet", "Dataset", "DatasetDict", "list"])
     def test_every_kind_of_source_gives_the_same(self, tmp_path, kind):
@@ -303,7 +307,9 @@ class TestNames:
     def test_other_peoples_columns_and_a_task_for_all(self, write):
         record = {"question": "1+1", "good": "2", "bad": "3", "prompt": "not this", "level": 5}
         columns = {"question": "prompt", "good": "chosen", "bad": "rejected"}
-        (pair,) = load_pairs(write(record), columns=columns, task="math")
+        with pytest.raises(ValueError, match=r"column 'prompt': .* beside 'question'.*--ignore-columns prompt"):
+            load_pairs(write(record), columns=columns, task="math")
+        (pair,) = load_pairs(write(record), columns=columns, task="math", ignore_columns=["prompt"])
         assert pair == {"prompt": "1+1", "chosen": "2", "rejected": "3", "task": "math", "level": 5, "group": None,
                         "line": 1}  # fmt: skip
 
@@ -328,15 +334,19 @@ class TestNames:
 
     def test_files_that_are_not_what_their_name_says(self, tmp_path):
         for name, content, message in [
-            ("a.json", '{"prompt": 1}', "got a JSON dict, expected a list"),
-            ("b.json", '{"a": 1}\n{"a": 2}', "not JSON .*JSON Lines are named .jsonl"),
+            ("a.json", '{"prompt": {"0": "q"}, "chosen": {"0": "x"}}', "got one JSON value, expected a list"),
+            ("b.json", '[{"a": 1}, {"a": 2]', "not JSON .*at line 1, character 19"),
             ("c.parquet", "PAR", "not Parquet"),
+            ("d.jsonl.gz", "PK\x03\x04", "is a zip archive"),
+            ("e.txt", "prompt", "got the suffix '.txt', expected one of .jsonl, .json"),
+            ("f.csv", "a,a\n1,2", "names a column twice"),
+            ("g.csv", 'a,b\n1,"2', "line 2: not CSV"),
         ]:
             (tmp_path / name).write_text(content)
             with pytest.raises(ValueError, match=message):
                 load_pairs(tmp_path / name)
         (tmp_path / "empty").mkdir()
-        with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .parquet"):
+        with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .ndjson"):
             load_pairs(tmp_path / "empty")
         with pytest.raises(ValueError, match="split: got 'test', expected one of train"):
             load_pairs(DatasetDict(train=Dataset.from_list([GOOD])), split="test")

@@ -62,7 +62,13 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         if config.lora_rank:
             require_peft()
     source = config.data[0] if len(config.data) == 1 else list(config.data)
-    pairs = load_pairs(source, preset=config.preset, task=config.task, columns=dict(config.columns) or None)
+    pairs = load_pairs(
+        source,
+        preset=config.preset,
+        task=config.task,
+        columns=dict(config.columns) or None,
+        ignore_columns=config.ignore_columns,
+    )
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
     # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
     model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
