@@ -207,7 +207,8 @@ def _drawn(
         facts = [settings, samples, batch_size, [list(prompt) for prompt in prompts]]
         name = fingerprint(model, facts, __name__)
         journal = Journal(Path(keep) / f"samples-{name}")
-    kept, answers = journal.read(), [[] for _ in prompts]
+    kept = journal.read()
+    answers: list[list[list[int]]] = [[] for _ in prompts]
     with (
         sampling(model, prompts, samples, **settings) as sampler,
         tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar,

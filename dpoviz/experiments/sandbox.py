@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -141,25 +141,25 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
     if isolated:  # elsewhere they count what else this user runs
         limits |= {"NPROC": 64, "MEMLOCK": 0, "MSGQUEUE": 0}
     with ExitStack() as stack:
-        (asked, ask), (answers, answer) = _pipe(stack), _pipe(stack)
+        (asked, ask), (answers, answer), (verdicts, verdict) = (_pipe(stack) for _ in range(3))
         program = _start(stack, isolated, stdin=asked, stdout=answer)
         task = {
             **{"limits": limits, "strict": isolated, "ask": ask.fileno(), "answers": answers.fileno()},
             **{"source": source, "name": name, "tests": tests},
         }
         with _as_file(json.dumps(task).encode() + b"\n") as task_file:
-            judge = _start(stack, isolated, stdin=task_file, stdout=subprocess.PIPE, pass_fds=(ask, answers))
-        for end in (asked, ask, answers, answer):
+            judge = _start(stack, isolated, stdin=task_file, stdout=verdict, pass_fds=(ask, answers))
+        for end in (asked, ask, answers, answer, verdict):
             end.close()
-        if _read_line(judge.stdout, _START) != b'"ready"\n':
+        if _read_line(verdicts, _START) != b'"ready"\n':
             raise OSError("programs: the interpreters did not start; is the machine out of memory or of processes?")
-        verdict = _read_line(judge.stdout, timeout)
-        if verdict is None:
+        line = _read_line(verdicts, timeout)
+        if line is None:
             return Outcome("timeout", f"ran for {timeout:g} s")
         for process in (judge, program):  # where they end by themselves, bubblewrap clears up after them
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-        kind, message = json.loads(verdict) if verdict else ("failed", "the tests took too much memory")
+        kind, message = json.loads(line or b'["failed", "the judge ended: was an answer too large?"]')
         if kind == "tests":
             raise ValueError(f"tests: {message}")
         if kind == "ended":
@@ -176,8 +176,8 @@ def _ended(program: subprocess.Popen, seconds: int) -> Outcome:
 
 
 def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
-    ends = os.pipe()
-    return tuple(stack.enter_context(os.fdopen(end, mode, 0)) for end, mode in zip(ends, ("rb", "wb"), strict=True))
+    read, write = os.pipe()
+    return stack.enter_context(os.fdopen(read, "rb", 0)), stack.enter_context(os.fdopen(write, "wb", 0))
 
 
 def _as_file(data: bytes) -> IO[bytes]:
@@ -188,17 +188,20 @@ def _as_file(data: bytes) -> IO[bytes]:
         return open(file.name, "rb")
 
 
-def _start(stack: ExitStack, isolated: bool, *, pass_fds: tuple = (), **streams: IO[bytes] | int) -> subprocess.Popen:
+def _start(
+    stack: ExitStack, isolated: bool, stdin: IO[bytes], stdout: IO[bytes], pass_fds: Sequence[IO[bytes]] = ()
+) -> subprocess.Popen:
     """Start an interpreter that waits for its task; leaving the stack kills it."""
     with _command(_CHILD, isolated) as (command, descriptors):
         process = subprocess.Popen(
             command,
             cwd="/",
             env={},
+            stdin=stdin,
+            stdout=stdout,
             stderr=subprocess.DEVNULL,
             pass_fds=[*descriptors, *(end.fileno() for end in pass_fds)],
             start_new_session=True,
-            **streams,
         )
     stack.callback(_kill, process)
     return process
@@ -208,8 +211,6 @@ def _kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
 
 
 def _read_line(pipe: IO[bytes], seconds: float) -> bytes | None:
@@ -265,9 +266,10 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 """Column of the tables below, and the kernel's name of the machine (AUDIT_ARCH_*)."""
 
 _CLONE, _CLONE3 = (56, 220), (435, 435)
-_REFUSED: dict[str, tuple[int | None, int]] = {
+_NONE = 0xFFFFFFFF  # a number that no call has: aarch64 forks by clone
+_REFUSED: dict[str, tuple[int, int]] = {
     # another process, whose memory the limit of the first does not count; root has no limit of their number
-    **{"fork": (57, None), "vfork": (58, None)},
+    **{"fork": (57, _NONE), "vfork": (58, _NONE)},
     # sockets: some families know no namespace, such as that to the host of a virtual machine
     "socket": (41, 198),
     # memory that belongs to no process
@@ -308,8 +310,7 @@ def _seccomp_filter() -> bytes:
     program = [load(4), instruction(equal, machine, 1, 0), leave(kill), load(0)]
     program += [instruction(at_least, 0x40000000, 0, 1), leave(kill)]  # the same calls under x32's numbers
     for numbers in _REFUSED.values():
-        if numbers[column] is not None:
-            program += [instruction(equal, numbers[column], 0, 1), leave(eperm)]
+        program += [instruction(equal, numbers[column], 0, 1), leave(eperm)]
     # its flags lie in memory, which a filter cannot read; the C library then uses clone
     program += [instruction(equal, _CLONE3[column], 0, 1), leave(enosys)]
     clone_thread = 0x00010000
