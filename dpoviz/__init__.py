@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dpoviz.old_names import install
+
 _HOMES = {
     "losses": ("DPOOutput", "TotalLoss", "dpo_loss", "gradients_on_beta", "total_loss"),
     "regularizers": ("entropy_penalty", "range_penalty", "smoothness_penalty", "task_consistency_penalty"),
@@ -26,6 +28,9 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME)
+
+
+install()
 
 
 def __getattr__(name: str) -> object:

@@ -187,7 +187,7 @@ def _compute(
     columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
     # those of a prompt's first row: another row's sums may differ in the last bit, and beta with them
-    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row]
+    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row.numpy()]
     beside = Dataset.from_dict({name: column.astype(np.float32) for name, column in columns.items()})
     return concatenate_datasets([pairs, beside], axis=1)
 
