@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from dpoviz.lm.processes import processes
+from dpoviz.lm.processes import mixed_precision, processes
 
 logger = logging.getLogger(__name__)
 
@@ -334,6 +334,6 @@ def fingerprint(model: nn.Module, facts: object, code: str) -> str:
     # an adapter that is switched off changes what a model gives, and none of its weights
     layers = [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
     adapters = [(layer.disable_adapters, layer.active_adapters) for layer in layers]
-    for part in (config, adapters, model.device.type, facts, code_digest(code)):
+    for part in (config, adapters, model.device.type, mixed_precision(), facts, code_digest(code)):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()

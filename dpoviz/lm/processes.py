@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import NoReturn, TypeVar
 
 import datasets
+import torch
 import transformers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import gather_object, parse_flag_from_env
 
 Task = TypeVar("Task")
@@ -42,6 +46,20 @@ def process_seed(seed: int) -> int:
     Far from the seeds that people take, and within the 32 bits that PyTorch's generator on the CPU reads.
     """
     return seed + (processes().process_index << 20)
+
+
+def mixed_precision() -> str:
+    """Return accelerate's mixed precision, "no" or "bf16" or another: what `Accelerator` has, or what it would read."""
+    if is_initialized():
+        return AcceleratorState().mixed_precision
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Enter accelerate's mixed precision, in which the reference is scored and sampled as the policy is."""
+    if mixed_precision() != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def quiet_libraries() -> None:

@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from dpoviz.lm.forward import cache_argument, context_length, fill_cache, language_model, plain_logits
 from dpoviz.lm.packing import Tokens, by_length
+from dpoviz.lm.processes import autocast
 from dpoviz.lm.scoring import AnswerScores, log_softmax, require_tokens_of, token_entropies
 from dpoviz.lm.trial import evaluating, random_tokens, relative_error, require_causal, tolerance
 
@@ -163,7 +164,8 @@ def _draw(
     model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, way: _Way, eos_id: int, scores: bool
 ) -> tuple[list[list[list[int]]], AnswerScores | None]:
     recorder = _Recorder() if scores else None
-    drawn = [_until_end(row, eos_id) for row in _generate(model, prompts, k, config, recorder, way)]
+    with autocast(model.device):
+        drawn = [_until_end(row, eos_id) for row in _generate(model, prompts, k, config, recorder, way)]
     answers = [drawn[i : i + k] for i in range(0, len(drawn), k)]
     if recorder is None:
         return answers, None

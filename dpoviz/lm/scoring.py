@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.forward import Predictions, context_length, language_model
 from dpoviz.lm.packing import Tokens, require_tokens
+from dpoviz.lm.processes import autocast
 from dpoviz.lm.trial import Road, Size, evaluating, is_right, lay_out, predict
 
 _LOGITS_AT_ONCE = 2**25
@@ -77,8 +78,9 @@ def score_answers(
     require_readable(model, prompts, answers)
     road = None if shared_prefix is None else Road.SHARED if shared_prefix else Road.PADDED
     road, batch = lay_out(model, prompts, answers, pad_id, road)
-    found = predict(model, batch, road, prompts=features)
-    logps, entropies = _token_scores(found, batch.targets, entropy, _vocabulary(model))
+    with autocast(model.device):
+        found = predict(model, batch, road, prompts=features)
+        logps, entropies = _token_scores(found, batch.targets, entropy, _vocabulary(model))
     k = len(answers[0])
     means = None
     if features:
@@ -235,7 +237,7 @@ def score_both(
         require_readable(model, prompts, answers)
     laid = [lay_out(model, prompts, answers, pad_id) for model in models]
     road, batch = max(laid, key=lambda one: list(Road).index(one[0]))  # the slower one is right for both
-    with evaluating(policy), evaluating(reference):
+    with evaluating(policy), evaluating(reference), autocast(policy.device):
         of_policy = predict(models[0], batch, road)
         with adapter_off():
             of_reference = predict(models[1], batch, road)

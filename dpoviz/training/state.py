@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ from dpoviz.beta import BetaNetwork
 from dpoviz.lm.scoring import score_answers
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import Observation, PromptRule, Rule
-from dpoviz.training.batch import Batch
+from dpoviz.training.batch import Batch, read_batch
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import observe
 from dpoviz.training.probes import HeldOut, Models, accuracy, log_ratios, mean_betas, sampled_kl
@@ -109,6 +109,7 @@ class State:
         regularization: the penalties on beta; None where there are none.
         held_out: pairs to measure on; None where there are none.
         kl_prompts: training prompts, for a rule that looks at their KL; else None.
+        rescores: whether the reference scores each batch again, beside the policy.
     """
 
     models: Models
@@ -122,6 +123,7 @@ class State:
     regularization: Regularization | None
     held_out: HeldOut | None
     kl_prompts: HeldOut | None
+    rescores: bool
 
     def scores(self, batch: Batch) -> Tensor:
         """Return (B, 2) log-probabilities of the whole batch, on every process; each computes its own rows.
@@ -139,6 +141,19 @@ class State:
         whole = self.accelerator.gather(mine.detach())
         mine = mine.detach() + processes * (mine - mine.detach())
         return torch.cat([whole[: own.start], mine, whole[own.stop :]])
+
+    def read(self, rows: Mapping[str, Sequence]) -> Batch:
+        """Make a batch of rows of the data set; where the precision is low, the reference scores it beside the policy.
+
+        A sum in half precision depends on what else stands in the batch: scored with the same company, policy and
+        reference round alike.
+        """
+        batch = read_batch(rows, self.accelerator.device)
+        if not self.rescores:
+            return batch
+        with torch.no_grad(), self.models.adapter_off():
+            scores = score_answers(self.models.reference, batch.prompts, batch.answers, pad_id=self.models.pad_id)
+        return batch._replace(ref_logps=scores.logps.float())
 
     def observe(self, batch: Batch, logps: Tensor, step: int) -> Observation:
         """Return what the rule looks at."""
