@@ -191,7 +191,7 @@ def writing(folder: Path) -> Iterator[None]:
         place = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(place).free
         raise OSError(
-            f"{folder} cannot be written ({error}); {free:,} bytes are free there; make room and start again"
+            f"{folder} cannot be written, with {free:,} bytes free there ({error}); make room and start again"
         ) from error
 
 

@@ -72,7 +72,8 @@ class Checkpoint:
         try:
             with writing(self.folder):
                 self.accelerator.save_state(str(new))
-                self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            with writing(self.folder):
                 if main:
                     run = {"identity": self.identity, "step": step, "history": history}
                     (new / "run.json").write_text(json.dumps(run))
