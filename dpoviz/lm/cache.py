@@ -191,7 +191,7 @@ def writing(folder: Path) -> Iterator[None]:
         place = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(place).free
         raise OSError(
-            f"{folder} cannot be written ({error}); {free:,} bytes are free there; make room and start again"
+            f"{folder} cannot be written, with {free:,} bytes free there ({error}); make room and start again"
         ) from error
 
 
@@ -232,20 +232,9 @@ class Journal:
             return
         with writing(self.folder):
             try:
-                self._write(name, batch)
+                _write_batch(self.folder / f"{name}.npz", batch)
             except FileNotFoundError:  # another process has finished the whole, and removed the folder
-                self._write(name, batch)
-
-    def _write(self, name: str, batch: dict[str, np.ndarray]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **batch)
-            os.replace(scratch, self.folder / f"{name}.npz")
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+                _write_batch(self.folder / f"{name}.npz", batch)
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
         """Return the batch of a name; None where there is none, and, with a warning, where it is damaged."""
@@ -267,6 +256,18 @@ class Journal:
         names = sorted(path.stem for path in self.folder.glob("*.npz")) if self.folder is not None else []
         found = {name: self.get(name) for name in names}
         return {name: batch for name, batch in found.items() if batch is not None}
+
+
+def _write_batch(path: Path, batch: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **batch)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
 
 
 def code_digest(module: str) -> str:
