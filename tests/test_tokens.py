@@ -168,6 +168,7 @@ class TestAsTRL:
                 # what TRL has behind our end is what every answer has there
                 assert tokenizer.decode(other[len(own) :]) in BEHIND.get(name, ("",))
 
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")  # TRL's settings name it so
     def test_ids_of_the_trainer_itself(self, tmp_path, family):
         trl = pytest.importorskip("trl")
         tokenizer, rows = family("llama-3"), layouts("llama-3")["system"]
