@@ -1,5 +1,6 @@
 """Prompt and answer are cut as TRL cuts them, begin once and end once, whatever family the tokenizer is of."""
 
+import copy
 import logging
 import math
 import os
@@ -178,7 +179,9 @@ class TestAsTRL:
         )  # fmt: skip
         given = {"report_to": [], "max_length": None, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
         args = trl.DPOConfig(output_dir=str(tmp_path), **given)
-        trainer = trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = trl.DPOTrainer(
+            model, copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
         found = trainer.train_dataset
         assert [[found[name][i] for name in IDS] for i in range(len(rows))] == by_us(tokenizer, rows)
 
