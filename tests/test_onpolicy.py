@@ -178,7 +178,7 @@ class TestSamplePairs:
         problem = random.Random("problems 0").sample(humaneval_problems(), 1)[0]
         script = scripted(problem["canonical_solution"] + "\ndef more(): pass", "    return None\n", "    pass")
         records, made = sample_pairs(None, script, tasks=["code"], prompts_per_task=1, samples=3, progress=False)
-        assert script.asked == [problem["prompt"]]  # as it stands, no chat
+        assert script.asked[0] == problem["prompt"]  # as it stands, no chat
         assert {r["chosen"] for r in records} == {problem["canonical_solution"].rstrip() + "\n"}
         assert {r["rejected"] for r in records} == {"    return None\n", "    pass\n"}
         assert made["reward"].tolist() == [1 / 3]
@@ -219,7 +219,7 @@ class TestSamplePairs:
 
 def test_with_a_real_tiny_model_and_read_back(tmp_path, make_model, tokenizer):
     """From sampling to `load_pairs`, repeatable by the seed."""
-    model = make_model(dtype=torch.float32, eos=tokenizer.eos_token_id)
+    model = make_model(dtype=torch.float32, eos=tokenizer.eos_token_id, max_position_embeddings=128)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     made = [
         sample_pairs(

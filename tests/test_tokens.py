@@ -1,5 +1,6 @@
 """Prompt and answer are cut as TRL cuts them, begin once and end once, whatever family the tokenizer is of."""
 
+import copy
 import logging
 import math
 import os
@@ -168,6 +169,7 @@ class TestAsTRL:
                 # what TRL has behind our end is what every answer has there
                 assert tokenizer.decode(other[len(own) :]) in BEHIND.get(name, ("",))
 
+    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.:FutureWarning")  # TRL's settings name it so
     def test_ids_of_the_trainer_itself(self, tmp_path, family):
         trl = pytest.importorskip("trl")
         tokenizer, rows = family("llama-3"), layouts("llama-3")["system"]
@@ -177,7 +179,9 @@ class TestAsTRL:
         )  # fmt: skip
         given = {"report_to": [], "max_length": None, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
         args = trl.DPOConfig(output_dir=str(tmp_path), **given)
-        trainer = trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer = trl.DPOTrainer(
+            model, copy.deepcopy(model), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
         found = trainer.train_dataset
         assert [[found[name][i] for name in IDS] for i in range(len(rows))] == by_us(tokenizer, rows)
 
