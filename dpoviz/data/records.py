@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from dpoviz.data import files
 from dpoviz.data.files import Row, Source
-from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws
+from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.presets import PRESETS, Preset, recognised
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,10 @@ class _Loading:
     def _recognised(self, row: Row) -> Preset | None:
         if not isinstance(row.record, dict) or self.reader.columns:
             return None
-        name = recognised(self.reader.without_ignored(row.record))
-        if name is None:
+        record = self.reader.without_ignored(row.record)
+        name = recognised(record)
+        # what the set does not have makes it another: its own reader would leave a system's text out
+        if name is None or any(is_context(own) and own not in {*PRESETS[name].columns} for own in record):
             return None
         found = PRESETS[name]
         said = "%s: read as the public set %s (%s), preferred by %s"
