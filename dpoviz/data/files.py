@@ -30,7 +30,7 @@ _HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
 
 _BATCH = 1000  # rows of Parquet in memory at once
 
-_DEEPEST = 100  # levels of lists and objects in a row: what reads it further is recursive
+_DEEPEST = 25  # levels of lists and objects in a row: what makes columns of them is recursive, and fails at 40
 
 _BESIDE = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 """Files that stand beside data and hold none."""
