@@ -124,7 +124,7 @@ def test_shp_label_1_prefers_a(write, caplog):
     row = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 9, "score_B": 2}
     pairs = load_pairs(write(row, {**row, "labels": 0, "score_A": 1}))
     assert pairs["chosen"][:] == ["a", "b"] and "read as the public set shp" in caplog.text
-    with pytest.raises(ValueError, match="line 1: not in the layout of shp .*against the scores"):
+    with pytest.raises(ValueError, match=r"line 1: not in the layout of shp .*against the scores"):
         load_pairs(write({**row, "labels": 0}))
 
 
