@@ -378,6 +378,11 @@ class TestAsChat:
         assert turned["prompt"][:] == pairs["prompt"][:]
         assert as_chat(load_pairs(write(GOOD)), ["math"])["messages"][0][0]["content"] == GOOD["prompt"]
 
+    def test_a_chat_whose_messages_have_further_fields(self, write):
+        turns = [USER, {**assistant("a"), "thinking": "hm"}, USER]
+        turned = as_chat(load_pairs(write({**GOOD, "prompt": turns}, GOOD)), ["math"])
+        assert turned["messages"][:] == [turns, [{"role": "user", "content": GOOD["prompt"]}]]
+
     def test_refuses_a_task_that_is_not_there(self, write):
         with pytest.raises(ValueError, match="chat: got poetry, expected tasks of the pairs: math"):
             as_chat(load_pairs(write(GOOD)), ["poetry", "math"])

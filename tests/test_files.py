@@ -117,7 +117,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
     [
         ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", LINES + '{"prompt": ' + "[" * 5_000 + "]" * 5_000 + "}", "line 4: not JSON .nested too deeply"),
-        ("a.jsonl", LINES + '{"prompt": ' + "[" * 300 + "]" * 300 + "}", "line 4: .*nested over 100 levels"),
+        ("a.jsonl", LINES + '{"prompt": ' + "[" * 300 + "]" * 300 + "}", "line 4: .*nested over 25 levels"),
         ("a.json", "[" + "[" * 5_000 + "]" * 5_000 + "]", "a.json: not JSON .nested too deeply"),
         ("a.jsonl", LINES + '{"prompt": "a", "prompt": "b"}', "line 4: the key 'prompt' stands twice"),
         ("a.json", '[{"a": 1}, {"prompt": {"b": 1, "b": 2}}]', "record 2: the key 'b' stands twice"),
@@ -138,6 +138,12 @@ def test_what_cannot_be_read_is_named_by_its_place(tmp_path, name, raw, message)
     (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     with pytest.raises(ValueError, match=message):
         load_pairs(tmp_path if name == "state.json" else tmp_path / name)
+
+
+def test_the_deepest_nest_that_is_taken(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0])[:-1] + ', "m": ' + '{"a":' * 23 + "[1]" + "}" * 23 + "}")
+    assert json.dumps(load_pairs(path)["m"][0]).count("a") == 23
 
 
 def test_extreme_numbers_and_long_cells(tmp_path):

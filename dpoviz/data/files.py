@@ -13,11 +13,11 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -30,12 +30,12 @@ _HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
 
 _BATCH = 1000  # rows of Parquet in memory at once
 
-_DEEPEST = 100  # levels of lists and objects in a row: what reads it further is recursive
+_DEEPEST = 25  # levels of lists and objects in a row: what makes columns of them is recursive, and fails at 40
 
 _BESIDE = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
 """Files that stand beside data and hold none."""
 
-_PACKINGS: dict[bytes, tuple[str, Callable[[Path], IO[bytes]]]] = {
+_PACKINGS: dict[bytes, tuple[str, Callable[[Path], Any]]] = {
     b"\x1f\x8b": ("gzip", gzip.open),
     b"BZh": ("bzip2", bz2.open),
     b"\xfd7zXZ": ("xz", lzma.open),
@@ -53,7 +53,7 @@ _OTHER_KINDS = {
     b"%PDF": "a PDF",
 }
 
-Source = Path | str | Dataset | DatasetDict | list[Path | str] | tuple[Path | str, ...]
+Source: TypeAlias = Path | str | Dataset | DatasetDict | list[Path | str] | tuple[Path | str, ...]
 
 
 class Row(NamedTuple):
@@ -229,7 +229,7 @@ def _file(path: Path, label: str) -> Iterator[Row]:
         raise ValueError(f"{path}: got the suffix {path.suffix!r}, expected one of {', '.join(READERS)}, packed or not")
     packing = next((known for magic, known in _PACKINGS.items() if start.startswith(magic)), None)
     if packing is None:
-        yield from read(path, label, partial(path.open, "rb"))
+        yield from read(path, label, lambda: path.open("rb"))
         return
     name, unpack = packing
     try:
@@ -284,7 +284,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return twice
 
 
-def _json(text: str) -> object:
+def _json(text: str) -> Any:
     """Return what a JSON text holds.
 
     Raises:
@@ -296,7 +296,7 @@ def _json(text: str) -> object:
         raise ValueError("nested too deeply") from error
 
 
-def parse_json(text: str) -> object:
+def parse_json(text: str) -> Any:
     """Return what a JSON text inside a row holds.
 
     Raises:
@@ -369,7 +369,7 @@ def _json_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterat
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     records = content.get("data", [content]) if isinstance(content, dict) else content
-    if not isinstance(records, list) or (records == [content] and _is_table(content)):
+    if not isinstance(records, list) or (isinstance(content, dict) and records == [content] and _is_table(content)):
         raise ValueError(
             f'{path}: got one JSON value, expected a list of records, an object whose "data" is one, or lines'
         )
@@ -377,7 +377,7 @@ def _json_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterat
         yield Row(f"{path}, record {i}", i, label, record)
 
 
-def _is_table(content: Mapping[str, object]) -> bool:
+def _is_table(content: dict[str, Any]) -> bool:
     """Whether an object holds a column per key, as `DataFrame.to_json` writes it: by number, or a list of texts."""
     firsts = [v.get("0") if isinstance(v, dict) else v[:1] if isinstance(v, list) else None for v in content.values()]
     return bool(firsts) and all(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import regex
 
@@ -164,14 +164,14 @@ def is_context(name: str) -> bool:
     return _means(name, PROMPT_WORDS | SYSTEM_WORDS | TOOL_WORDS | OTHER_WORDS)
 
 
-def is_label(name: str, value: object) -> bool:
+def is_label(name: str, value: Any) -> bool:
     """Whether a column says, by its name and its value, which of two answers is better."""
     own = set(words(name))
     which = own & LABELS or (own & {"chosen", "rejected"} and own & {"id", "index", "idx", "position"})
     return bool(which) and not own & NO_LABELS and _short(value)
 
 
-def _short(value: object) -> bool:
+def _short(value: Any) -> bool:
     return isinstance(value, (bool, int, float)) or (isinstance(value, str) and 0 < len(value.split()) <= 3)
 
 
@@ -191,7 +191,7 @@ class Reader:
         self.counts: Counter[str] = Counter()
         self.seen: set[str] = set()
 
-    def read(self, row: Mapping[str, object]) -> dict[str, object]:
+    def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return the row with `prompt`, `chosen`, `rejected`, `messages` and `tools` where it has them.
 
         Raises:
@@ -208,11 +208,11 @@ class Reader:
             del found["prompt"]
         return left | found
 
-    def without_ignored(self, row: Mapping[str, object]) -> dict[str, object]:
+    def without_ignored(self, row: Mapping[str, Any]) -> dict[str, Any]:
         self.seen |= self.ignored & set(row)
         return {name: value for name, value in row.items() if name not in self.ignored}
 
-    def _named_as_ours(self, row: Mapping[str, object]) -> dict[str, object]:
+    def _named_as_ours(self, row: Mapping[str, Any]) -> dict[str, Any]:
         missing = [theirs for theirs in self.columns if theirs not in row]
         if missing:
             raise Refused(f"columns names {', '.join(missing)}; the record has {', '.join(row)}")
@@ -228,7 +228,7 @@ class Reader:
         kept = {name: value for name, value in row.items() if name not in self.columns}
         return {name: _unpacked(name, value) for name, value in {**kept, **renamed}.items()}
 
-    def _set_aside(self, row: dict[str, object]) -> dict[str, object]:
+    def _set_aside(self, row: dict[str, Any]) -> dict[str, Any]:
         """Give columns that later steps write another name."""
         ours = {name: f"own_{name}" for name in row if name in OWN or name.startswith("ref_")}
         for name, other in ours.items():
@@ -239,7 +239,7 @@ class Reader:
 
     # --- answers and label
 
-    def _answers(self, row: dict[str, object]) -> dict[str, object]:
+    def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
         """Take the better and the worse answer out of a row; nothing if it has none."""
         named = next((pair for pair in ANSWERS if pair[0] in row and pair[1] in row), None)
         if named is not None:
@@ -252,7 +252,7 @@ class Reader:
             named = (pair.first, pair.second) if _preferred(row, pair) > 0 else (pair.second, pair.first)
         return {"chosen": row.pop(named[0]), "rejected": row.pop(named[1])}
 
-    def _require_no_label(self, row: Mapping[str, object], named: tuple[str, str]) -> None:
+    def _require_no_label(self, row: Mapping[str, Any], named: tuple[str, str]) -> None:
         """Refuse a label beside answers that are ordered already: it may say the contrary."""
         theirs = {ours: name for name, ours in self.columns.items()}
         marked = [_stem_and_marker(theirs[ours]) for ours in ("chosen", "rejected") if ours in theirs]
@@ -268,7 +268,7 @@ class Reader:
                     name,
                 )
 
-    def _require_scores(self, row: Mapping[str, object], chosen: str, rejected: str) -> None:
+    def _require_scores(self, row: Mapping[str, Any], chosen: str, rejected: str) -> None:
         """Refuse a row whose scores prefer the rejected answer."""
         apart = [pair for pair in zip(words(chosen), words(rejected), strict=False) if pair[0] != pair[1]]
         better, worse = apart[0]
@@ -277,10 +277,10 @@ class Reader:
                 continue
             theirs = tuple(worse if word == better else word for word in words(name))
             other = next((own for own in row if words(own) == theirs), name)
-            scores = _number(row[name]), _number(row[other])
-            if other == name or None in scores:
+            good, bad = _number(row[name]), _number(row[other])
+            if other == name or good is None or bad is None:
                 continue
-            difference = _score_of(name) * (scores[0] - scores[1])
+            difference = _score_of(name) * (good - bad)
             if difference < 0:
                 raise Refused(
                     f"column {name!r}: got {row[name]}, and {other!r} is {row[other]}: they prefer the rejected "
@@ -291,7 +291,7 @@ class Reader:
 
     # --- prompt
 
-    def _prompt(self, row: dict[str, object], answers: dict[str, object]) -> dict[str, object]:
+    def _prompt(self, row: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
         """Return `prompt`, `chosen`, `rejected`, `messages` and `tools`; takes what it uses out of the row."""
         answers = {name: self._chat(value) for name, value in answers.items()}
         whole = bool(answers) and all(isinstance(own, list) and len(own) > 1 for own in answers.values())
@@ -315,7 +315,7 @@ class Reader:
         answers = self._without_prompt(prompt, answers)
         return {"prompt": prompt, **answers} | ({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {})
 
-    def _system(self, row: dict[str, object]) -> str | None:
+    def _system(self, row: dict[str, Any]) -> str | None:
         """Take the system's text out of a row: "" where its column is empty, None where there is none."""
         name = next((own for own in row if is_system(own)), None)
         if name is None:
@@ -328,7 +328,7 @@ class Reader:
         del row[name]
         return value.strip() and value if isinstance(value, str) else ""
 
-    def _given_prompt(self, row: dict[str, object], whole: bool) -> object:
+    def _given_prompt(self, row: dict[str, Any], whole: bool) -> Any:
         """Take the prompt out of a row: a text, a chat, or None where no column holds one, or whole chats do."""
         there = [name for name in row if _means(name, PROMPT_WORDS | {"prompt"}) and not _empty(row[name])]
         if "prompt" in row and (_empty(row["prompt"]) <= (not there)):
@@ -364,12 +364,12 @@ class Reader:
             value = value["messages"]
         return self._chat(value)
 
-    def _is_rendered(self, value: list, text: object, tools: object) -> bool:
+    def _is_rendered(self, value: list, text: Any, tools: Any) -> bool:
         """Whether a chat in words is this text: a record of ours that was saved and is read again."""
         chat = [self._message(message) for message in value]
         return not any(_message_flaw(message) for message in chat) and as_text(chat, tools) == text
 
-    def _without_prompt(self, prompt: object, answers: dict[str, object]) -> dict[str, object]:
+    def _without_prompt(self, prompt: Any, answers: dict[str, Any]) -> dict[str, Any]:
         """Cut the prompt off answers that repeat it; one or two words may begin an answer by chance."""
         last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
         text = last.get("content") if isinstance(last, dict) else last
@@ -389,7 +389,7 @@ class Reader:
         self.counts["have answers that both repeat the prompt at their beginning; it is cut off"] += 1
         return {name: own.lstrip() if isinstance(prompt, list) else own for name, own in cut.items()}
 
-    def _require_said(self, row: Mapping[str, object], found: Mapping[str, object]) -> None:
+    def _require_said(self, row: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """Refuse a column that a model would read, unless it is empty or says what the record says already."""
         for name, value in row.items():
             # numbers are no texts to read; a text must stand in the prompt itself, a conversation may hold the answers
@@ -407,7 +407,7 @@ class Reader:
 
     # --- chats
 
-    def _chat(self, value: object) -> object:
+    def _chat(self, value: Any) -> Any:
         """Return messages in one spelling; anything else as it is."""
         if isinstance(value, dict) and any(role in value for role, _ in MESSAGE_KEYS):
             value = [value]
@@ -415,7 +415,7 @@ class Reader:
             return value
         return [self._message(message) for message in value]
 
-    def _message(self, message: object) -> object:
+    def _message(self, message: Any) -> Any:
         keys = next((pair for pair in MESSAGE_KEYS if isinstance(message, dict) and pair[0] in message), None)
         if keys is None or not isinstance(message, dict):
             return message
@@ -440,13 +440,13 @@ def _leave_out(name: str) -> str:
     return f"leave it out with ignore_columns (--ignore-columns {name})"
 
 
-def _empty(value: object) -> bool:
+def _empty(value: Any) -> bool:
     return value is None or (
         isinstance(value, (str, list, dict)) and not (value.strip() if isinstance(value, str) else value)
     )
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     """Return a number, also one in a text, as CSV has them; None where a value is none."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
@@ -458,7 +458,7 @@ def _number(value: object) -> float | None:
 _CODED = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
-def _unpacked(name: str, value: object) -> object:
+def _unpacked(name: str, value: Any) -> Any:
     """Return a chat that stands in a text as JSON."""
     if name == "chat_template_kwargs" and isinstance(value, dict):
         return json.dumps(_filled(value), ensure_ascii=False)  # as a column of objects it would be filled with None
@@ -472,7 +472,7 @@ def _unpacked(name: str, value: object) -> object:
         raise Refused(f"field {name!r}: begins like a chat in JSON and is none ({error})") from error
 
 
-def _filled(value: object) -> object:
+def _filled(value: Any) -> Any:
     """Return a value without the None that Arrow fills into objects."""
     if isinstance(value, dict):
         return {name: _filled(own) for name, own in value.items() if own is not None}
@@ -491,7 +491,7 @@ def _stem_and_marker(name: str) -> tuple[tuple[str, ...], str] | None:
     return None
 
 
-def _two_answers(row: Mapping[str, object]) -> _Pair | None:
+def _two_answers(row: Mapping[str, Any]) -> _Pair | None:
     """Return the two columns that hold answers without saying which is better.
 
     Raises:
@@ -514,7 +514,7 @@ def _two_answers(row: Mapping[str, object]) -> _Pair | None:
     return None
 
 
-def _preferred(row: Mapping[str, object], pair: _Pair) -> int:
+def _preferred(row: Mapping[str, Any], pair: _Pair) -> int:
     """Return 1 where the first answer is better and -1 where the second is.
 
     Raises:
@@ -559,7 +559,7 @@ def _preferred(row: Mapping[str, object], pair: _Pair) -> int:
     return vote
 
 
-def _may_be_label(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> bool:
+def _may_be_label(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> bool:
     """Whether a column beside two answers may be their label, though its name does not say how to read it."""
     value, own = row[name], set(words(name))
     other = _other_marker(row, name, markers)
@@ -571,7 +571,7 @@ def _may_be_label(row: Mapping[str, object], name: str, markers: tuple[str, str]
     return names_one or (bool(own & MAYBE_LABELS) and _short(value))
 
 
-def _other_marker(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> str | None:
+def _other_marker(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> str | None:
     """Return the column that says of the other answer what this one says of its own: score_b for score_a."""
     own = list(words(name))
     here = [i for i, word in enumerate(own) if word in markers]
@@ -581,7 +581,7 @@ def _other_marker(row: Mapping[str, object], name: str, markers: tuple[str, str]
     return next((other for other in row if list(words(other)) == own), None)
 
 
-def _by_scores(row: Mapping[str, object], name: str, markers: tuple[str, str]) -> int | None:
+def _by_scores(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> int | None:
     """Return what two numbers say, one for each answer: 1, -1 or 0; None where these columns are no scores."""
     other, sign = _other_marker(row, name, markers), _score_of(name)
     if other is None or not sign:
@@ -594,7 +594,7 @@ def _score_of(name: str) -> int:
     return next((SCORES[word] for word in words(name) if word in SCORES), 0)
 
 
-def _by_label(name: str, value: object, markers: tuple[str, str]) -> int | None:
+def _by_label(name: str, value: Any, markers: tuple[str, str]) -> int | None:
     """Return the answer that a label names: 1 for the first, -1 for the second, 0 for neither, None if unclear."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -619,7 +619,7 @@ _ABOUT = frozenset("model assistant system id is the better human wins win won p
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def _alpaca(row: dict[str, object]) -> object:
+def _alpaca(row: dict[str, Any]) -> Any:
     """Take Alpaca's prompt out of a row, joined as LLaMA-Factory joins it: instruction, a line end, input."""
     parts = [row.pop("instruction"), row.pop("input", None)]
     history = row.pop("history", None)
@@ -634,7 +634,7 @@ def _alpaca(row: dict[str, object]) -> object:
     return [*turns, {"role": "user", "content": text}]
 
 
-def _with_system(prompt: object, system: str | None) -> object:
+def _with_system(prompt: Any, system: str | None) -> Any:
     """Return the prompt with the system's message before it; a column for it makes a text a user's message."""
     if system is None or _empty(prompt):
         if system:
@@ -657,7 +657,7 @@ def _with_system(prompt: object, system: str | None) -> object:
     return prompt
 
 
-def _require_no_other_prompt(row: Mapping[str, object]) -> None:
+def _require_no_other_prompt(row: Mapping[str, Any]) -> None:
     """Refuse to take what two answers share for the prompt where another column may hold it."""
     for name, value in row.items():
         if is_context(name) and not _empty(value):
@@ -675,16 +675,15 @@ def _pieces(text: str) -> list[str]:
     return [piece for piece in _BOUNDARY.split(text) if piece[:1].isalnum()]
 
 
-def _begin(answers: Mapping[str, object], prompt: object) -> bool:
+def _begin(answers: Mapping[str, Any], prompt: Any) -> bool:
     """Whether both answers, whole chats, begin with the prompt's messages."""
     if not isinstance(prompt, list):
         return False
     return all(isinstance(own, list) and own[: len(prompt)] == prompt for own in answers.values())
 
 
-def _shared_messages(answers: Mapping[str, object]) -> tuple[object, dict[str, object]]:
+def _shared_messages(answers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     chosen, rejected = answers["chosen"], answers["rejected"]
-    assert isinstance(chosen, list) and isinstance(rejected, list)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if not same:
         return None, dict(answers)
@@ -692,10 +691,9 @@ def _shared_messages(answers: Mapping[str, object]) -> tuple[object, dict[str, o
     return chosen[:same], {"chosen": chosen[same:], "rejected": rejected[same:]}
 
 
-def _shared_text(answers: Mapping[str, object]) -> tuple[object, dict[str, object]]:
+def _shared_text(answers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Cut two texts behind the words that they share; a blank between prompt and answer belongs to the answer."""
     chosen, rejected = answers["chosen"], answers["rejected"]
-    assert isinstance(chosen, str) and isinstance(rejected, str)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     _require_two(chosen[same:].strip(), rejected[same:].strip(), chosen == rejected)
     same = min(_boundary(chosen, same), _boundary(rejected, same))
@@ -729,7 +727,7 @@ def _boundary(text: str, at: int) -> int:
     return max(places, default=begin)
 
 
-def _tools(value: object) -> list | None:
+def _tools(value: Any) -> list | None:
     """Return the schemas of tools: a list, as such or in JSON."""
     if isinstance(value, str) and value.strip():
         try:
@@ -743,7 +741,7 @@ def _tools(value: object) -> list | None:
     return [_filled(tool) for tool in value]
 
 
-def _calls(content: object) -> list[dict]:
+def _calls(content: Any) -> list[dict]:
     """Return ShareGPT's function_call, an object or a list of such in JSON, as tool calls."""
     try:
         calls = parse_json(content) if isinstance(content, str) else content
@@ -755,7 +753,7 @@ def _calls(content: object) -> list[dict]:
         ) from error
 
 
-def _is_answer(value: object) -> bool:
+def _is_answer(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 1
@@ -764,13 +762,13 @@ def _is_answer(value: object) -> bool:
     )
 
 
-def _is_media(value: object) -> bool:
+def _is_media(value: Any) -> bool:
     """Whether a value is an image or a sound, as `datasets` keeps them."""
     items = value if isinstance(value, list) else [value]
     return any(isinstance(item, dict) and {"bytes", "path"} <= set(item) for item in items)
 
 
-def _texts(value: object) -> list[str]:
+def _texts(value: Any) -> list[str]:
     """Return all texts in a value, the names of speakers apart."""
     if isinstance(value, str):
         return [" ".join(value.split())]
@@ -779,7 +777,7 @@ def _texts(value: object) -> list[str]:
     return [text for own in value for text in _texts(own)] if isinstance(value, list) else []
 
 
-def _said(value: object, texts: Sequence[str]) -> bool:
+def _said(value: Any, texts: Sequence[str]) -> bool:
     """Whether each text of a value stands in one of some texts, as whole words."""
     if not isinstance(value, (str, list, dict)):
         return False
@@ -798,7 +796,7 @@ def _stands_in(own: str, text: str) -> bool:
     return False
 
 
-def as_text(messages: Sequence[Mapping[str, object]], tools: object = None) -> str:
+def as_text(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
     """Return a chat in plain words, all that tells it from another: tools and further fields in JSON."""
     said = [f"tools: {tools}"] if tools else []
     for message in messages:
@@ -809,7 +807,7 @@ def as_text(messages: Sequence[Mapping[str, object]], tools: object = None) -> s
     return "\n\n".join(said)
 
 
-def _message_flaw(message: object) -> str | None:
+def _message_flaw(message: Any) -> str | None:
     """Return what is wrong with a message."""
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         return f"got {str(message)[:60]!r}, expected an object with role and content"

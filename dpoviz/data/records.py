@@ -19,7 +19,7 @@ from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
 from dpoviz.data import files
 from dpoviz.data.files import Row, Source
-from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws
+from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.presets import PRESETS, Preset, recognised
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ class _Loading:
         self, name: str, reader: Reader, layout: Preset | None, task: str | None, tasks: Sequence[str] | None
     ) -> None:
         self.name, self.reader, self.layout, self.task, self.tasks = name, reader, layout, task, tasks
-        self.pairs, self.files = _Columns(name), {}
+        self.pairs = _Columns(name)
+        self.files: dict[str, Preset | None] = {}  # and in which layout each is
         self.problems: list[str] = []
         self.left_out: list[str] = []
         self.of_columns: set[str] = set()
@@ -145,8 +146,10 @@ class _Loading:
     def _recognised(self, row: Row) -> Preset | None:
         if not isinstance(row.record, dict) or self.reader.columns:
             return None
-        name = recognised(self.reader.without_ignored(row.record))
-        if name is None:
+        record = self.reader.without_ignored(row.record)
+        name = recognised(record)
+        # what the set does not have makes it another: its own reader would leave a system's text out
+        if name is None or any(is_context(own) and own not in {*PRESETS[name].columns} for own in record):
             return None
         found = PRESETS[name]
         said = "%s: read as the public set %s (%s), preferred by %s"
@@ -281,7 +284,9 @@ class _Columns:
     """Converts records to Arrow in chunks of 1,000; missing fields become None, values of several types JSON text."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.records, self.tables, self.count = name, [], [], 0
+        self.name, self.count = name, 0
+        self.records: list[dict] = []
+        self.tables: list[pa.Table] = []
         self.in_json: dict[str, set[int]] = {}  # of each field of several types the chunks that are JSON text already
         self.rich = False  # whether a message has more than a role and a content
 
@@ -316,7 +321,9 @@ class _Columns:
         found = {name: self._joined(name) for name in dict.fromkeys(n for t in self.tables for n in t.column_names)}
         if not several_files:
             del found["file"]
-        chats = found.pop("messages") if self.rich or found["messages"].null_count == self.count else None
+        chats = found["messages"]
+        if self.rich or chats.null_count == self.count:
+            del found["messages"]
         if set(self.in_json) - {"messages"}:
             names = ", ".join(repr(name) for name in self.in_json if name != "messages")
             logger.warning("%s: columns %s hold values of several types; kept as JSON text", self.name, names)

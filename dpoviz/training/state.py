@@ -222,7 +222,22 @@ def prepare(
         None if data is None else HeldOut.of(data, config.probe_prompts, accelerator.device)
         for data in (held_out, pairs if "kl" in rule.needs else None)
     )
-    return State(models, rule, config, accelerator, scorer, optimizers, schedules, alpha, weights, held_out, kl_prompts)
+    low = mixed_precision() != "no" or models.policy.dtype in (torch.bfloat16, torch.float16)
+    rescores = low if config.rescore_reference is None else config.rescore_reference
+    return State(
+        models=models,
+        rule=rule,
+        config=config,
+        accelerator=accelerator,
+        scorer=scorer,
+        optimizers=optimizers,
+        schedules=schedules,
+        alpha=alpha,
+        regularization=weights,
+        held_out=held_out,
+        kl_prompts=kl_prompts,
+        rescores=rescores and models.reference is not None,
+    )
 
 
 def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
