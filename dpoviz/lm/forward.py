@@ -74,7 +74,7 @@ def predict_alone(model: PreTrainedModel, batch: PrefixBatch, *, prompts: bool =
         length = int((batch.segments[row] >= 0).sum())
         start = int((batch.segments[row] == 0).sum())
         ids = torch.cat([batch.input_ids[row, :length], batch.targets[last[row], None]])
-        out = model(input_ids=ids[None], use_cache=False, output_hidden_states=prompts)
+        out = _plain(model, ids[None], output_hidden_states=prompts)
         logits.append(out.logits[0, start - 1 : length])
         if prompts:
             of_prompts.append(out.hidden_states[-1][0, :start])
@@ -89,12 +89,18 @@ def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | Non
     """
     ids = torch.tensor([tokens], device=model.device)
     if places is None:
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return _plain(model, ids).logits[0]
     if "logits_to_keep" in signature(model.forward).parameters:
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0]
+        logits = _plain(model, ids, logits_to_keep=places).logits[0]
         if len(logits) == len(places):
             return logits
     return plain_logits(model, tokens)[places]
+
+
+def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> dict[str, object]:
+    if "attention_mask" in signature(model.forward).parameters:  # or a token that pads elsewhere brings a warning
+        more["attention_mask"] = torch.ones_like(ids)
+    return model(input_ids=ids, use_cache=False, **more)
 
 
 def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Tensor) -> Predictions:
@@ -170,7 +176,7 @@ def _body(model: PreTrainedModel) -> nn.Module:
         hooks = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in inside]
         try:
             with torch.no_grad():
-                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+                _plain(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
         finally:
             for hook in hooks:
                 hook.remove()

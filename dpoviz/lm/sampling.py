@@ -129,7 +129,7 @@ def sampling(
             "expected fewer, or shorter prompts"
         )
     way = _way(model, longest + max_new_tokens)
-    config = _settings(max_new_tokens, eos_id, pad_id)
+    config = _settings(way, max_new_tokens, eos_id, pad_id)
 
     def draw(some: Tokens) -> tuple[list[list[list[int]]], AnswerScores | None]:
         parts = [
@@ -142,9 +142,10 @@ def sampling(
         yield Sampler(draw, generator)
 
 
-def _settings(max_new_tokens: int, eos_id: int | None, pad_id: int) -> GenerationConfig:
+def _settings(way: _Way, max_new_tokens: int, eos_id: int | None, pad_id: int) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id,
+        use_cache=way is not _Way.UNCACHED,
     )  # fmt: skip
 
 
@@ -225,7 +226,7 @@ def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
     steps = max(1, min(_STEPS, longest - 3))
     prompts = random_tokens(model, [max(1, longest - steps), max(1, (longest - steps) // 2), min(3, longest - steps)])
     k, worst = 2, 0.0
-    config = _settings(steps, None, 0)
+    config = _settings(way, steps, None, 0)
     with _sampled_by(model, config):
         for own in [[prompt] for prompt in prompts] if way.alone else [prompts]:
             recorder = _Recorder(keep=True)
@@ -311,8 +312,6 @@ def _generate(
         fill_cache(model, ids[:, :-1], mask[:, :-1], cache)
         cache.batch_repeat_interleave(k)
         more[cache_argument(model)] = cache
-    if way is _Way.UNCACHED:
-        more["use_cache"] = False
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
     out = model.generate(
         input_ids=ids, attention_mask=mask, generation_config=config, **more,

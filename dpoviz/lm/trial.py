@@ -282,13 +282,15 @@ def _places(length: int, device: torch.device) -> Tensor:
 
 
 def relative_error(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return (n,) the error of (n, V) logits as a share of their spread; what they have in common does not count."""
-    logits, expected = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, expected))
-    equal = logits == expected  # also where both are infinite
-    out = [x.masked_fill(equal & ~expected.isfinite(), 0) for x in (logits, expected)]
-    difference, spread = (x - x.mean(dim=-1, keepdim=True) for x in (out[0] - out[1], out[1]))
-    error = difference.norm(dim=-1) / spread.norm(dim=-1)
-    return torch.where(difference.norm(dim=-1) == 0, 0, error).nan_to_num(nan=math.inf)
+    """Return (n,) the error of log-probabilities, given (n, V) logits, as a share of their spread."""
+    found, right = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(dim=-1) for x in (logits, expected))
+    counted = right.isfinite() | (found != right)  # what is impossible for both does not count
+    difference = torch.where(counted, found - right, 0).square().sum(dim=-1)
+    count = counted.sum(dim=-1)
+    mean = torch.where(counted, right, 0).sum(dim=-1, keepdim=True) / count[:, None]
+    spread = torch.where(counted, right - mean, 0).square().sum(dim=-1)
+    error = torch.where(difference == 0, 0, (difference / spread).sqrt())
+    return error.nan_to_num(nan=math.inf)
 
 
 _CAUSAL: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
