@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.beta import BetaNetwork
+from dpoviz.lm.processes import mixed_precision
 from dpoviz.lm.scoring import score_answers
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import Observation, PromptRule, Rule
