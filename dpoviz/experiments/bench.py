@@ -33,6 +33,7 @@ from dpoviz.experiments.real import load, score
 from dpoviz.experiments.small import small_world
 from dpoviz.lm.models import tiny_tokenizer
 from dpoviz.lm.packing import by_length, prefix_batch
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.sampling import sampling
 from dpoviz.lm.scoring import context_length, score_answers
 from dpoviz.losses import Logps, dpo_loss, total_loss
@@ -343,7 +344,7 @@ def bench_pairs(
 
     tokenizer = tiny_tokenizer([text(200) for _ in range(20)])
     rows = []
-    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=not progress):
+    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=hidden(progress)):
         with tempfile.TemporaryDirectory() as folder, _memory(torch.device("cpu")) as peak:
             path, seconds = Path(folder) / "pairs.jsonl", []
             with path.open("w") as file:
@@ -418,7 +419,7 @@ def bench_vocabulary(
         beyond the weights, MiB).
     """
     rows = []
-    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=not progress):
+    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=hidden(progress)):
         torch.manual_seed(seed)
         config = LlamaConfig(vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                              num_attention_heads=4, max_position_embeddings=512)  # fmt: skip

@@ -23,6 +23,7 @@ from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.experiments.sandbox import Outcome, check_program, require_isolation
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.sampling import sampling
 
 TASKS = tasks.TASKS
@@ -211,7 +212,7 @@ def _drawn(
     answers: list[list[list[int]]] = [[] for _ in prompts]
     with (
         sampling(model, prompts, samples, **settings) as sampler,
-        tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc=title, unit="prompt", disable=hidden(progress)) as bar,
     ):
         for number, rows in enumerate(by_length([len(prompt) for prompt in prompts], batch_size)):
             batch = kept.get(f"{number:06d}")
@@ -273,7 +274,7 @@ def _labelled(
                 total=len(questions),
                 desc=f"labelling {questions[0].task}",
                 unit="prompt",
-                disable=not progress,
+                disable=hidden(progress),
             )
         )
     return [made for made, _ in results], [rewards for _, rewards in results]

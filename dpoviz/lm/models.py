@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.trial import require_causal
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def fit_lm(
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
     model.train()
     losses = []
-    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=not progress)
+    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
     for batch in bar:
         ids, labels = _collate(batch, tokenizer.pad_token_id)
         # padding is on the right, so a causal model needs no mask to be blind to it

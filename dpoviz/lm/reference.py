@@ -17,7 +17,7 @@ from dpoviz.data.tokens import IDS, digest, end_id, highest_ids, token_counts, t
 from dpoviz.lm.cache import Journal, fingerprint, open_entry, require_writable, write_entry
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, processes
+from dpoviz.lm.processes import hidden, map_over_processes, processes
 from dpoviz.lm.scoring import context_length, require_tokens_of, score_answers
 from dpoviz.lm.trial import evaluating
 
@@ -221,7 +221,10 @@ def _score(
         return kept[name]
 
     shown = progress and processes().is_main_process
-    with evaluating(model), tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=not shown) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=hidden(shown)) as bar,
+    ):
         parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}

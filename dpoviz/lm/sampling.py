@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 from dpoviz.lm.forward import cache_argument, context_length, fill_cache, language_model, plain_logits
 from dpoviz.lm.packing import Tokens, by_length
-from dpoviz.lm.processes import autocast
+from dpoviz.lm.processes import autocast, hidden
 from dpoviz.lm.scoring import AnswerScores, log_softmax, require_tokens_of, token_entropies
 from dpoviz.lm.trial import evaluating, random_tokens, relative_error, require_causal, tolerance
 
@@ -289,7 +289,7 @@ def sample_answers(
     answers: list[list[list[int]]] = [[] for _ in prompts]
     settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     with sampling(model, prompts, k, **settings) as sampler, tqdm(
-        total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
+        total=len(prompts), desc="sampling answers", unit="prompt", disable=hidden(progress)
     ) as bar:  # fmt: skip
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
             for row, own in zip(rows, sampler.draw([prompts[row] for row in rows])[0], strict=True):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from dpoviz.beta import Beta
 from dpoviz.data.tokens import digest
 from dpoviz.forms import scale
+from dpoviz.lm.processes import hidden
 from dpoviz.losses import Logps, TotalLoss, gradients_on_beta, total_loss
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import PromptRule, Rule, RuleOutput
@@ -111,8 +112,7 @@ def train(
     identity = {} if out is None else _identity(config, stage, rule, pairs, beta_pairs)
     checkpoint = Checkpoint(state.accelerator, None if out is None else Path(out), identity)
     first, history = checkpoint.load()
-    hidden = not (progress and state.accelerator.is_main_process)
-    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden or None)
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden(progress))
     ratios = None
 
     with bar, training_mode(policy, dropout=config.dropout):

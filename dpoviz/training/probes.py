@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.data.tokens import IDS, token_counts
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, processes
+from dpoviz.lm.processes import hidden, map_over_processes, processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 from dpoviz.lm.trial import evaluating
@@ -129,8 +129,10 @@ def log_ratios(
         bar.update(len(rows))
         return logps - np.array(ref).T
 
-    hidden = not (progress and processes().is_main_process)
-    with evaluating(policy), tqdm(total=len(sizes), desc="held-out pairs", unit="pair", disable=hidden or None) as bar:
+    with (
+        evaluating(policy),
+        tqdm(total=len(sizes), desc="held-out pairs", unit="pair", disable=hidden(progress)) as bar,
+    ):
         for rows, part in zip(batches, map_over_processes(batches, score), strict=True):
             ratios[rows] = part
     return ratios
