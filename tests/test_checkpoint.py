@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
+from helpers.worlds import EOS, PAD, SMALL, network, small_model, small_pairs, weights
 from safetensors.torch import load_file
-from test_train import EOS, PAD, SMALL, network, small_model, small_pairs, weights
 
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
