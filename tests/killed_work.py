@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from helpers.worlds import SMALL, weights
 from test_checkpoint import adapted
 from test_damage import TINY_WORLD
-from test_train import SMALL, weights
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.data import tasks

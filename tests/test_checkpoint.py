@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
+from helpers.worlds import EOS, PAD, SMALL, network, small_model, small_pairs, weights
 from safetensors.torch import load_file
-from test_train import EOS, PAD, SMALL, network, small_model, small_pairs, weights
 from torch import nn
 
 from dpoviz.training.config import TrainConfig
-from dpoviz.training.loop import _Scorer, train
+from dpoviz.training.loop import train
+from dpoviz.training.state import Scorer
 
 CONFIG = TrainConfig.around(0.1, "inverse", **SMALL)
 COMMON = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
@@ -60,7 +61,7 @@ class TestHoldsWhatLearns:
     def test_also_inside_the_wrapper_of_several_processes(self, tie):
         """It puts its own prefix before all names, where PyTorch looks for what is missing."""
         start = tied(small_model()) if tie else small_model()
-        wrapped = [nn.ModuleDict({"module": _Scorer(adapted(start), PAD, True)}) for _ in range(2)]
+        wrapped = [nn.ModuleDict({"module": Scorer(adapted(start), PAD, True)}) for _ in range(2)]
         state = wrapped[0].state_dict()
         assert all("lora" in name for name in state)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,30 +10,25 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-import dpoviz.experiments.comparison as module
 from dpoviz.analysis.statistics import effect, holm
 from dpoviz.cli import main
 from dpoviz.data.tasks import TASKS, preference_probability
+from dpoviz.experiments import comparison_runs
 from dpoviz.experiments.comparison import (
     BUDGETS,
-    CONTENDERS,
-    CompareConfig,
-    Job,
     against,
     best_rates,
-    compare,
     differences,
     effects,
-    flip_labels,
     gather,
     gather_betas,
     gather_reliability,
-    jobs,
-    run_job,
 )
+from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
 from dpoviz.experiments.comparison_report import TABLES as RESULT_TABLES
 from dpoviz.experiments.comparison_report import best_as_text, effects_as_text, reading_of_effects, write_comparison
-from dpoviz.training.methods import METHODS
+from dpoviz.experiments.comparison_runs import compare, flip_labels, run_job
+from dpoviz.training.config import RULES
 
 SOME = ("constant", "network standard", "calibrated inverse", "shuffled, standard", "beta-dpo", "dual-kl-task")
 
@@ -70,7 +66,7 @@ class TestJobs:
             assert set(rows["seed"]) == set(range(8))
             assert set(rows["noise"]) == ({0.15} if CONTENDERS[name].control else {0.0, 0.15, 0.3})
         assert len(main[main["contender"] == "constant"]) == 6 * 3 * 3 * 8  # values, rates, noise, seeds
-        assert {CONTENDERS[name].method for name in CONTENDERS} <= set(METHODS)
+        assert {CONTENDERS[name].method for name in CONTENDERS} <= set(RULES)
         # each method at its published default or at scales of the constants
         assert set(main[main["contender"] == "network inverse"]["value"]) <= set(config.constants)
         tuned = table[table["phase"] == "tuning"]
@@ -97,6 +93,7 @@ class TestJobs:
             CompareConfig.fast(**settings)
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_every_job_left_its_file(self, done):
         config, out = done
@@ -126,20 +123,18 @@ class TestRuns:
             ours, theirs = (json.loads((place / "runs" / f"{name}.json").read_text()) for place in (tmp_path, out))
             assert json.dumps(without_time(ours)) == json.dumps(without_time(theirs))
 
-    def test_goes_on_where_it_was(self, done, cache, monkeypatch, tmp_path):
+    def test_goes_on_where_it_was(self, done, cache, tmp_path):
         config, out = done
         (tmp_path / "runs").mkdir()
         files = sorted((out / "runs").iterdir())
-        for path in files[:-2]:
-            (tmp_path / "runs" / path.name).write_text(path.read_text())
-        ran = []
-        real = module._run_all
-        monkeypatch.setattr(module, "_run_all", lambda c, some, *rest: ran.extend(some) or real(c, some, *rest))
+        for path in files[:-2]:  # with a time that no run would measure
+            kept = {**json.loads(path.read_text()), "seconds": -1}
+            (tmp_path / "runs" / path.name).write_text(json.dumps(kept))
         compare(config, tmp_path, cache_dir=cache, workers=1, progress=False)
-        assert sorted(job.name for job in ran) == [path.stem for path in files[-2:]]
         for path in files:
             ours, theirs = (json.loads((place / "runs" / path.name).read_text()) for place in (tmp_path, out))
             assert json.dumps(without_time(ours)) == json.dumps(without_time(theirs))
+            assert (ours["seconds"] > 0) == (path in files[-2:])  # the others were not run again
 
     def test_main_needs_tuning(self, done, cache, tmp_path):
         config, _ = done
@@ -166,13 +161,13 @@ class TestRuns:
     def test_calibrated_policy_and_beta_do_not_share_prompts(self, done, monkeypatch, cache, tmp_path):
         config, _ = done
         seen = []
-        real = module.train
+        real = comparison_runs.train
 
-        def watched(policy, beta, pairs, settings, *, calibration=None, stage, **more):
-            seen.append((stage, set(pairs["prompt"]), set(calibration["prompt"]) if calibration else None))
-            return real(policy, beta, pairs, settings, calibration=calibration, stage=stage, **more)
+        def watched(policy, beta, pairs, settings, *, beta_pairs=None, stage, **more):
+            seen.append((stage, set(pairs["prompt"]), set(beta_pairs["prompt"]) if beta_pairs else None))
+            return real(policy, beta, pairs, settings, beta_pairs=beta_pairs, stage=stage, **more)
 
-        monkeypatch.setattr(module, "train", watched)
+        monkeypatch.setattr(comparison_runs, "train", watched)
         job = Job("tuning", "calibrated inverse", 0.1, 1e-3, 0.15, 1000)
         run_job(config, job, tmp_path, cache)
         (one, trained, _), (two, also, apart) = seen
@@ -190,10 +185,11 @@ class TestRuns:
         assert np.dot(of_rule["n"], of_rule["truth"]) == pytest.approx(total)
 
 
+@pytest.mark.slow
 class TestGround:
     def test_fresh_prompts_and_true_preferences(self, done, cache):
         config, _ = done
-        ground = module._ground(config, str(cache), 0)
+        ground = comparison_runs._ground(config, str(cache), 0)
         known = {*ground.world.train["prompt"], *ground.world.held_out["prompt"]}
         assert len(ground.problems) == 3 * config.prompts
         assert not known & {problem.prompt for problem in ground.problems}
@@ -317,6 +313,7 @@ class TestWhatItSays:
         assert found.loc["all", "mean"] == pytest.approx(pooled.mean())
         assert found.loc["all", "p"] == pytest.approx(effect(pooled).p)
 
+    @pytest.mark.slow
     def test_of_the_real_thing(self, done):
         config, out = done
         found = effects(differences(gather(config, out)))
@@ -337,6 +334,7 @@ def test_reliability_of_two_seeds_is_pooled_by_pairs(tmp_path):
 
 
 class TestResults:
+    @pytest.mark.slow
     def test_left_in_the_folder(self, done):
         config, out = done
         measured = write_comparison(config, out)
@@ -366,23 +364,25 @@ class TestResults:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_by_rows_and_as_a_whole(self, cache, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
-        command = ["compare", "--fast", "--out", str(tmp_path / "o"), "--contenders", "entropy standard"]
+        command = ["compare", "--fast", "--out", str(tmp_path / "o"), "--contenders", "constant", "entropy standard"]
         assert main([*command, "--only", "0"]) == 0
-        table = pd.read_csv(tmp_path / "o" / "jobs.csv", index_col=0)
-        assert [path.stem for path in (tmp_path / "o" / "runs").iterdir()] == [table.loc[0, "name"]]
+        first, *_ = names = [job.name for job in jobs(CompareConfig.fast(contenders=("constant", "entropy standard")))]
+        assert [path.stem for path in (tmp_path / "o" / "runs").iterdir()] == [first]
         assert main([*command, "--workers", "1"]) == 0
-        assert len(list((tmp_path / "o" / "runs").iterdir())) == len(table)
+        assert sorted(path.stem for path in (tmp_path / "o" / "runs").iterdir()) == sorted(names)
         assert "entropy standard" in capsys.readouterr().out
-        assert main(["compare", "--fast", "--out", str(tmp_path / "o")]) == 2
-        assert "other settings" in capsys.readouterr().err
+        assert main(["compare", "--fast", "--out", str(tmp_path / "o"), "--seeds", "4"]) == 2
+        said = capsys.readouterr().err
+        assert "seeds is 3 there and 4 here" in said and "contenders is ['constant', 'entropy standard'] there" in said
 
     @pytest.mark.parametrize(
         ("options", "said"),
-        [(["--contenders", "luck"], "luck"), (["--workers", "0"], "--workers: got 0"),
+        [(["--contenders", "constant", "luck"], r"contenders: got \['luck'\]"), (["--workers", "0"], "workers: got 0"),
          (["--only", "-1"], "only: got -1")],
     )  # fmt: skip
     def test_refused(self, tmp_path, capsys, options, said):
         assert main(["compare", "--fast", "--out", str(tmp_path / "o"), *options]) == 2
-        assert said in capsys.readouterr().err
+        assert re.search(said, " ".join(capsys.readouterr().err.split()))

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.worlds import network, small_model, small_pairs, weights
 from test_checkpoint import COMMON, CONFIG, adapted
 from test_reference import SETTINGS
 from test_reference import pairs as text_pairs
-from test_train import network, small_model, small_pairs, weights
 
 from dpoviz.experiments import small
 from dpoviz.experiments.small import WorldConfig, small_world

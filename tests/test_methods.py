@@ -1,31 +1,30 @@
 """Each rule by its name: how it starts, and that the loop takes it and a killed run ends as if it had not been."""
 
 import math
-import shutil
 
 import pytest
 import torch
-from test_train import SMALL, VOCABULARY, run, small_model, small_pairs, weights
+from helpers.worlds import (
+    RULES_AND_FORMS,
+    SMALL,
+    VOCABULARY,
+    Killed,
+    dies_at,
+    run,
+    small_model,
+    small_pairs,
+    start,
+    weights,
+    with_entropies,
+)
 
 from dpoviz.beta import ConstantBeta, EntropyBeta
+from dpoviz.experiments.config import RealConfig
 from dpoviz.forms import FORMS, scale
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
-from dpoviz.training.checkpoint import Checkpoint
-from dpoviz.training.config import TrainConfig
-from dpoviz.training.methods import METHODS
-from dpoviz.training.observe import answer_entropy
-
-PAIRS = [(name, form) for name, method in METHODS.items() for form in method.forms]
-
-
-def with_entropies(pairs):
-    """The pairs with entropies of their answers, drawn at random."""
-    draw = torch.Generator().manual_seed(0)
-    for column in ("ref_chosen_entropy", "ref_rejected_entropy"):
-        ids = pairs[column.replace("ref_", "").replace("entropy", "ids")]
-        totals = [len(own) * (0.2 + 3 * torch.rand((), generator=draw).item()) for own in ids]
-        pairs = pairs.add_column(column, totals)
-    return pairs
+from dpoviz.training.batch import answer_entropy
+from dpoviz.training.config import RULES, TrainConfig
+from dpoviz.training.methods import require_rule
 
 
 @pytest.fixture(scope="module")
@@ -34,36 +33,30 @@ def world():
     return model, with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
 
 
-def start(name, form, pairs, s0=0.2, **more):
-    return METHODS[name].start(TrainConfig.around(s0, form, **SMALL), pairs, vocabulary=VOCABULARY, **more)
-
-
-@pytest.mark.parametrize(("name", "form"), PAIRS)
-def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "form"), RULES_AND_FORMS)
+def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path):
     config = TrainConfig.around(0.2, form, **SMALL)
     policy, history = run(world, config, start(name, form, world[1]))
     assert not torch.equal(weights(policy), weights(world[0]))
-    save = Checkpoint.save
-
-    def killed(self, step, rows):
-        save(self, step, rows)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoint, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(world, config, start(name, form, world[1]), out=tmp_path)
-    monkeypatch.setattr(Checkpoint, "save", save)
+    with pytest.raises(Killed):  # two steps behind the checkpoint
+        run(world, config, dies_at(start(name, form, world[1]), 5), out=tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     again, same = run(world, config, start(name, form, world[1]), out=tmp_path)
     assert torch.equal(weights(again), weights(policy)) and same["loss"].tolist() == history["loss"].tolist()
-    shutil.rmtree(tmp_path)
 
 
-def test_a_method_is_refused_where_it_is_not_defined(world):
-    for name, method in METHODS.items():
-        for form in set(FORMS) - set(method.forms):
-            with pytest.raises(ValueError, match="form: got 'inverse', expected one of standard"):
+def test_a_rule_is_refused_where_it_is_not_defined(world):
+    for name, info in RULES.items():
+        for form in set(FORMS) - set(info.forms):
+            with pytest.raises(ValueError, match=r"^form: got 'inverse', expected one of standard$"):
                 start(name, form, world[1])
+
+
+def test_no_such_rule(world):
+    with pytest.raises(ValueError, match=r"^rule: got 'luck', expected one of constant, network"):
+        start("luck", "standard", world[1])
+    with pytest.raises(ValueError, match=r"^rule: got 'luck', expected one of constant, network"):
+        RealConfig(rule="luck")
 
 
 @pytest.mark.parametrize(
@@ -79,9 +72,20 @@ def test_strength(world, name, kind, attribute, default):
     assert getattr(start(name, "standard", world[1], strength=other), attribute) == other
 
 
-def test_no_strength_to_set(world):
-    with pytest.raises(ValueError, match=r"strength: got 0\.5, but this rule has no setting besides beta0"):
-        start("entropy", "standard", world[1], strength=0.5)
+@pytest.mark.parametrize("name", [name for name, info in RULES.items() if not info.setting])
+def test_no_strength_to_set(world, name):
+    message = rf"^strength: got 0\.5, but the rule '{name}' has no hyperparameter"
+    with pytest.raises(ValueError, match=message):
+        start(name, "standard", world[1], strength=0.5)
+    with pytest.raises(ValueError, match=message):
+        RealConfig(rule=name, strength=0.5)
+
+
+@pytest.mark.parametrize("name", [name for name, info in RULES.items() if info.setting])
+def test_a_strength_that_the_rule_refuses_is_refused_before_there_are_pairs(name):
+    require_rule(name, RULES[name].default)  # what is published is taken
+    with pytest.raises(ValueError, match=rf"^strength: got nan, which the rule '{name}' refuses"):
+        require_rule(name, math.nan)
 
 
 def test_tasks_have_betas_of_their_own(world):
@@ -110,11 +114,10 @@ class TestAnswerEntropy:
     def test_by_hand(self):
         rows = {"chosen_ids": [[1, 2, 3], [4]], "rejected_ids": [[1], [2, 3]], "ref_chosen_entropy": [3.0, 0.5],
                 "ref_rejected_entropy": [2.0, 1.0]}  # fmt: skip
-        # (3/3 + 2/1) / 2 and (0.5/1 + 1/2) / 2, over log 40
-        expected = torch.tensor([1.5, 0.5]) / math.log(40)
-        torch.testing.assert_close(answer_entropy(rows, 40), expected)
+        # (3/3 + 2/1) / 2 and (0.5/1 + 1/2) / 2
+        torch.testing.assert_close(answer_entropy(rows), torch.tensor([1.5, 0.5]))
 
     def test_mallows_has_the_mean_beta0(self, world):
         rule = start("mallows", "standard", world[1])
-        phi = -answer_entropy(world[1][:], VOCABULARY).double().clamp(0.001, 0.999).log()
+        phi = -(answer_entropy(world[1][:]) / math.log(VOCABULARY)).double().clamp(0.001, 0.999).log()
         assert rule.c * phi.mean().item() == pytest.approx(1.0)

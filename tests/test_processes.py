@@ -1,44 +1,22 @@
 """Two processes do what one does, and what they leave one can go on from."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import test_train as small
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from helpers.launch import SCRIPTS, command, finish
+from helpers.worlds import SMALL, network, run, small_model, small_pairs
 
 from dpoviz.training.config import TrainConfig
 
-SCRIPT, SHARED, METHODS = (
-    Path(__file__).with_name(name) for name in ("two_processes.py", "shared_work.py", "method_processes.py")
-)
-
-
-def command(processes, *arguments):
-    """A command line of Python's, for one process or for several of `torchrun`."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
-    return [sys.executable, *map(str, (*several, *arguments))]
-
-
-def finish(line, cwd=None, **environment):
-    """Run it to its end on the CPU, and return what it printed."""
-    cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **cpu, **environment}
-    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
 
 def launch(processes, result, out="", stop=0, **environment):
-    printed = finish(command(processes, SCRIPT, result, out, stop), **environment)
+    printed = finish(command(processes, SCRIPTS / "train_small.py", result, out, stop), **environment)
     assert printed.count(f"one of {processes}") == processes
     if stop:
         return None, None
@@ -70,17 +48,20 @@ def equal(found, expected):
             )
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(one, tmp_path):
     assert one[0]["beta/math"].iloc[-1] != one[0]["beta/math"].iloc[0]  # beta moved
     equal(launch(2, tmp_path / "history.json"), one)
 
 
+@pytest.mark.slow
 def test_one_goes_on_from_what_two_left(one, tmp_path):
     launch(2, tmp_path / "history.json", out=tmp_path / "run", stop=3)
     assert json.loads((tmp_path / "run" / "checkpoint-3" / "run.json").read_text())["step"] == 3
     equal(launch(1, tmp_path / "history.json", out=tmp_path / "run"), one)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_by_accelerate_it_trains_the_same(one, tmp_path):
     compiler = {f"ACCELERATE_DYNAMO_USE_{name}": "true" for name in ("REGIONAL_COMPILATION", "DYNAMIC")}
@@ -91,10 +72,11 @@ def test_compiled_by_accelerate_it_trains_the_same(one, tmp_path):
     equal(launch(1, tmp_path / "again.json", out=tmp_path / "run"), one)
 
 
-def test_two_processes_train_what_one_does_with_every_method(tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_what_one_does_with_every_rule(tmp_path):
     found = {}
     for n in (1, 2):
-        printed = finish(command(n, METHODS, tmp_path / f"{n}.json"))
+        printed = finish(command(n, SCRIPTS / "train_rules.py", tmp_path / f"{n}.json"))
         assert printed.count(f"one of {n}") == n
         found[n] = json.loads((tmp_path / f"{n}.json").read_text())
     assert len(found[1]) == len(found[2]) > 12
@@ -108,20 +90,21 @@ def shared(tmp_path_factory):
     """By number of processes: the columns of a reference pass, h of its pairs, and an evaluation; and the caches."""
     place = tmp_path_factory.mktemp("shared")
     for n in (1, 2):
-        printed = finish(command(n, SHARED, place / f"{n}.json", place / f"cache{n}"))
+        printed = finish(command(n, SCRIPTS / "shared_work.py", place / f"{n}.json", place / f"cache{n}"))
         assert printed.count(f"one of {n}") == n
     return {n: json.loads((place / f"{n}.json").read_text()) for n in (1, 2)}, place
 
 
+@pytest.mark.slow
 class TestSharedWork:
     """The reference's pass and the evaluations: what two processes gather is in the order of one."""
 
     def test_what_is_not_sampled_is_equal(self, shared):
         one, two = shared[0][1], shared[0][2]
         assert one["prompt"] == two["prompt"]
-        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_features", "h"):
+        for name in ("ref_chosen_logps", "ref_rejected_logps", "ref_chosen_entropy", "ref_features", "ratios"):
             np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5, err_msg=name)
-        assert np.ptp(one["h"]) > 0.01  # an order mixed up would be seen
+        assert np.ptp(np.array(one["ratios"]), axis=0).min() > 0.01  # an order mixed up would be seen
         np.testing.assert_allclose(two["ref_entropy_first_token"], one["ref_entropy_first_token"], rtol=1e-5)
 
     def test_so_is_what_is_sampled_for_the_entropy(self, shared):
@@ -150,24 +133,24 @@ class TestSharedWork:
 
     def test_the_cache_of_two_serves_one(self, shared):
         found, place = shared
-        finish(command(1, SHARED, place / "again.json", place / "cache2"))
+        finish(command(1, SCRIPTS / "shared_work.py", place / "again.json", place / "cache2"))
         assert json.loads((place / "again.json").read_text())["ref_entropy"] == found[2]["ref_entropy"]
 
 
 def test_float16_is_refused(monkeypatch):
     """accelerate scales one loss for each optimizer, and here there are two."""
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-    reference = small.small_model()
-    world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
+    reference = small_model()
+    world = reference, small_pairs(reference), small_pairs(reference, n=9, seed=1)
     with pytest.raises(ValueError, match="mixed_precision: got 'fp16', expected bf16 or no"):
-        small.run(world, TrainConfig.around(0.1, "inverse", **small.SMALL), small.network())
+        run(world, TrainConfig.around(0.1, "inverse", **SMALL), network())
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_a_policy_in_pieces_is_refused(monkeypatch, kind):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[kind])
-    reference = small.small_model()
-    world = reference, small.small_pairs(reference), small.small_pairs(reference, n=9, seed=1)
+    reference = small_model()
+    world = reference, small_pairs(reference), small_pairs(reference, n=9, seed=1)
     message = rf"processes: got '?{kind}'?, expected data parallelism; dpoviz\.trl\.BetaDPOTrainer trains"
     with pytest.raises(ValueError, match=message):
-        small.run(world, TrainConfig.around(0.1, "inverse", **small.SMALL), small.network())
+        run(world, TrainConfig.around(0.1, "inverse", **SMALL), network())

@@ -1,16 +1,9 @@
 """What the README says can be run, runs; what it names, is there."""
 
 import re
-from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+from helpers.readme import README, ROOT, blocks
 
 
 def test_python_runs():
@@ -33,6 +26,8 @@ def test_what_it_names_is_there():
         assert (ROOT / path).exists(), path
 
 
-def test_every_module_is_in_the_table():
+def test_every_module_and_room_is_in_the_table():
     for path in (ROOT / "dpoviz").glob("*.py"):
-        assert path.stem == "__init__" or path.name in README, path.name
+        assert path.stem in ("__init__", "__main__") or path.name in README, path.name
+    for path in (ROOT / "dpoviz").glob("*/__init__.py"):
+        assert f"{path.parent.name}/" in README, path.parent.name

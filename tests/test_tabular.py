@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpoviz.forms import FORMS
 from dpoviz.losses import dpo_loss
 from dpoviz.regularizers import entropy_penalty, range_penalty
 from dpoviz.tabular import (
@@ -29,8 +30,6 @@ from dpoviz.tabular import (
     sample_pairs,
     solve_beta,
 )
-
-FORMS = ("inverse", "standard")
 
 # float64: sums of at most a few hundred numbers of size up to 1e2
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

@@ -8,11 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers.worlds import (
+    EOS,
+    PAD,
+    SMALL,
+    TASKS,
+    Killed,
+    by_hand,
+    dies_at,
+    network,
+    run,
+    small_model,
+    small_pairs,
+    weights,
+)
 
 import dpoviz.training.state as module
-from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta
+from dpoviz.beta import ConstantBeta, TaskBeta
 from dpoviz.rules import Rule, RuleOutput
 from dpoviz.training import probes
 from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, shuffled_rows
@@ -20,104 +32,11 @@ from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 from dpoviz.training.loop import train
 from dpoviz.training.methods import build
 
-VOCABULARY, PAD, EOS = 40, 0, 1
-TASKS = ("math", "code", "dialogue")
-SMALL = {
-    "stage1_steps": 4,
-    "stage2_steps": 7,
-    "batch_size": 6,
-    "log_every": 2,
-    "probe_every": 3,
-    "probe_prompts": 2,
-    "max_new_tokens": 5,
-    "checkpoint_every": 3,
-    "warmup_steps": 2,
-    "policy_learning_rate": 1e-3,
-}
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def by_hand(model, prompt, answer):
-    """log pi(answer | prompt), one forward a pair and no batch: independent of logprobs.py."""
-    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
-    return sum(logits[len(prompt) + i - 1, token] for i, token in enumerate(answer))
-
-
-def small_pairs(model, n=24, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def ids(low, high):
-        return rng.integers(2, VOCABULARY, size=rng.integers(low, high)).tolist()
-
-    rows = []
-    for i in range(n):
-        prompt, chosen, rejected = ids(2, 6), [*ids(1, 5), EOS], [*ids(1, 5), EOS]
-        with torch.no_grad():
-            reference = [float(by_hand(model, prompt, answer)) for answer in (chosen, rejected)]
-        rows.append(
-            {
-                "prompt": str(i),
-                "prompt_ids": prompt,
-                "chosen_ids": chosen,
-                "rejected_ids": rejected,
-                "task": TASKS[i % 3],
-                "ref_chosen_logps": reference[0],
-                "ref_rejected_logps": reference[1],
-                "ref_entropy": float(rng.uniform(0.5, 2)),
-                "ref_features": rng.normal(size=5).tolist(),
-            }
-        )
-    return Dataset.from_list(rows)
-
 
 @pytest.fixture(scope="module")
 def world():
     model = small_model()
     return model, small_pairs(model), small_pairs(model, n=9, seed=1)
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return BetaNetwork(5, beta0=10.0, hidden=(8,))
-
-
-def run(world, config, beta, *, stage=2, start=None, **more):
-    reference, pairs, held_out = world
-    policy = copy.deepcopy(reference if start is None else start)
-    result = train(
-        policy,
-        beta,
-        pairs,
-        config,
-        stage=stage,
-        pad_id=PAD,
-        eos_id=EOS,
-        held_out=held_out,
-        reference=reference,
-        progress=False,
-        **more,
-    )
-    return policy, result.history
-
-
-def weights(*modules):
-    return torch.cat([tensor.flatten().double() for m in modules for tensor in m.state_dict().values()])
 
 
 class TestAgainstALoopByHand:
@@ -191,19 +110,8 @@ class TestResume:
         whole_beta = network()
         whole, history = run(world, config, whole_beta)
 
-        class Killed(Exception):
-            pass
-
-        calls = iter(range(100))
-
-        def until_killed(*_):
-            if next(calls) == killed_after:
-                raise Killed
-
-        dying = network()
-        dying.register_forward_pre_hook(lambda module, _: until_killed() if module.training else None)
         try:
-            run(world, config, dying, out=tmp_path)
+            run(world, config, dies_at(network(), killed_after), out=tmp_path)
         except Killed:
             pass
         beta = network(seed=5)  # weights that the checkpoint must replace

@@ -8,24 +8,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_processes as processes
-import test_readme as readme
 import torch
 from datasets import Dataset
+from helpers.launch import SCRIPTS, command, finish
+from helpers.readme import blocks
 from transformers import AutoModelForCausalLM
 
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
-from dpoviz.losses import total_loss  # noqa: E402
+from dpoviz.losses import Logps, total_loss  # noqa: E402
+from dpoviz.training.batch import shuffled_rows  # noqa: E402
 from dpoviz.training.config import TrainConfig  # noqa: E402
 from dpoviz.training.loop import train  # noqa: E402
-from dpoviz.trl import COLUMNS, BetaCallback, BetaDPOTrainer, trl_dataset  # noqa: E402
+from dpoviz.trl import COLUMNS, BetaDPOTrainer, trl_dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 TASKS = ("math", "code", "dialogue")
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ class TestBetaThatLearns:
         torch.manual_seed(0)
         beta = BetaNetwork(len(scored["ref_features"][0]), beta0=config.beta0, hidden=(8,))
         torch.nn.init.normal_(beta.layers[-1].weight)
-        beta.calibrate(torch.tensor(scored["ref_features"][:]))
+        beta.fit_running_statistics(torch.tensor(scored["ref_features"][:]))
         start = copy.deepcopy(beta)
         trainer = trained(world, tmp_path, beta, config, per_device_train_batch_size=24, max_steps=1)
         task, x = scored["task"][:], torch.tensor(scored["ref_features"][:])
@@ -125,10 +125,8 @@ class TestBetaThatLearns:
         ref = [torch.tensor(scored[f"ref_{name}_logps"][:]) for name in ("chosen", "rejected")]
         alpha = config.beta0 / entropy.mean().item()
         expected = total_loss(
-            *ref, *ref, start.train()(x), form="inverse", beta_min=config.beta_min, beta_max=config.beta_max,
-            ref_entropy=entropy, alpha=alpha, lambda_range=config.lambda_range,
-            lambda_smoothness=config.lambda_smoothness, lambda_consistency=config.lambda_consistency,
-            lambda_entropy=config.lambda_entropy, beta_fn=start, x=x, task=task,
+            Logps(*ref, *ref), start.train()(x), form="inverse", regularization=config.regularization(alpha),
+            ref_entropy=entropy, beta_fn=start, x=x, task=task,
         )  # fmt: skip
         # rows come in another order, and batch norm sums over them in it
         assert losses(trainer)[0] == pytest.approx(expected.total.item(), rel=1e-4)
@@ -293,11 +291,8 @@ def test_parity_of_both_loops(world, tmp_path):
     )  # fmt: skip
     policy = copy.deepcopy(model)
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    history = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
-
-    from dpoviz.training.loop import _batches
-
-    order = [i for batch in _batches(len(scored), 4, 20, seed=config.seed + 1) for i in batch]
+    result = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
+    order = [i for rows in shuffled_rows(len(scored), 4, 20, seed=config.seed + 1) for i in rows]
 
     class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, *_):
@@ -305,6 +300,7 @@ def test_parity_of_both_loops(world, tmp_path):
 
     trainer = trained(world, tmp_path, cls=InOrder, max_steps=20, adam_epsilon=1e-8, weight_decay=0.0,
                       data=trl_dataset(scored), learning_rate=1e-3)  # fmt: skip
+    history = result.history
     assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
     assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
 
@@ -312,20 +308,21 @@ def test_parity_of_both_loops(world, tmp_path):
 def launched(kind, script, *arguments):
     """As many processes as `kind` says, or a line of the README's for several GPUs on two; and its environment."""
     if isinstance(kind, int):
-        return processes.command(kind, script, *arguments), {}
-    lines = [line for block in readme.blocks("bash") for line in block.splitlines() if " dpo.py" in line]
+        return command(kind, script, *arguments), {}
+    lines = [line for block in blocks("bash") for line in block.splitlines() if " dpo.py" in line]
     (line,) = (line for line in lines if ("--use_fsdp" if kind == "fsdp" else "--use_deepspeed") in line)
     if kind == "zero2":
         line = line.replace("--zero_stage 3 --zero3_save_16bit_model true", "--zero_stage 2")
     line = line.split(" dpo.py")[0].replace("--num_processes 4", "--num_processes 2 --main_process_port 0")
     line = line.replace("accelerate launch", f"{sys.executable} -m accelerate.commands.launch")
     environment = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    return [*line.split(), *map(str, (HERE / "as_on_gpus.py", script, *arguments))], environment
+    return [*line.split(), *map(str, (SCRIPTS / "as_on_gpus.py", script, *arguments))], environment
 
 
 DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="pip install deepspeed")
 
 
+@pytest.mark.slow
 class TestTwoProcesses:
     """A batch of four, or two shares of two: beta's gradients are averaged before they are clipped."""
 
@@ -336,8 +333,8 @@ class TestTwoProcesses:
     @staticmethod
     def left(folder, kind, *checkpoint):
         folder.mkdir(exist_ok=True)
-        line, environment = launched(kind, HERE / "trl_processes.py", folder, *checkpoint)
-        processes.finish(line, **environment)
+        line, environment = launched(kind, SCRIPTS / "train_trl.py", folder, *checkpoint)
+        finish(line, **environment)
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         assert [own["processes"] for own in found] == [len(found)] * len(found)
         return found, torch.load(folder / "policy.pt")
@@ -379,12 +376,12 @@ class TestTwoProcesses:
         rows = [{"prompt": f"a b {word}", "chosen": f" {word} c", "rejected": " d", "task": TASKS[i % 2]}
                 for i, word in enumerate("efghijklmnopqrst")]  # fmt: skip
         (tmp_path / "my-pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (script,) = readme.blocks("py")
+        (script,) = blocks("py")
         assert "logging_steps=1" in script
         # three steps of its learning rate would be lost in bfloat16
         (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", "logging_steps=1, learning_rate=1e-2"))
         line, environment = launched(kind, tmp_path / "dpo.py")
-        processes.finish(line, cwd=tmp_path, **environment)
+        finish(line, cwd=tmp_path, **environment)
         (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
         steps = [row for row in json.loads((left / "trainer_state.json").read_text())["log_history"] if "loss" in row]
         assert len(steps) == 3 and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
@@ -440,23 +437,3 @@ class TestData:
                 model, beta=ConstantBeta(0.1), config=TrainConfig.around(0.1, "standard"), train_dataset=stream,
                 processing_class=tokenizer, args=arguments(tmp_path, precompute_ref_log_probs=True),
             )  # fmt: skip
-
-
-def test_callback_logs_beta_where_the_trainer_reports(world, tmp_path):
-    model, tokenizer, scored = world
-    seen = []
-
-    class Reporter(trl.trainer.dpo_trainer.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            seen.append(dict(logs))
-
-    trainer = trl.DPOTrainer(
-        copy.deepcopy(model), ref_model=copy.deepcopy(model), args=arguments(tmp_path), callbacks=[Reporter()],
-        train_dataset=trl_dataset(scored), processing_class=tokenizer,
-    )  # fmt: skip
-    beta = TaskBeta(TASKS, 0.1)
-    with torch.no_grad():
-        beta.log_ratio += torch.tensor([0.0, 1.0, 2.0])
-    BetaCallback(beta, trl_dataset(scored)).attach(trainer)
-    trainer.train()
-    assert seen[0]["held_out_beta/code"] == pytest.approx(0.1 * torch.e, rel=1e-2)

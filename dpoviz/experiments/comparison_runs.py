@@ -30,7 +30,7 @@ from dpoviz.data.records import split_by_group
 from dpoviz.experiments.comparison import best_rates
 from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
 from dpoviz.experiments.small import World, small_world
-from dpoviz.experiments.workers import run_side_by_side
+from dpoviz.experiments.workers import cores, run_side_by_side
 from dpoviz.forms import Form, scale
 from dpoviz.lm.processes import hidden
 from dpoviz.rules import LookupBeta, Observation, PromptRule, RandomBeta, Rule, RuleOutput
@@ -285,8 +285,10 @@ def compare(
         progress: show a bar.
 
     Raises:
-        ValueError: `only` is no row, or a main job whose tuning jobs have not been run.
+        ValueError: `workers` is not positive, `only` is no row, or a main job whose tuning jobs have not been run.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers: got {workers}, expected at least 1")
     rows = jobs(config)
     if only is not None:
         if not 0 <= only < len(rows):
@@ -296,7 +298,7 @@ def compare(
     left = [job for job in rows if not (out / "runs" / f"{job.name}.json").is_file()]
     with tqdm(total=len(rows), initial=len(rows) - len(left), desc="runs", unit="run", disable=hidden(progress)) as bar:
         for some in ([job for job in left if job.seed >= 1000], [job for job in left if job.seed < 1000]):
-            _run_all(config, some, out, cache_dir, workers or len(os.sched_getaffinity(0)), bar.update)
+            _run_all(config, some, out, cache_dir, workers or cores(), bar.update)
 
 
 def _run_all(

@@ -12,7 +12,7 @@ from dpoviz.lm import models
 from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import reference_pass
-from dpoviz.training.stages import log_ratio_differences
+from dpoviz.training.probes import log_ratios
 
 
 def main(result: Path, cache: Path) -> None:
@@ -30,7 +30,7 @@ def main(result: Path, cache: Path) -> None:
         progress=False,
     )  # fmt: skip
     policy = models.tiny_lm(tokenizer, hidden_size=16, layers=2, heads=2, max_length=64, seed=1).eval()
-    h = log_ratio_differences(policy, scored, pad_id=tokenizer.pad_token_id, batch_size=4, progress=False)
+    ratios = log_ratios(policy, scored, pad_id=tokenizer.pad_token_id, batch_size=4, progress=False)
     numbers = {problem: float(i) for i, problem in enumerate(problems)}
     settings = {"samples": 4, "seed": 0, "batch_size": 6, "reward": lambda problem, _: numbers[problem]}
     table = evaluate_policy(policy, model, tokenizer, problems, max_new_tokens=6, **settings)
@@ -40,7 +40,7 @@ def main(result: Path, cache: Path) -> None:
     again = estimate_entropy(model, prompts, samples=8, max_new_tokens=6, seed=0, batch_size=2, **ids)
     evaluated = evaluate_policy(policy, model, tokenizer, problems[:1] * 4, samples=4, max_new_tokens=6, seed=0)
     if processes().is_main_process:
-        found = scored.to_dict() | {"h": h.tolist(), "evaluation": table.to_dict("list")}
+        found = scored.to_dict() | {"ratios": ratios.tolist(), "evaluation": table.to_dict("list")}
         found |= {"first token": first.to_dict("list")}
         found |= {"again": again.per_token.value.tolist(), "evaluated again": evaluated["kl"].tolist()}
         result.write_text(json.dumps(found))

@@ -1,11 +1,11 @@
-"""The forecast: proportion by hand from the times of the kinds of work, and a real run of the measuring."""
+"""The time estimate: proportion by hand from the times of the kinds of work, and a real run of the measuring."""
 
 import pytest
 import torch
 from datasets import Dataset
 
 from dpoviz.experiments import time_estimate as module
-from dpoviz.experiments.time_estimate import forecast
+from dpoviz.experiments.time_estimate import time_parts
 
 
 def pairs(*lengths):
@@ -34,7 +34,7 @@ def test_proportion_by_hand(make_model, monkeypatch):
     times = iter([1.0, 3.0, 2.0, 10.0])
     monkeypatch.setattr(module, "_seconds", lambda call: next(times))
     train, held_out = pairs((2, 3, 5), (4, 8, 8), (6, 9, 15)), pairs((1, 2, 2))
-    found = forecast(make_model(), train, held_out, **SETTINGS)
+    found = time_parts(make_model(), train, held_out, **SETTINGS)
     tokens = 20 + 30  # the two pairs from the median on
     forward, step = 1 / tokens, 3 / tokens
     prompt, token = 2 / 2, (10 / 2 - 2 / 2) / (8 * 3)
@@ -45,9 +45,9 @@ def test_proportion_by_hand(make_model, monkeypatch):
 
 def test_measures_a_real_model(make_model):
     model = make_model(dtype=torch.float32)
-    found = forecast(model, pairs((2, 3, 5), (4, 8, 8), (6, 9, 15)), pairs((1, 2, 2)), **SETTINGS)
+    found = time_parts(model, pairs((2, 3, 5), (4, 8, 8), (6, 9, 15)), pairs((1, 2, 2)), **SETTINGS)
     assert set(found) == {"reference", "entropy", "training"}
     assert all(0 < seconds < 600 for seconds in found.values())
     assert all(p.grad is None for p in model.parameters())
-    longer = forecast(model, pairs((2, 3, 5), (4, 8, 8)), pairs((1, 2, 2)), **{**SETTINGS, "steps": 40_000})
+    longer = time_parts(model, pairs((2, 3, 5), (4, 8, 8)), pairs((1, 2, 2)), **{**SETTINGS, "steps": 40_000})
     assert longer["training"] > 100 * found["training"]

@@ -1,11 +1,10 @@
-"""What each process of `test_processes.py` runs: stage 2 with every method, and with calibration pairs."""
+"""What each process of `test_processes.py` runs: stage 2 with every rule, and with pairs for beta alone."""
 
 import json
 import sys
 from pathlib import Path
 
-import test_methods as methods
-from test_train import SMALL, run, small_model, small_pairs, weights
+from helpers.worlds import RULES_AND_FORMS, SMALL, run, small_model, small_pairs, start, weights, with_entropies
 
 from dpoviz.lm.processes import processes
 from dpoviz.training.config import TrainConfig
@@ -14,18 +13,17 @@ from dpoviz.training.config import TrainConfig
 def main(result: Path) -> None:
     print(f"one of {processes().num_processes}")
     model = small_model()
-    world = model, methods.with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
-    other = methods.with_entropies(small_pairs(model, n=12, seed=2))
+    world = model, with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
+    other = with_entropies(small_pairs(model, n=12, seed=2))
     # the policy has moved already: where it is the reference but for rounding, a rule that asks which of them prefers
     # an answer more is told by chance
     moved = small_model(seed=1)
     found = {}
-    for name, form in methods.PAIRS:
+    for name, form in RULES_AND_FORMS:
         config = TrainConfig.around(0.2, form, **SMALL)
-        for calibration in (None, other) if name == "network" else (None,):
-            start = methods.start(name, form, world[1])
-            policy, history = run(world, config, start, start=moved, calibration=calibration)
-            key = f"{name} {form}{' calibrated' if calibration else ''}"
+        for beta_pairs in (None, other) if name == "network" else (None,):
+            policy, history = run(world, config, start(name, form, world[1]), start=moved, beta_pairs=beta_pairs)
+            key = f"{name} {form}{' on pairs of its own' if beta_pairs else ''}"
             found[key] = {"loss": history["loss"].tolist(), "weights": weights(policy).tolist()}
     if processes().is_main_process:
         result.write_text(json.dumps(found))
