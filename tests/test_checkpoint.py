@@ -61,7 +61,7 @@ class TestHoldsWhatLearns:
     def test_also_inside_the_wrapper_of_several_processes(self, tie):
         """It puts its own prefix before all names, where PyTorch looks for what is missing."""
         start = tied(small_model()) if tie else small_model()
-        wrapped = [nn.ModuleDict({"module": Scorer(adapted(start), PAD, True)}) for _ in range(2)]
+        wrapped = [nn.ModuleDict({"module": Scorer(adapted(start), PAD)}) for _ in range(2)]
         state = wrapped[0].state_dict()
         assert all("lora" in name for name in state)
         with torch.no_grad():
