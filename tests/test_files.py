@@ -17,7 +17,7 @@ NAMES = ("prompt", "chosen", "rejected", "task")
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 LIST = json.dumps(ROWS, indent=1)
 PACKINGS = {
-    "gz": gzip.compress,
+    "gz": lambda data: gzip.compress(data, mtime=0),  # the time would give each process another name of the test
     "bz2": bz2.compress,
     "xz": lzma.compress,
     "zst": lambda raw: pa.compress(raw, codec="zstd", asbytes=True),
@@ -53,9 +53,9 @@ def assert_whole(pairs):
         ("a.TSV", table("\t").encode(), [2, 4, 6]),
         ("a.csv", table().encode("utf-16"), [2, 4, 6]),
         *((f"a.jsonl.{kind}", pack(LINES.encode()), [1, 2, 3]) for kind, pack in PACKINGS.items()),
-        ("a.json.gz", gzip.compress(LIST.encode()), [1, 2, 3]),
+        ("a.json.gz", gzip.compress(LIST.encode(), mtime=0), [1, 2, 3]),
         ("a.csv.zst", PACKINGS["zst"](table().encode()), [2, 4, 6]),
-        ("a.jsonl", gzip.compress(LINES.encode()), [1, 2, 3]),  # whatever its name says
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0), [1, 2, 3]),  # whatever its name says
     ],
 )
 def test_a_files_rows_and_lines(tmp_path, name, raw, lines):
@@ -85,7 +85,7 @@ def test_folders_and_tables(tmp_path, kind, caplog):
     elif kind == "clone of splits":
         for part, own in (("train", LINES), ("test", LINES.replace("Question", "Other"))):
             (tmp_path / "data").mkdir(exist_ok=True)
-            (tmp_path / "data" / f"{part}.jsonl.gz").write_bytes(gzip.compress(own.encode()))
+            (tmp_path / "data" / f"{part}.jsonl.gz").write_bytes(gzip.compress(own.encode(), mtime=0))
         (tmp_path / "README.md").write_text("# A set")
     else:
         (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-8")
@@ -125,7 +125,7 @@ def test_files_of_one_name_are_told_apart(tmp_path):
         ("a.jsonl", LINES + '{"\\ud83d": 1, ' + json.dumps(ROWS[0])[1:], "line 4: field .*half of a surrogate pair"),
         ("a.csv", "prompt,chosen,rejected,task\nq,x,y\nr,x,y,t", "line 2: got 3 cells, expected 4"),
         ("a.csv", "prompt,chosen,rejected,task\n,x,y,t", "line 2: field 'prompt': got NoneType, expected text"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "not whole gzip"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "not whole gzip"),
         ("a.jsonl.zst", PACKINGS["zst"](LINES.encode())[:-9], "not whole zstd"),
         ("a.csv", b"prompt,chosen\n\xff\xfe,x", "not UTF-8"),
         ("a.xlsx", b"PK\x03\x04", "is a zip archive or an Excel sheet"),
