@@ -213,10 +213,12 @@ class GainBound(NamedTuple):
     plain: float
 
     def __str__(self) -> str:
-        percent = lambda value: f"{100 * value:.1f}" if value < 10 else "more than 1000"  # noqa: E731
+        low, high = f"{100 * self.low:.1f} %", f"{100 * self.high:.1f} %" if self.high < 10 else "no limit"
+        if self.bound >= 10:
+            return f"one constant gains next to nothing here, so beta(x) by task has no bound (95 % from {low})"
         return (
-            f"no beta(x) by task could gain more than {percent(self.bound)} % over one constant "
-            f"(95 % interval {percent(self.low)} to {percent(self.high)} %)"
+            f"no beta(x) by task could gain more than {100 * self.bound:.1f} % over one constant "
+            f"(95 % interval {low} to {high})"
         )
 
 
@@ -238,7 +240,8 @@ def gain_bound(
 
     The interval holds the pattern of the slopes fixed and moves its size: it contains the sizes under which a spread
     as large, or as small, as the one seen is not unusual (2.5 % at each end), given normal errors `se`. Where the
-    slopes do not differ significantly it begins at 0.
+    slopes do not differ significantly it begins at 0; where one constant gains nothing it is 0 to inf. In simulated
+    worlds of 15 and 60 prompts per task it covered 93 to 99 %, but 86 to 88 % with a slope below 0.
 
     Args:
         table: of `reward_per_nat` or `reward_per_nat_of_pairs`, or one with its columns; the row "all" is ignored.
@@ -256,9 +259,11 @@ def gain_bound(
     v = rows["variance"].to_numpy(float) * _weights(rows, weight)
     b, se = rows["slope"].to_numpy(float), rows["se"].to_numpy(float)
     plain = _bound(b, v)
+    mean = (v @ b) / v.sum()
     if len(b) == 1:
         return GainBound(plain, plain, plain, plain)
-    mean = (v @ b) / v.sum()
+    if mean <= 0:  # nothing to be relative to, whatever the size of the pattern
+        return GainBound(plain, 0.0, math.inf, plain)
     noise = np.random.default_rng(seed).standard_normal((resamples, len(b))) * se
     # the pattern b̄ + c·(b − b̄): c = 1 is what was seen, c = 0 is that all tasks are alike
     sizes = np.concatenate([np.linspace(0, 1, 41), np.geomspace(1, 8, 31)[1:]])

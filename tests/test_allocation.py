@@ -202,7 +202,9 @@ class TestGainBound:
     def test_no_task_with_a_gain_and_no_gain_on_the_whole(self):
         assert gain_bound(a_table([-0.1, -0.2])).plain == 0
         assert gain_bound(a_table([0.1, -0.3])).plain == math.inf
-        assert "more than 1000 %" in str(gain_bound(a_table([0.1, -0.3])))
+        found = gain_bound(a_table([0.1, -0.3], se=0.1))
+        assert [*found] == [math.inf, 0.0, math.inf, math.inf] and "one constant gains next to nothing" in str(found)
+        assert "could gain more than 13.9 %" in str(gain_bound(a_table([0.5, 0.3, 0.1])))
 
     @pytest.mark.parametrize(("slopes", "exact"), [((0.3, 0.3, 0.3), 0.0), ((0.5, 0.3, 0.1), 0.1386)])
     def test_interval_covers(self, slopes, exact):
