@@ -28,7 +28,7 @@ ALLOWED = {
     "analysis.evaluate": {"data", "lm", "forms", "validation"},
     "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl"},
     "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments"},
-    "cli": {"experiments", "analysis", "validation"},
+    "cli": {"experiments", "analysis", "lm"},
     "__main__": {"cli"},
 }
 """What the modules of a room may import beside their own room; a module named here has a row of its own."""

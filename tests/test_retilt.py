@@ -10,15 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from dpoviz import models, tasks
-from dpoviz.retilt import (
-    at_equal_kl,
-    retilt_table,
-    reward_kl_curves,
-    sample_retilted,
-    score_retilted,
-    tilted_logps,
-)
+from dpoviz.data import tasks
+from dpoviz.lm import models
+from dpoviz.lm.retilt import at_equal_kl, retilt_table, reward_kl_curves, sample_retilted, score_retilted, tilted_logps
 
 EOS, PAD = 2, 0
 IDS = {"eos_id": EOS, "pad_id": PAD}

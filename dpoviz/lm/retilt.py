@@ -28,9 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpoviz.logprobs import Tokens, by_length, context_length, evaluating, score_both
-from dpoviz.tasks import Problem
-from dpoviz.tasks import reward as task_reward
+from dpoviz.data.tasks import Problem
+from dpoviz.data.tasks import reward as task_reward
+from dpoviz.lm.forward import context_length
+from dpoviz.lm.packing import Tokens, by_length
+from dpoviz.lm.scoring import score_both
+from dpoviz.lm.trial import evaluating
 
 
 def tilted_logps(logits: Tensor, ref_logits: Tensor, a: float | Tensor) -> Tensor:
@@ -56,7 +59,7 @@ def tilted_logps(logits: Tensor, ref_logits: Tensor, a: float | Tensor) -> Tenso
 
 
 class Retilted(NamedTuple):
-    """Answers of a tilted policy, and what its steps came to.
+    """Answers of a tilted policy, and what its steps got to.
 
     Attributes:
         answers: for each prompt K answers as token ids, the end token included where one was drawn.
