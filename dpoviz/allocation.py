@@ -337,7 +337,8 @@ def allocate(
 
     A run that has converged fits s·h whatever s is; so to go a times as far as a run with the scale s, train with
     s/a: beta/a in the standard form, beta·a in the inverse one. Early in training, with margins s·h well below a nat,
-    h grows with s instead, and this is the wrong way round; `dpoviz.lm.retilt` needs no retraining and no such condition.
+    h grows with s instead, and this is the wrong way round; `dpoviz.lm.retilt` needs no retraining and no such
+    condition.
 
     Args:
         table: of `reward_per_nat` or `reward_per_nat_of_pairs`; for factors per prompt, one made with task = prompt.

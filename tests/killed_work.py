@@ -52,7 +52,7 @@ def work(place):
     torch.manual_seed(0)
     policy, beta = adapted(MODEL), BetaNetwork(16, beta0=10.0, hidden=(8,))
     ids = {"pad_id": TOKENIZER.pad_token_id, "eos_id": TOKENIZER.eos_token_id}
-    history = train(policy, beta, pairs, CONFIG, stage=2, out=place / "run", progress=False, **ids)
+    history = train(policy, beta, pairs, CONFIG, stage=2, out=place / "run", progress=False, **ids).history
     found = {"pairs": pairs.to_dict(), "history": history.to_dict("list"), "weights": weights(policy, beta).tolist()}
     (place / "result.json").write_text(json.dumps(found))
 

@@ -153,7 +153,7 @@ def whole(tmp_path_factory):
     model = small_model()
     pairs, out = small_pairs(model), tmp_path_factory.mktemp("run")
     policy, beta = adapted(model), network()
-    history = train(policy, beta, pairs, CONFIG, out=out, **COMMON)
+    history = train(policy, beta, pairs, CONFIG, out=out, **COMMON).history
     return model, pairs, out, weights(policy, beta), history
 
 
@@ -163,7 +163,7 @@ class TestCheckpoints:
     def resumed(self, whole, out):
         model, pairs, _, expected, history = whole
         policy, beta = adapted(model), network()
-        again = train(policy, beta, pairs, CONFIG, out=out, **COMMON)
+        again = train(policy, beta, pairs, CONFIG, out=out, **COMMON).history
         assert torch.equal(weights(policy, beta), expected)
         pd.testing.assert_frame_equal(again, history, check_exact=True)
 
@@ -221,7 +221,7 @@ class TestCheckpoints:
             limited(2000),
             pytest.raises(OSError, match=rf"{out} cannot be written, with [\d,]+ bytes free there \(.+\)"),
         ):
-            train(adapted(model), network(), pairs, CONFIG, out=out, **COMMON)
+            train(adapted(model), network(), pairs, CONFIG, out=out, **COMMON).history
         assert {path: path.read_bytes() for path in files(out)} == before
         self.resumed(whole, out)
 

@@ -31,6 +31,7 @@ from dpoviz.data.tokens import IDS, token_counts, tokenize_pairs
 from dpoviz.experiments.config import BenchConfig, WorldConfig
 from dpoviz.experiments.real import load, score
 from dpoviz.experiments.small import small_world
+from dpoviz.lm.forward import predict_shared
 from dpoviz.lm.models import tiny_tokenizer
 from dpoviz.lm.packing import by_length, prefix_batch
 from dpoviz.lm.processes import hidden
@@ -245,13 +246,9 @@ def bench_reference(
         for some in batches:
             batch = prefix_batch([rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad)
             batch = batch.to(model.device)
-            hidden = model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask(model.dtype),
-                position_ids=batch.position_ids, use_cache=False,
-            ).last_hidden_state  # fmt: skip
-            states = hidden.flatten(0, 1)[batch.predictors]
-            for part in states.split(512):
-                model.get_output_embeddings()(part)
+            found = predict_shared(model, batch)
+            for part in found.states.split(512):
+                found.head(part)
 
     def ours() -> None:
         for some in batches:

@@ -122,6 +122,7 @@ def sampling(
         raise ValueError("prompts: got none, or an empty one, expected at least one token each")
     model, longest = language_model(model), max(len(prompt) for prompt in prompts)
     require_tokens_of(model, "prompts", prompts)
+    require_tokens_of(model, "eos_id, pad_id", [[eos_id, pad_id]])
     room = context_length(model)
     if room is not None and longest + max_new_tokens > room:
         raise ValueError(

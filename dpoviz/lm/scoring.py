@@ -76,6 +76,7 @@ def score_answers(
     model = language_model(model)
     require_tokens(prompts, answers)
     require_readable(model, prompts, answers)
+    require_tokens_of(model, "pad_id", [[pad_id]])
     road = None if shared_prefix is None else Road.SHARED if shared_prefix else Road.PADDED
     road, batch = lay_out(model, prompts, answers, pad_id, road)
     with autocast(model.device):
