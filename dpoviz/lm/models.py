@@ -449,10 +449,10 @@ def _require_finite(model: PreTrainedModel, name: Path | str) -> None:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers that can carry an adapter: all but the head, routers and Mamba's output.
+    """Return the names of the linear layers that can carry an adapter: all but the head, routers and two of Mamba's.
 
-    A mixture's router is a layer of a kind of its own, whose weight the model reads itself, and Mamba's kernels read
-    the weight of its output layer.
+    A mixture's router is a layer of a kind of its own, and Mamba's kernels read the weights of two of its layers: an
+    adapter there would break the model, or never learn.
 
     Raises:
         ValueError: there are none.
@@ -460,8 +460,8 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     targets = []
     for name, module in model.named_modules():
-        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        of_mamba = name.endswith("out_proj") and "Mamba" in parent
+        path, _, last = name.rpartition(".")
+        of_mamba = last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(path), "conv1d")
         if type(module) in (nn.Linear, Conv1D) and module is not head and not of_mamba:
             targets.append(name)
     if not targets:
