@@ -624,7 +624,7 @@ def test_targets_of_adapters_leave_out_what_would_not_learn():
     small = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     names = lora_targets(MambaForCausalLM(MambaConfig(**small)))
     assert names == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj"]
-    with pytest.raises(ValueError, match="model: .* has no linear layer that can carry an adapter"):
+    with pytest.raises(ValueError, match=r"model: .* has no linear layer that can carry an adapter"):
         lora_targets(MambaForCausalLM(MambaConfig(**{**small, "num_hidden_layers": 0})))
 
 

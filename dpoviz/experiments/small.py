@@ -101,8 +101,8 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     folder = Path(cache_dir) / f"small-world-{_fingerprint(config)}"
     if not folder.exists():
         _build(config, folder, progress)
-    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference", trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
     facts = json.loads((folder / "facts.json").read_text())
     pairs = load_pairs(folder / "pairs.jsonl", tasks=tasks.TASKS)
     train_pairs, held_out = (

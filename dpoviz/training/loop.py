@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 
 from dpoviz.beta import Beta, BetaNetwork
 from dpoviz.data.tokens import digest
-from dpoviz.lm.scoring import score_answers, supports_shared_prefix
+from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
 from dpoviz.rules import FromPrompt, Rule, Weighed
 from dpoviz.training.batch import COLUMNS, batch_columns
@@ -44,9 +44,9 @@ class _Scorer(nn.Module):
     training changes.
     """
 
-    def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
+    def __init__(self, policy: PreTrainedModel, pad_id: int) -> None:
         super().__init__()
-        self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+        self.policy, self.pad_id = policy, pad_id
         self.frozen = {f"policy.{name}" for name, p in policy.named_parameters() if not p.requires_grad}
         self.register_state_dict_post_hook(_Scorer._drop_frozen)
         self.register_load_state_dict_post_hook(_Scorer._expect_no_frozen)
@@ -61,7 +61,7 @@ class _Scorer(nn.Module):
         keys.missing_keys[:] = [key for key in keys.missing_keys if key not in module.frozen]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
-        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id).logps
 
 
 def train(
@@ -135,8 +135,7 @@ def train(
     else:
         alpha = config.alpha
     set_seed(config.seed + stage)
-    shared_prefix = supports_shared_prefix(policy)
-    scorer = accelerator.prepare(_Scorer(policy, pad_id, shared_prefix))
+    scorer = accelerator.prepare(_Scorer(policy, pad_id))
     optimizers = [accelerator.prepare(adamw(policy, config.policy_learning_rate))]
     if rule.learns:
         optimizers.append(accelerator.prepare(adamw(rule, config.beta_learning_rate)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpoviz.lm.sampling import sample_answers
-from dpoviz.lm.scoring import evaluating, score_answers, supports_shared_prefix
+from dpoviz.lm.scoring import evaluating, score_answers
 from dpoviz.rules import FromPrompt, Rule
 from dpoviz.training.batch import batch_columns
 from dpoviz.training.config import TrainConfig
@@ -106,10 +106,9 @@ class Probe:
             pad_id=self.pad_id,
             seed=config.seed + seed_shift,
         ).answers
-        shared = supports_shared_prefix(policy)
 
         def logps(model: PreTrainedModel) -> Tensor:
-            return score_answers(model, self.prompts, answers, pad_id=self.pad_id, shared_prefix=shared).logps[:, 0]
+            return score_answers(model, self.prompts, answers, pad_id=self.pad_id).logps[:, 0]
 
         with evaluating(policy):
             of_policy = logps(policy)
