@@ -305,9 +305,11 @@ class _Lacking(ValueError):
 def _from_pretrained(
     name: str, dtype: torch.dtype, *, local: bool, **more: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    more = {**more, "local_files_only": local, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(name, **more)
-    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **more)
+    more = {**more, "local_files_only": local}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
+    )
     if missing := sorted(found["missing_keys"]):
         some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         raise _Lacking(
