@@ -54,6 +54,7 @@ _MORE = {
     },
     "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mpt": {"attn_pdrop": 0},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"num_hidden_layers": 54},
 }
