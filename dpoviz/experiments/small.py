@@ -26,11 +26,11 @@ from dpoviz.lm.cache import code_digest
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.losses import FORMS, Form
-from dpoviz.training.config import TrainConfig, calibrate_alpha
-from dpoviz.training.stages import arm, held_out_table, run_arms
+from dpoviz.training.config import TrainConfig, alpha_for_mean
+from dpoviz.training.stages import arm, held_out_table, run_variants
 
 
-def own_progress_only() -> None:
+def quiet_libraries() -> None:
     """Turn off the progress bars of datasets and transformers: ours name what takes time."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -242,7 +242,7 @@ def run_demo(
     """
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
     policy = copy.deepcopy(world.reference)
-    trained = run_arms(
+    trained = run_variants(
         policy,
         world.train,
         {form: arm("network", getattr(config, form)) for form in FORMS},
@@ -258,7 +258,7 @@ def run_demo(
         form, settings = run.name, getattr(config, run.name)
         betas[form], policies[form] = run.beta, copy.deepcopy(policy)
         history.append(run.history)
-        alpha[form] = settings.alpha or calibrate_alpha(world.train["ref_entropy"], settings.beta0)
+        alpha[form] = settings.alpha or alpha_for_mean(world.train["ref_entropy"], settings.beta0)
         tables.append(held_out_table(run.beta, world.held_out, form=form, seed=settings.seed))
     table, history = pd.concat(tables, ignore_index=True), pd.concat(history, ignore_index=True)
     return Demo(world, betas, policies, table, history, alpha)

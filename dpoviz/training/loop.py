@@ -29,10 +29,10 @@ from dpoviz.beta import Beta, BetaNetwork
 from dpoviz.data.tokens import digest
 from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import Form, TotalLoss, gradients_on_beta, scale, total_loss
-from dpoviz.rules import FromPrompt, Rule, Weighed
+from dpoviz.rules import PromptRule, Rule, RuleOutput
 from dpoviz.training.batch import COLUMNS, batch_columns
 from dpoviz.training.checkpoint import Checkpoint
-from dpoviz.training.config import TrainConfig, calibrate_alpha, require
+from dpoviz.training.config import TrainConfig, alpha_for_mean, require
 from dpoviz.training.observe import ANSWER_ENTROPY, Observer
 from dpoviz.training.probes import Probe, adapter_off, by_task, correctly_ranked
 
@@ -117,7 +117,7 @@ def train(
         FloatingPointError: the policy's log-probabilities are not finite, by step and row of `pairs`; nothing is
             updated by that batch.
     """
-    rule = beta if isinstance(beta, Rule) else FromPrompt(beta)
+    rule = beta if isinstance(beta, Rule) else PromptRule(beta)
     _check(pairs, held_out, calibration, config, stage, rule, policy, reference)
     # batch_size is that of all processes together: the schedule takes one step a batch, not one a process
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
@@ -131,7 +131,7 @@ def train(
     steps = config.stage1_steps if stage == 1 else config.stage2_steps
     offset = 0 if stage == 1 else config.stage1_steps
     if config.alpha is None:
-        alpha = calibrate_alpha(pairs["ref_entropy"], config.beta0)
+        alpha = alpha_for_mean(pairs["ref_entropy"], config.beta0)
     else:
         alpha = config.alpha
     set_seed(config.seed + stage)
@@ -281,11 +281,11 @@ def _scores(scorer: nn.Module, batch: dict, accelerator: Accelerator) -> Tensor:
 
 
 def _objective(
-    logps: Tensor, weighed: Weighed, rule: Rule, batch: dict, config: TrainConfig, alpha: float, stage: int
+    logps: Tensor, weighed: RuleOutput, rule: Rule, batch: dict, config: TrainConfig, alpha: float, stage: int
 ) -> TotalLoss:
     # a beta that does not learn has nothing to be regularised
     weight = 1.0 if stage == 2 and rule.learns else 0.0
-    function = rule.beta if isinstance(rule, FromPrompt) else None
+    function = rule.beta if isinstance(rule, PromptRule) else None
     reads_x = isinstance(function, BetaNetwork)
     return total_loss(
         logps[:, 0],

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import evaluating, score_answers
-from dpoviz.rules import FromPrompt, Rule
+from dpoviz.rules import PromptRule, Rule
 from dpoviz.training.batch import batch_columns
 from dpoviz.training.config import TrainConfig
 
@@ -66,7 +66,7 @@ class Probe:
     @torch.no_grad()
     def beta(self, rule: Rule) -> dict[str, float]:
         """Mean beta by task over the held-out prompts, in evaluation mode, where beta is a function of the prompt."""
-        if self.data is None or not isinstance(rule, FromPrompt):
+        if self.data is None or not isinstance(rule, PromptRule):
             return {}
         rule.eval()
         values = rule.beta(self.x, task=self.task, ref_entropy=self.ref_entropy)
