@@ -625,11 +625,11 @@ class TestSupportsSharedPrefix:
             with pytest.raises(ValueError, match="model: the predictions of LlamaForCausalLM change with the tokens"):
                 shared(looks_ahead(make_model("llama")))
 
-    def test_weights_that_are_no_numbers_are_named(self, make_model):
+    def test_weights_that_are_no_numbers_give_scores_that_are_none(self, make_model):
+        """Whoever reads them names the row, or the step of a training that broke."""
         model = make_model("llama")
         model.lm_head.weight.data[3, 3] = math.nan
-        with pytest.raises(ValueError, match="model: LlamaForCausalLM got logits that are not numbers"):
-            score_answers(model, [[3]], [[[4]]], pad_id=PAD)
+        assert score_answers(model, [[3]], [[[4]]], pad_id=PAD).logps.isnan().all()
 
     def test_no_road_is_an_error_that_says_what_was_tried(self, make_model, monkeypatch):
         model = make_model("llama")

@@ -21,7 +21,7 @@ from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
-from dpoviz.lm.models import load_lm, require_peft
+from dpoviz.lm.models import load_lm, lora_targets, require_peft
 from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.training.methods import require_rule
@@ -72,6 +72,8 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
     # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
     model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    if training and config.lora_rank:
+        lora_targets(model)  # refuses a model that no adapter fits
     model.to(processes().device)
     pairs = tokenize_pairs(pairs, tokenizer, config.max_length, too_long="drop")
     require_room(model, pairs, config.max_length, config.training.max_new_tokens)

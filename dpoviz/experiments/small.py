@@ -105,8 +105,8 @@ def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
 
 def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, dict], Dataset]:
     """Return what `_build` kept: the reference, its tokenizer, facts and pairs."""
-    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference", trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
     facts = json.loads((folder / "facts.json").read_text())
     lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     # not by load_pairs: some labels are noise, and it refuses a chosen answer that earns less

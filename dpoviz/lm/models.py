@@ -306,9 +306,11 @@ class _Lacking(ValueError):
 def _from_pretrained(
     name: str, dtype: torch.dtype, *, local: bool, **more: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    more = {**more, "local_files_only": local, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(name, **more)
-    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **more)
+    more = {**more, "local_files_only": local}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
+    )
     if missing := sorted(found["missing_keys"]):
         some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         raise _Lacking(
@@ -460,10 +462,10 @@ def _require_finite(model: PreTrainedModel, name: Path | str) -> None:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers that can carry an adapter: all but the head, routers and Mamba's output.
+    """Return the names of the linear layers that can carry an adapter: all but the head, routers and two of Mamba's.
 
-    A mixture's router is a layer of a kind of its own, whose weight the model reads itself, and Mamba's kernels read
-    the weight of its output layer.
+    A mixture's router is a layer of a kind of its own, and Mamba's kernels read the weights of two of its layers: an
+    adapter there would break the model, or never learn.
 
     Raises:
         ValueError: there are none.
@@ -471,8 +473,8 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     targets = []
     for name, module in model.named_modules():
-        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        of_mamba = name.endswith("out_proj") and "Mamba" in parent
+        path, _, last = name.rpartition(".")
+        of_mamba = last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(path), "conv1d")
         if type(module) in (nn.Linear, Conv1D) and module is not head and not of_mamba:
             targets.append(name)
     if not targets:

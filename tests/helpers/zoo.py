@@ -13,8 +13,8 @@ VOCAB, CONTEXT = 97, 256
 
 _SIZES = {
     "vocab_size": VOCAB,
-    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim_model": 32, "emb_dim": 32, "embedding_size": 32,
-    "word_embed_proj_dim": 32,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "dim_model": 32, "emb_dim": 32,
+    "embedding_size": 32, "word_embed_proj_dim": 32,
     "intermediate_size": 64, "ffn_hidden_size": 64, "ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
     "dff": 64, "dim_ff": 64, "n_inner": 64, "d_inner": 64, "intermediate_size_mlp": 64, "attention_hidden_size": 32,
     "dense_intermediate_size": 64, "expert_intermediate_size": 32, "moe_intermediate_size": 32,
@@ -35,6 +35,9 @@ _SIZES = {
     "mamba_head_dim": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64, "mamba_dt_rank": 4, "mamba_chunk_size": 16,
     "state_size": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16,
     "index_n_heads": 2, "index_head_dim": 16, "lru_width": 32,
+    "dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0,
+    "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0, "resid_dropout": 0.0, "embed_dropout": 0.0, "dropout_rate": 0.0, "classifier_dropout": 0.0,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -51,6 +54,7 @@ _MORE = {
     },
     "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mpt": {"attn_pdrop": 0},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"num_hidden_layers": 54},
 }
@@ -80,8 +84,8 @@ _VARIANTS = {
         {
             "original_max_position_embeddings": 64,
             "rope_parameters": {
-                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 64,
-                "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0],
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+                "original_max_position_embeddings": 64, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0],
             },
         },
     ),
