@@ -5,6 +5,8 @@ import re
 import torch
 from helpers.readme import README, ROOT, blocks
 
+from dpoviz.cli import main
+
 
 def test_python_runs():
     assert blocks("python")
@@ -15,8 +17,22 @@ def test_python_runs():
         assert any(p.grad is not None and torch.isfinite(p.grad).all() for p in names["beta"].parameters())
 
 
-def test_two_commands():
-    assert blocks("bash")[:2] == ["pip install -e . && dpoviz demo\n", 'pip install -e ".[test,real,trl]" && pytest\n']
+def test_continuous_integration_runs_what_it_says():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").replace(" -q", "")
+    run, test = blocks("bash")[:2]
+    assert run == "pip install -e . && dpoviz demo\n"
+    for command in test.strip().split(" && "):
+        assert f"\n{command}\n" in script, command
+
+
+def test_options_that_it_names_exist(capsys):
+    main(["train", "--help"])
+    known = capsys.readouterr().out
+    table = README[README.index("| option | what it does |") :].split("\n\n")[0]
+    named = re.findall(r"`(--[\w-]+)`", table)
+    assert len(named) > 10
+    for option in named:
+        assert f"{option} " in known, option
 
 
 def test_what_it_names_is_there():

@@ -290,7 +290,8 @@ def relative_error(logits: Tensor, expected: Tensor) -> Tensor:
     difference = torch.where(counted, found - right, 0).square().sum(dim=-1)
     count = counted.sum(dim=-1)
     mean = torch.where(counted, right, 0).sum(dim=-1, keepdim=True) / count[:, None]
-    spread = torch.where(counted, right - mean, 0).square().sum(dim=-1)
+    # a spread below 0.01 nats counts as that: an error of 1e-5 nats says nothing, however flat the distribution
+    spread = torch.where(counted, right - mean, 0).square().sum(dim=-1).clamp(min=count * 1e-4)
     error = torch.where(difference == 0, 0, (difference / spread).sqrt())
     return error.nan_to_num(nan=math.inf)
 
