@@ -15,13 +15,36 @@ WITH_SETTINGS = [name for name, command in COMMANDS.items() if command.settings(
 
 # a value that differs from the default and is accepted, for the fields whose default does not suggest one
 OTHER = {
-    "data": ("a.jsonl", "b.jsonl"), "model": "my-model", "preset": "shp", "task": "math",
-    "columns": {"question": "prompt"}, "ignore_columns": ("system",), "chat": ("math", "code"), "pairs_per_task": 7, "rule": "beta-dpo", "strength": 0.25,
-    "tasks": ("code",), "dtype": "bfloat16", "contenders": ("constant", "lsc"), "constants": (0.3, 0.5),
-    "scales": (0.3, 0.5), "noise": (0.15, 0.2), "learning_rates": (1e-3, 2e-3), "tuning_noise": 0.3, "scale_min": 0.05,
-    "scale_max": 0.5, "alpha": 0.7, "stage1_steps": 11, "stage2_steps": 12, "batch_size": 13, "warmup_steps": 3,
-    "log_every": 4, "checkpoint_every": 6, "policy_learning_rate": 3e-5, "lambda_consistency": 0.5,
-}  # fmt: skip
+    "data": ("a.jsonl", "b.jsonl"),
+    "model": "my-model",
+    "preset": "shp",
+    "task": "math",
+    "columns": {"question": "prompt"},
+    "ignore_columns": ("system",),
+    "chat": ("math", "code"),
+    "pairs_per_task": 7,
+    "rule": "beta-dpo",
+    "strength": 0.25,
+    "tasks": ("code",),
+    "dtype": "bfloat16",
+    "contenders": ("constant", "lsc"),
+    "constants": (0.3, 0.5),
+    "scales": (0.3, 0.5),
+    "noise": (0.15, 0.2),
+    "learning_rates": (1e-3, 2e-3),
+    "tuning_noise": 0.3,
+    "scale_min": 0.05,
+    "scale_max": 0.5,
+    "alpha": 0.7,
+    "stage1_steps": 11,
+    "stage2_steps": 12,
+    "batch_size": 13,
+    "warmup_steps": 3,
+    "log_every": 4,
+    "checkpoint_every": 6,
+    "policy_learning_rate": 3e-5,
+    "lambda_consistency": 0.5,
+}
 BESIDE = {"strength": {"rule": "lsc"}}
 """What a value needs beside it."""
 
