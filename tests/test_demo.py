@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers.launch import DPOVIZ, begin, finish
+from helpers.launch import DPOVIZ, begin, finish, flat
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -187,7 +187,7 @@ class TestAgain:
 class TestBadInput:
     def test_negative_seed(self, tmp_path, capsys):
         assert main(["demo", "--seed", "-1", "--out", str(tmp_path / "run")]) == 2
-        assert "seed: got -1, expected" in capsys.readouterr().err
+        assert "seed: got -1, expected" in flat(capsys.readouterr().err)
         assert not (tmp_path / "run").exists()
 
     def test_out_is_a_file(self, tmp_path, capsys):

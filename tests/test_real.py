@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.launch import DPOVIZ, begin, command, environment, finish
+from helpers.launch import DPOVIZ, begin, command, environment, finish, flat
 from transformers import AutoModelForCausalLM
 
 from dpoviz.beta import BetaNetwork
@@ -294,9 +294,9 @@ class TestBadInput:
         given = {"--model": str(folder / "model"), "--data": str(folder / "pairs.jsonl"), "--out": str(out)}
         given |= {"--max-length": "96"} | dict(zip(changed[::2], changed[1::2], strict=True))
         assert main(["train", *(word for option in given.items() for word in option)]) == 2
-        error = capsys.readouterr().err
+        error = flat(capsys.readouterr().err)
         assert re.search(message, error), error
-        assert error.startswith("dpoviz: ")
+        assert "Traceback" not in error
         assert not out.exists()
 
     @pytest.mark.slow

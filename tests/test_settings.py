@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 
 import pytest
 import yaml
+from helpers.launch import flat
 
 from dpoviz import cli
 from dpoviz.cli import COMMANDS, main
@@ -152,7 +153,7 @@ class TestPrecedence:
 
 def refusal(capsys, *arguments):
     assert main(list(map(str, arguments))) == 2
-    return " ".join(capsys.readouterr().err.split())
+    return flat(capsys.readouterr().err)
 
 
 class TestRefusedFiles:
