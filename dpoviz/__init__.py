@@ -5,10 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dpoviz.old_names import install
+
 _HOMES = {
     "losses": ("DPOOutput", "TotalLoss", "dpo_loss", "gradients_on_beta", "total_loss"),
     "regularizers": ("entropy_penalty", "range_penalty", "smoothness_penalty", "task_consistency_penalty"),
     "beta": ("Beta", "BetaNetwork", "ConstantBeta", "EntropyBeta", "TaskBeta"),
+    "allocation": ("allocate", "gain_bound", "reward_per_nat", "reward_per_nat_of_pairs"),
     "data.records": ("as_chat", "load_pairs", "split_by_group"),
     "data.tokens": ("tokenize_pairs",),
     "lm.models": ("add_lora", "load_lm", "tiny_lm", "tiny_tokenizer"),
@@ -28,6 +31,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 
+install()
+
+
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'dpoviz' has no attribute {name!r}")
@@ -39,6 +45,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what editors and type checkers read
+    from dpoviz.allocation import allocate, gain_bound, reward_per_nat, reward_per_nat_of_pairs
     from dpoviz.analysis.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
     from dpoviz.analysis.tables import beta_table, summarize
     from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta

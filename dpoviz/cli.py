@@ -271,10 +271,12 @@ def _compare(given: _Compare) -> None:
 
 
 def _sample(given: _Sample) -> None:
-    from dpoviz.experiments.generate import sample_pairs, write_pairs
+    from dpoviz.experiments.generate import require_writable, sample_pairs, write_pairs
     from dpoviz.lm.models import load_lm
+    from dpoviz.lm.reference import default_cache_dir
 
     config = given.settings
+    require_writable(given.out)
     model, tokenizer = load_lm(config.model)
     records, made = sample_pairs(
         model,
@@ -285,6 +287,8 @@ def _sample(given: _Sample) -> None:
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch,
         seed=config.seed,
+        keep=default_cache_dir(),
+        unsafe=config.unsafe,
     )
     write_pairs(records, given.out)
     print(f"\n{made.to_string(index=False)}\n\n{len(records)} pairs: {given.out}")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
+from scipy.optimize import brentq, minimize
 from torch import Tensor
 
 from dpoviz.forms import Form, scale
@@ -631,3 +632,494 @@ def sample_pairs(
     probs = weights[:, None, None] * _pair_logps(ref_logps, preference_logits).exp()
     drawn = torch.multinomial(probs.flatten(), count, replacement=True, generator=generator)
     return Pairs(*torch.unravel_index(drawn, probs.shape))
+
+
+# -- re-tilting: which beta(x) is right, and how much could any beta(x) gain ----------------------------------
+
+
+def _tilt_factors(name: str, value: float | Tensor, prompts: int) -> Tensor:
+    """A finite number, or (X,) of them, of any sign, as (X,)."""
+    if isinstance(value, Tensor):
+        _require_finite(name, value, (prompts,))
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: got {value!r}, expected a finite number or a float64 tensor of shape ({prompts},)")
+    return torch.full((prompts,), float(value), dtype=torch.float64)
+
+
+def tilted_policy(ref_logps: Tensor, h: Tensor, a: float | Tensor) -> Tensor:
+    """Return the policy that goes a(x) times as far from the reference as h says.
+
+        π_a(y|x) = π_ref(y|x)·exp(a(x)·h(x, y)) / Z_a(x)
+
+    With h = log π/π_ref of a trained policy, a = 1 is that policy and a = 0 the reference. With h = ẑ, the logits
+    that a policy fits to its labels, it is the policy of a converged run in the standard form with beta = 1/a:
+    s·h = ẑ whatever s is. With h = r it is `optimal_policy` at beta = 1/a.
+
+    Args:
+        ref_logps: (X, Y) log π_ref(y|x), nats.
+        h: (X, Y) the direction, nats; a constant per prompt changes nothing.
+        a: a finite number or (X,), of any sign; no positive beta gives a negative one.
+
+    Returns:
+        (X, Y) log π_a(y|x), nats.
+
+    Raises:
+        ValueError: tables that are not float64, finite and of one shape; rows of `ref_logps` that are not
+            normalised; an `a` that is not finite or has another shape.
+    """
+    _require_logps("ref_logps", ref_logps)
+    _require_finite("h", h, tuple(ref_logps.shape))
+    return torch.log_softmax(ref_logps + _tilt_factors("a", a, len(ref_logps))[:, None] * h, 1)
+
+
+class TiltMoments(NamedTuple):
+    """Moments of a tilted policy, one number per prompt.
+
+    Attributes:
+        reward: (X,) E[r].
+        kl: (X,) KL(π_a‖π_ref), nats.
+        covariance: (X,) Cov(r, h), units of the reward times nats.
+        variance: (X,) Var(h), nats².
+    """
+
+    reward: Tensor
+    kl: Tensor
+    covariance: Tensor
+    variance: Tensor
+
+    @property
+    def slope(self) -> Tensor:
+        """(X,) b = Cov(r, h)/Var(h), units of the reward per nat; nan where h does not vary."""
+        return self.covariance / self.variance
+
+
+def tilt_moments(ref_logps: Tensor, h: Tensor, rewards: Tensor, a: float | Tensor) -> TiltMoments:
+    """Return the reward and KL of a tilted policy, and how both change with a.
+
+        ∂E[r]/∂a = Cov_a(r, h),    ∂KL(π_a‖π_ref)/∂a = a·Var_a(h)
+
+    Both are exact, per prompt, for any h and any a. So one more nat of KL earns b_a(x)/a(x) with the slope
+    b_a = Cov_a/Var_a, and where the mean reward is best for its mean KL that quotient is one price λ for all
+    prompts: a(x) = b_a(x)/λ. This is exact with the moments taken under the best policy itself, and a condition
+    that the best policy meets, not one that only it meets. With moments under the reference it holds to first order
+    in a: b_a = b_0 + a·(κ(r, h, h) − b_0·κ(h, h, h))/Var(h) + O(a²), κ the third joint cumulants.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        h: (X, Y), nats.
+        rewards: (X, Y).
+        a: a finite number or (X,).
+
+    Raises:
+        ValueError: as `tilted_policy`; `rewards` of another kind.
+    """
+    _require_rewards(ref_logps, rewards)
+    policy = tilted_policy(ref_logps, h, a)
+    a = _tilt_factors("a", a, len(ref_logps))
+    tilt = a[:, None] * h
+    return _moments(ref_logps, policy.exp(), h, rewards, tilt)
+
+
+def _moments(ref_logps: Tensor, probs: Tensor, h: Tensor, rewards: Tensor, tilt: Tensor) -> TiltMoments:
+    reward = (probs * rewards).sum(1)
+    centred = h - (probs * h).sum(1, keepdim=True)
+    covariance = (probs * centred * (rewards - reward[:, None])).sum(1)
+    variance = (probs * centred.square()).sum(1)
+    distance = _kl_of_tilt(ref_logps, tilt - tilt.amax(1, keepdim=True), 1.0)
+    return TiltMoments(reward, distance, covariance, variance)
+
+
+def first_order_beta(ref_logps: Tensor, logits: Tensor, rewards: Tensor, price: float) -> Tensor:
+    """Return the beta(x) that is right for fitted logits, to first order in the distance from the reference.
+
+        β*(x) = λ·Var_ref(ẑ|x) / Cov_ref(r, ẑ|x) = λ·σ_ẑ / (ρ·σ_r)
+
+    It is the price over the slope of the reward on ẑ, in the standard form (the inverse form's is its inverse). The
+    distance that goes with it is KL* ≈ ρ²σ_r²/(2λ²). With ẑ = r it is λ, exactly.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        logits: (X, Y) ẑ = s·h of a policy that has fitted its labels.
+        rewards: (X, Y).
+        price: λ, units of the reward per nat; positive.
+
+    Returns:
+        (X,) units of the logits per nat: positive, or inf where ẑ does not rise with the reward, so that the best
+        place is the reference.
+
+    Raises:
+        ValueError: as `tilt_moments`; a price that is not a positive finite number.
+    """
+    price = _per_prompt("price", price, len(ref_logps))
+    slope = tilt_moments(ref_logps, logits, rewards, 0.0).slope
+    return torch.where(slope > 0, price / slope.clamp(min=torch.finfo(torch.float64).tiny), math.inf)
+
+
+class Tilt(NamedTuple):
+    """An allocation of KL to prompts, and what it earns.
+
+    Attributes:
+        a: (X,) the factors.
+        reward: mean reward over prompts.
+        kl: mean KL over prompts, nats.
+    """
+
+    a: Tensor
+    reward: float
+    kl: float
+
+
+class _Tilts:
+    """Mean reward and KL as functions of a (X,), and their gradients; the tables are checked once."""
+
+    def __init__(self, ref_logps: Tensor, h: Tensor, rewards: Tensor, prompt_probs: Tensor | None) -> None:
+        _require_rewards(ref_logps, rewards)
+        _require_finite("h", h, tuple(ref_logps.shape))
+        self.weights = _prompt_weights(prompt_probs, len(ref_logps))
+        # sums over pi_ref are taken to be exactly 1
+        self.tables = torch.log_softmax(ref_logps.detach(), 1), h.detach(), rewards.detach()
+
+    def moments(self, a: Tensor) -> TiltMoments:
+        ref_logps, h, rewards = self.tables
+        tilt = a[:, None] * h
+        return _moments(ref_logps, torch.softmax(ref_logps + tilt, 1), h, rewards, tilt)
+
+    def at(self, a: Tensor) -> Tilt:
+        found = self.moments(a)
+        return Tilt(a, float(self.weights @ found.reward), float(self.weights @ found.kl))
+
+    def reach(self, direction: Tensor, budget: float) -> Tilt:
+        """The multiple of the direction whose mean KL is the budget."""
+        ref_logps, h, _ = self.tables
+        if not (isinstance(budget, Real) and not isinstance(budget, bool) and 0 < budget < math.inf):
+            raise ValueError(f"budget: got {budget!r}, expected a positive finite number of nats")
+        tilt = direction[:, None] * h
+        gaps = tilt - tilt.amax(1, keepdim=True)
+        farthest = -torch.logsumexp(ref_logps.masked_fill(gaps < 0, -math.inf), 1)  # (X,) as the multiple grows
+        most = float(self.weights @ farthest)
+        if budget >= most:
+            raise ValueError(f"budget: got {budget} nats, expected less than {most:.6g}, which no multiple exceeds")
+        kl_at = lambda multiple: float(self.weights @ _kl_of_tilt(ref_logps, gaps, multiple))  # noqa: E731
+        return self.at(_solve_inverse_beta(kl_at, budget) * direction)
+
+
+def tilt_to_budget(
+    ref_logps: Tensor,
+    h: Tensor,
+    rewards: Tensor,
+    direction: float | Tensor,
+    budget: float,
+    *,
+    prompt_probs: Tensor | None = None,
+) -> Tilt:
+    """Scale an allocation until its mean KL is the budget, so that allocations can be compared at equal KL.
+
+    The allocation of one beta for all prompts is the direction 1; that of a rule s(x), for a converged policy, is
+    1/s(x); that of reward per nat is b(x).
+
+    Args:
+        ref_logps: (X, Y), nats.
+        h: (X, Y), nats.
+        rewards: (X, Y).
+        direction: a finite number or (X,), at least 0 and not all 0.
+        budget: mean KL, nats; positive, and below what the direction can reach.
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Raises:
+        ValueError: as `tilt_moments`; a direction with a negative number or without a positive one; a budget out of
+            reach.
+    """
+    tilts = _Tilts(ref_logps, h, rewards, prompt_probs)
+    direction = _tilt_factors("direction", direction, len(ref_logps))
+    if (direction < 0).any() or not (direction > 0).any():
+        raise ValueError(f"direction: got {direction.tolist()}, expected numbers of at least 0 and not all of them 0")
+    return tilts.reach(direction, budget)
+
+
+def best_tilt(
+    ref_logps: Tensor,
+    h: Tensor,
+    rewards: Tensor,
+    budget: float,
+    *,
+    groups: Tensor | None = None,
+    prompt_probs: Tensor | None = None,
+) -> Tilt:
+    """Return the best allocation of a KL budget by direct optimisation: the oracle of any beta(x).
+
+    It maximises E_x[E_{π_a}[r]] subject to E_x[KL(π_a‖π_ref)] ≤ budget over a ≥ 0 (beta is positive), by sequential
+    quadratic programming (scipy's SLSQP) with exact gradients. It knows the true reward and no formula for a. Where
+    the reward is not concave in a, it is the best of the optima that two starts lead to.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        h: (X, Y), nats.
+        rewards: (X, Y).
+        budget: mean KL, nats; positive, and below what one factor for all can reach.
+        groups: (X,) int64, 0 to G − 1: prompts of one number share a factor. None: each prompt has its own.
+        prompt_probs: (X,), or None for the uniform distribution.
+
+    Raises:
+        ValueError: as `tilt_to_budget`; groups that are not (X,) int64 from 0 without gaps; an optimiser that fails.
+    """
+    tilts = _Tilts(ref_logps, h, rewards, prompt_probs)
+    prompts = len(ref_logps)
+    groups = torch.arange(prompts) if groups is None else groups
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64 or groups.shape != (prompts,):
+        raise ValueError(f"groups: got {groups!r}, expected an int64 tensor of shape ({prompts},)")
+    count = int(groups.max()) + 1
+    if not torch.equal(groups.unique(), torch.arange(count)):
+        raise ValueError(f"groups: got the numbers {groups.unique().tolist()}, expected 0 to G - 1 without gaps")
+
+    one = tilts.reach(torch.ones(prompts, dtype=torch.float64), budget)
+    unit = float(one.a[0])  # variables of the size 1, whatever the budget
+
+    def by_group(values: Tensor) -> np.ndarray:
+        return torch.zeros(count, dtype=torch.float64).index_add_(0, groups, tilts.weights * values).numpy()
+
+    near = tilts.moments(torch.zeros(prompts, dtype=torch.float64))
+    sizes = by_group(near.variance)
+    scale = float(by_group(near.covariance.abs()).sum()) or 1.0  # what a first step could gain
+
+    def factors(x: np.ndarray) -> Tensor:
+        return unit * torch.from_numpy(x)[groups]
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        found = tilts.moments(factors(x))
+        return -float(tilts.weights @ found.reward) / (scale * unit), -by_group(found.covariance) / scale
+
+    def spent(x: np.ndarray) -> float:
+        return 1 - float(tilts.weights @ tilts.moments(factors(x)).kl) / budget
+
+    def spent_gradient(x: np.ndarray) -> np.ndarray:
+        a = factors(x)
+        return -by_group(a * tilts.moments(a).variance) * unit / budget
+
+    slopes = np.divide(by_group(near.covariance), sizes, out=np.zeros(count), where=sizes > 0).clip(min=0)
+    starts = [np.ones(count)] + ([slopes / slopes.mean()] if slopes.any() else [])
+    found = []
+    for start in starts:
+        result = minimize(
+            loss,
+            start,
+            jac=True,
+            bounds=[(0, None)] * count,
+            constraints={"type": "ineq", "fun": spent, "jac": spent_gradient},
+            method="SLSQP",
+            options={"ftol": 1e-12, "maxiter": 500},
+        )
+        if spent(result.x) > -1e-6:
+            found.append(tilts.at(factors(result.x.clip(min=0))))
+    if not found:
+        raise ValueError(f"budget: got {budget} nats, expected one at which the optimiser converges: {result.message}")
+    return max([one, *found], key=lambda tilt: tilt.reward)
+
+
+# -- worlds with tasks: labels, what is fitted to them, and the way there -------------------------------------
+
+
+class Task(NamedTuple):
+    """A kind of prompts in the exact world.
+
+    Attributes:
+        reliability: κ, the labels follow σ(κ·Δr).
+        pairs: labelled pairs per prompt.
+        spread: τ, standard deviation of the reward over the answers.
+        sharpness: standard deviation of the reference's logits; the entropy falls with it, from log Y at 0.
+        flips: the probability that a label is flipped, from 0 to below 0.5.
+    """
+
+    reliability: float = 2.0
+    pairs: int = 16
+    spread: float = 1.0
+    sharpness: float = 1.0
+    flips: float = 0.0
+
+
+class TaskWorld(NamedTuple):
+    """Prompts of several tasks, with labelled pairs.
+
+    Attributes:
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y), true, in one unit for all tasks.
+        preference_logits: (X, Y, Y), flips included.
+        wins: (X, Y, Y) how often y was preferred to y' at x.
+        task: (X,) int64, the number of the prompt's task.
+    """
+
+    ref_logps: Tensor
+    rewards: Tensor
+    preference_logits: Tensor
+    wins: Tensor
+    task: Tensor
+
+
+def sample_tasks(kinds: Sequence[Task], *, prompts: int, answers: int, generator: torch.Generator) -> TaskWorld:
+    """Sample a world: normal reference logits and rewards, and labelled pairs by the reliability of each task.
+
+    Args:
+        kinds: the tasks.
+        prompts: per task.
+        answers: Y, at least 2.
+        generator: makes the draw repeatable.
+
+    Raises:
+        ValueError: no task, a task whose numbers are out of range, fewer than 1 prompt or 2 answers.
+    """
+    if len(kinds) == 0 or prompts < 1 or answers < 2:
+        raise ValueError(
+            f"kinds, prompts, answers: got {len(kinds)}, {prompts}, {answers}, expected at least 1, 1 and 2"
+        )
+    for kind in kinds:
+        if not (kind.reliability > 0 and kind.spread > 0 and kind.sharpness >= 0 and 0 <= kind.flips < 0.5):
+            raise ValueError(
+                f"kinds: got {kind}, expected reliability and spread above 0, sharpness at least 0, flips in [0, 0.5)"
+            )
+    shape = (len(kinds), prompts, answers)
+    normal = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    column = lambda name: torch.tensor([float(getattr(kind, name)) for kind in kinds], dtype=torch.float64)  # noqa: E731
+    ref_logps = torch.log_softmax(column("sharpness")[:, None, None] * normal[0], 2).flatten(0, 1)
+    rewards = (column("spread")[:, None, None] * normal[1]).flatten(0, 1)
+    task = torch.arange(len(kinds)).repeat_interleave(prompts)
+    clean = bradley_terry(column("reliability")[task, None] * rewards)
+    flips = column("flips")[task, None, None]
+    # logit of (1 − f)·σ(z) + f·σ(−z), as log-odds: exact for large z
+    kept, turned = torch.log1p(-flips), torch.log(flips)
+    logits = torch.logaddexp(kept + clean, turned.expand_as(clean)) - torch.logaddexp(
+        kept.expand_as(clean), turned + clean
+    )
+    counts = torch.tensor([kind.pairs for kind in kinds])[task]
+    return TaskWorld(ref_logps, rewards, logits, sample_wins(ref_logps, logits, counts, generator=generator), task)
+
+
+def sample_wins(
+    ref_logps: Tensor, preference_logits: Tensor, pairs: int | Tensor, *, generator: torch.Generator
+) -> Tensor:
+    """Sample labelled pairs at every prompt, counted by who won.
+
+    Two different answers from π_ref(·|x) and a label by the preference, as in `sample_pairs`, but with a fixed number
+    of pairs per prompt.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        preference_logits: (X, Y, Y) logits, antisymmetric.
+        pairs: how many per prompt, at least 1: an int, or (X,) int64.
+        generator: makes the draw repeatable.
+
+    Returns:
+        (X, Y, Y) float64 counts, [x, y, y'] how often y was preferred to y'.
+
+    Raises:
+        ValueError: as `population_loss`; `pairs` that are not positive integers.
+    """
+    _require_preferences(ref_logps, preference_logits)
+    counts = torch.as_tensor(pairs)
+    if counts.dtype != torch.int64 or counts.shape not in ((), (len(ref_logps),)) or (counts < 1).any():
+        raise ValueError(f"pairs: got {pairs!r}, expected a positive int, or an int64 tensor of shape (X,) of them")
+    counts = counts.expand(len(ref_logps))
+    probs = _pair_logps(ref_logps, preference_logits).exp().flatten(1)
+    wins = torch.zeros_like(probs)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero().flatten()
+        drawn = torch.multinomial(probs[rows], count, replacement=True, generator=generator)
+        wins[rows] = wins[rows].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return wins.view(preference_logits.shape)
+
+
+def _require_wins(wins: Tensor) -> None:
+    _require_table("wins", wins, tuple(wins.shape) if isinstance(wins, Tensor) else None)
+    if wins.ndim != 3 or wins.shape[1] != wins.shape[2] or not torch.isfinite(wins).all() or (wins < 0).any():
+        raise ValueError(f"wins: got shape {tuple(wins.shape)}, expected (X, Y, Y) finite counts of at least 0")
+
+
+def fit_logits(wins: Tensor, *, ridge: float = 1e-3) -> Tensor:
+    """Fit Bradley-Terry logits to labelled pairs, per prompt: where DPO with a free policy converges, as ẑ = s·h.
+
+        ẑ(x) = argmin_z −Σ wins(x, y, y')·log σ(z_y − z_y') + ½·ridge·‖z‖²
+
+    The loss of DPO is this without the ridge and depends on s·h alone; so ẑ does not depend on s, and h = ẑ/s. The
+    ridge, small, decides where the pairs do not: answers that always won would have infinite logits, and answers that
+    no chain of comparisons joins have no difference (0 here). Newton's method with limited steps; the objective is
+    convex.
+
+    Args:
+        wins: (X, Y, Y) counts, as `sample_wins` returns; weights may be fractions.
+        ridge: positive, in units of pairs.
+
+    Returns:
+        (X, Y) logits; each row sums to 0.
+
+    Raises:
+        ValueError: counts of another kind; a ridge that is not positive.
+    """
+    _require_wins(wins)
+    if not (isinstance(ridge, Real) and 0 < ridge < math.inf):
+        raise ValueError(f"ridge: got {ridge!r}, expected a positive finite number")
+    total = wins + wins.mT
+    logits = torch.zeros(wins.shape[:2], dtype=torch.float64)
+    identity = ridge * torch.eye(wins.shape[1], dtype=torch.float64)
+    for _ in range(200):
+        p = torch.sigmoid(logits[:, :, None] - logits[:, None, :])
+        gradient = (total * p - wins).sum(2) + ridge * logits
+        if gradient.abs().max() < 1e-10 * max(1.0, float(total.max())):
+            break
+        weight = total * p * (1 - p)
+        step = torch.linalg.solve(torch.diag_embed(weight.sum(2)) - weight + identity, gradient)
+        size = step.abs().amax(1, keepdim=True)
+        logits = logits - step * (1.0 / size).clamp(max=1.0)  # a full step overshoots where p is near 0 or 1
+    return logits - logits.mean(1, keepdim=True)
+
+
+def descend(
+    ref_logps: Tensor,
+    wins: Tensor,
+    scale: float | Tensor,
+    budget: float,
+    *,
+    prompt_probs: Tensor | None = None,
+    max_steps: int = 100_000,
+) -> Tensor:
+    """Train a tabular policy from the reference by gradient descent on the DPO loss, until it has spent the budget.
+
+    The loss is −Σ_x d(x)·Σ wins·log σ(s(x)·(θ_y − θ_y')) over logits θ. Steps are small (no margin s·h moves by more
+    than 0.1), so that the path is that of gradient flow, and the last one is shortened to end at the budget.
+
+    Args:
+        ref_logps: (X, Y), nats; where training starts.
+        wins: (X, Y, Y) counts.
+        scale: s, what multiplies h in the loss: a positive number or (X,).
+        budget: mean KL to the reference at which to stop, nats.
+        prompt_probs: (X,), or None for the uniform distribution.
+        max_steps: after so many the budget is taken to be out of reach.
+
+    Returns:
+        (X, Y) log π(y|x), nats.
+
+    Raises:
+        ValueError: as `fit_logits` and `tilt_to_budget`; a budget that is not reached.
+    """
+    _require_logps("ref_logps", ref_logps)
+    _require_wins(wins)
+    prompts = len(ref_logps)
+    s = _per_prompt("scale", scale, prompts)[:, None, None]
+    weights = _prompt_weights(prompt_probs, prompts)
+    pull = weights[:, None, None] * s * wins
+    # the loss bends at most so much; a step beyond its inverse would oscillate
+    bend = float((weights[:, None] * s[:, :, 0].square() * (wins + wins.mT).sum(2)).max()) / 2
+    moved = torch.zeros_like(ref_logps)  # θ − log π_ref
+
+    def short_of_budget(part: float, moved: Tensor, step: Tensor) -> float:
+        tilt = moved + part * step
+        return float(weights @ _kl_of_tilt(ref_logps, tilt - tilt.amax(1, keepdim=True), 1.0)) - budget
+
+    for _ in range(max_steps):
+        push = pull * torch.sigmoid(-s * (moved[:, :, None] - moved[:, None, :]))
+        downhill = push.sum(2) - push.sum(1)
+        step = min(1 / bend, 0.05 / float((s[:, :, 0] * downhill).abs().max())) * downhill
+        if short_of_budget(1.0, moved, step) >= 0:
+            part = brentq(short_of_budget, 0.0, 1.0, args=(moved, step), rtol=1e-9)
+            return torch.log_softmax(ref_logps + moved + part * step, 1)
+        moved = moved + step
+    reached = short_of_budget(0.0, moved, moved) + budget
+    raise ValueError(f"budget: got {budget} nats, expected less than {reached:.6g}, the most in {max_steps} steps")

@@ -10,9 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores, and 
 
 import hypothesis
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -107,10 +107,10 @@ WORDS = "a b c d e f g h i j k l m n o p q r s t".split()
 
 @pytest.fixture
 def tokenizer():
-    """A word is a token; <pad> 0, <bos> 1 (put before a prompt by no one), <eos> 2, <unk> 3."""
+    """A letter is a token; <pad> 0, <bos> 1 (put before a prompt by no one), <eos> 2, <unk> 3."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>"]
     core = Tokenizer(WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
-    core.pre_tokenizer = Whitespace()
+    core.pre_tokenizer = Sequence([WhitespaceSplit(), Split(Regex("."), "isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )

@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers.worlds import EOS, PAD, SMALL, network, small_model, small_pairs, weights
 from safetensors.torch import load_file
+from torch import nn
 
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
+from dpoviz.training.state import Scorer
 
 CONFIG = TrainConfig.around(0.1, "inverse", **SMALL)
 COMMON = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
@@ -54,3 +56,18 @@ class TestHoldsWhatLearns:
         again = make()
         train(again, network(), pairs, CONFIG, out=tmp_path, **COMMON)  # finds the finished run
         assert torch.equal(weights(again), weights(policy))
+
+    @pytest.mark.parametrize("tie", [False, True])
+    def test_also_inside_the_wrapper_of_several_processes(self, tie):
+        """It puts its own prefix before all names, where PyTorch looks for what is missing."""
+        start = tied(small_model()) if tie else small_model()
+        wrapped = [nn.ModuleDict({"module": Scorer(adapted(start), PAD)}) for _ in range(2)]
+        state = wrapped[0].state_dict()
+        assert all("lora" in name for name in state)
+        with torch.no_grad():
+            for tensor in state.values():
+                tensor.add_(1)
+        wrapped[1].load_state_dict(state)  # strict
+        assert all(torch.equal(tensor, state[name]) for name, tensor in wrapped[1].state_dict().items())
+        with pytest.raises(RuntimeError, match="Missing key"):  # the control: what learns must be there
+            wrapped[1].load_state_dict(dict(list(state.items())[1:]))

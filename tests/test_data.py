@@ -1,9 +1,7 @@
 """Bad pairs are refused by name before any time is spent; a split keeps together what belongs together."""
 
 import json
-import logging
 import os
-import random
 import subprocess
 import sys
 import tracemalloc
@@ -12,15 +10,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 import dpoviz.data.records as module
-from dpoviz.data import tokens
-from dpoviz.data.records import _with_prompt, as_chat, load_pairs, split_by_group
-from dpoviz.data.tokens import digest, token_counts, tokenize_pairs
+from dpoviz.data.layouts import Reader
+from dpoviz.data.records import as_chat, load_pairs, split_by_group
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}
 
@@ -104,10 +100,13 @@ class TestLoadPairs:
         assert len(lines) == min(count, 11)
         assert last in lines[-1]
 
-    def test_a_further_field_of_two_types_is_named(self, write):
-        path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
-        with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
-            load_pairs(path)
+    @pytest.mark.parametrize("at_once", [1, 1000])
+    def test_a_further_field_of_two_types_is_kept_as_json_and_named(self, write, caplog, monkeypatch, at_once):
+        monkeypatch.setattr(module, "_ROWS_AT_ONCE", at_once)
+        values = [1, "hard", None, {"a": [0.5, "x"]}, 10**30, "\ud83d"]
+        pairs = load_pairs(write(*({**GOOD, "prompt": f"q{i}", "level": own} for i, own in enumerate(values))))
+        assert [text and json.loads(text) for text in pairs["level"]] == values
+        assert "columns 'level' hold values of several types" in caplog.text
 
     def test_parts_of_a_file_make_one_set(self, write, monkeypatch):
         """What the columns of one part lack, or hold in whole numbers, another part may have, or in broken ones."""
@@ -119,10 +118,6 @@ class TestLoadPairs:
         assert parts.features == whole.features and parts[:] == whole[:]
         assert parts["level"][:] == [1, None, 0.5, None, 2] and parts["seen"][:] == [None, ["x"], None, None, None]
         assert parts["messages"][:] == [None] * 4 + [chat["prompt"]]
-        monkeypatch.setattr(module, "_ROWS_AT_ONCE", 1)
-        path = write({**GOOD, "level": 1}, {**GOOD, "level": "hard"})
-        with pytest.raises(ValueError, match=f"{path}, field 'level': the lines' values do not make one column"):
-            load_pairs(path)
 
     def test_memory_holds_a_thousand_records_whatever_their_number(self, write, monkeypatch):
         """Python's objects; Arrow's columns take a tenth."""
@@ -144,7 +139,7 @@ class TestLoadPairs:
     def test_text_that_no_encoding_holds_is_named(self, write):
         # half of a surrogate pair: legal JSON, no legal text
         path = write(r'{"prompt": "\ud83d", "chosen": "2", "rejected": "3", "task": "math"}')
-        with pytest.raises(ValueError, match=f"{path}, field 'prompt'"):
+        with pytest.raises(ValueError, match=rf"{path}, line 1: field 'prompt': half of a surrogate pair \('.ud83d'"):
             load_pairs(path)
 
     def test_an_empty_file(self, write):
@@ -226,16 +221,20 @@ class TestLayouts:
         (pair,) = load_pairs(write({"chosen": chosen, "rejected": rejected, "task": "math"}))
         assert (pair["prompt"], (pair["chosen"], pair["rejected"])) == (prompt, answers)
 
-    @settings(max_examples=100)
+    @settings(max_examples=200)
     @given(st.text(alphabet="ab ", min_size=1), st.text(alphabet="ab "), st.text(alphabet="ab "))
-    def test_what_texts_share_is_cut_as_trl_cuts_it(self, shared, one, other):
-        """The rule of TRL's `extract_prompt`, written out again: the first difference, and not on a blank."""
+    def test_what_texts_share_is_cut_as_trl_cuts_it_but_not_inside_a_word(self, shared, one, other):
+        """The rule of TRL's `extract_prompt`, written out again, and a walk back to where a word begins."""
         chosen, rejected = shared + one + "x", shared + other + "y"
         i = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-        i -= chosen[i - 1] == " "
-        found = _with_prompt({"chosen": chosen, "rejected": rejected})
-        if i > 0:
+        while i and any(text[i - 1] != " " != text[i] for text in (chosen, rejected)):
+            i -= 1
+        i -= i > 0 and chosen[i - 1] == " "
+        found = Reader({}, ()).read({"chosen": chosen, "rejected": rejected})
+        if chosen[:i].strip():
             assert found == {"prompt": chosen[:i], "chosen": chosen[i:], "rejected": rejected[i:]}
+        else:
+            assert "prompt" not in found
 
     @pytest.mark.parametrize("kind", [".jsonl", ".json", "data.json", ".parquet", "Dataset", "DatasetDict", "list"])
     def test_every_kind_of_source_gives_the_same(self, tmp_path, kind):
@@ -308,7 +307,9 @@ class TestNames:
     def test_other_peoples_columns_and_a_task_for_all(self, write):
         record = {"question": "1+1", "good": "2", "bad": "3", "prompt": "not this", "level": 5}
         columns = {"question": "prompt", "good": "chosen", "bad": "rejected"}
-        (pair,) = load_pairs(write(record), columns=columns, task="math")
+        with pytest.raises(ValueError, match=r"column 'prompt': .* beside 'question'.*--ignore-columns prompt"):
+            load_pairs(write(record), columns=columns, task="math")
+        (pair,) = load_pairs(write(record), columns=columns, task="math", ignore_columns=["prompt"])
         assert pair == {"prompt": "1+1", "chosen": "2", "rejected": "3", "task": "math", "level": 5, "group": None,
                         "line": 1}  # fmt: skip
 
@@ -333,15 +334,19 @@ class TestNames:
 
     def test_files_that_are_not_what_their_name_says(self, tmp_path):
         for name, content, message in [
-            ("a.json", '{"prompt": 1}', "got a JSON dict, expected a list"),
-            ("b.json", '{"a": 1}\n{"a": 2}', "not JSON .*JSON Lines are named .jsonl"),
+            ("a.json", '{"prompt": {"0": "q"}, "chosen": {"0": "x"}}', "got one JSON value, expected a list"),
+            ("b.json", '[{"a": 1}, {"a": 2]', "not JSON .*at line 1, character 19"),
             ("c.parquet", "PAR", "not Parquet"),
+            ("d.jsonl.gz", "PK\x03\x04", "is a zip archive"),
+            ("e.txt", "prompt", "got the suffix '.txt', expected one of .jsonl, .json"),
+            ("f.csv", "a,a\n1,2", "names a column twice"),
+            ("g.csv", 'a,b\n1,"2', "line 2: not CSV"),
         ]:
             (tmp_path / name).write_text(content)
             with pytest.raises(ValueError, match=message):
                 load_pairs(tmp_path / name)
         (tmp_path / "empty").mkdir()
-        with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .parquet"):
+        with pytest.raises(ValueError, match=r"holds no file named .jsonl, .json, .ndjson"):
             load_pairs(tmp_path / "empty")
         with pytest.raises(ValueError, match="split: got 'test', expected one of train"):
             load_pairs(DatasetDict(train=Dataset.from_list([GOOD])), split="test")
@@ -373,54 +378,14 @@ class TestAsChat:
         assert turned["prompt"][:] == pairs["prompt"][:]
         assert as_chat(load_pairs(write(GOOD)), ["math"])["messages"][0][0]["content"] == GOOD["prompt"]
 
+    def test_a_chat_whose_messages_have_further_fields(self, write):
+        turns = [USER, {**assistant("a"), "thinking": "hm"}, USER]
+        turned = as_chat(load_pairs(write({**GOOD, "prompt": turns}, GOOD)), ["math"])
+        assert turned["messages"][:] == [turns, [{"role": "user", "content": GOOD["prompt"]}]]
+
     def test_refuses_a_task_that_is_not_there(self, write):
         with pytest.raises(ValueError, match="chat: got poetry, expected tasks of the pairs: math"):
             as_chat(load_pairs(write(GOOD)), ["poetry", "math"])
-
-
-TEMPLATE = (
-    "{% for m in messages %}<unk> {{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}<unk> assistant{% endif %}"
-)
-
-
-class TestChatTokens:
-    @pytest.fixture
-    def chats(self, write):
-        record = {"prompt": [USER | {"content": "a b"}], "chosen": "c", "rejected": "d e", "task": "dialogue"}
-        return load_pairs(write({**GOOD, "prompt": "a b", "chosen": "c", "rejected": "d"}, record))
-
-    def test_template_up_to_where_the_answer_begins(self, chats, tokenizer):
-        tokenizer.chat_template = TEMPLATE
-        ids = tokenizer.convert_tokens_to_ids
-        plain, chat = tokenize_pairs(chats, tokenizer, 40)
-        assert plain["prompt_ids"] == ids(["a", "b"])
-        unknown = tokenizer.unk_token_id  # what the words user and assistant become here
-        assert chat["prompt_ids"] == [unknown, unknown, *ids(["a", "b"]), tokenizer.eos_token_id, unknown, unknown]
-        assert chat["rejected_ids"] == [*ids(["d", "e"]), tokenizer.eos_token_id]
-        # prompt and answer together are what the template writes for the whole chat
-        whole = [*chats[1]["messages"], assistant("c")]
-        text = tokenizer.apply_chat_template(whole, tokenize=False)
-        assert chat["prompt_ids"] + chat["chosen_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def test_no_template(self, chats, tokenizer):
-        with pytest.raises(
-            ValueError, match="tokenizer: has no chat template, and line 2 is a chat; give a chat model"
-        ):
-            tokenize_pairs(chats, tokenizer, 40)
-
-    def test_a_template_whose_turns_end_otherwise(self, chats, tokenizer):
-        tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
-        with pytest.raises(ValueError, match=r"ends an answer with '<pad>', .* set tokenizer.eos_token = '<pad>'"):
-            tokenize_pairs(chats, tokenizer, 40)
-
-    def test_a_tokenizer_that_ends_every_text(self, chats, tokenizer):
-        eos = tokenizer.eos_token_id
-        tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", eos)])
-        assert tokenizer("a")["input_ids"][-1] == eos
-        pairs = tokenize_pairs(chats.select([0]), tokenizer, 40)
-        assert pairs["prompt_ids"][0] == tokenizer.convert_tokens_to_ids(["a", "b"])
-        assert pairs["chosen_ids"][0] == [tokenizer.convert_tokens_to_ids("c"), eos]
 
 
 def dataset(rows):
@@ -500,151 +465,3 @@ class TestSplitByGroup:
     def test_a_task_of_one_group(self):
         with pytest.raises(ValueError, match="task 'code': all its pairs are of one prompt or group"):
             split_by_group(dataset([("a", None, "t"), ("b", None, "t"), ("c", None, "code")]), 0.5, 0)
-
-
-def pair(prompt, chosen, rejected, line):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "task": "t", "line": line}
-
-
-class TestTokenizePairs:
-    PAIRS = (pair("a b", "c", "d e", 1), pair("f", "g h i j", "k", 5))
-
-    def test_ids_by_hand(self, tokenizer):
-        pairs = Dataset.from_list(list(self.PAIRS))
-        out = tokenize_pairs(pairs, tokenizer, max_length=6)
-        a, end = 4, 2  # the tokenizer's numbers of "a" and of the end
-        assert out["prompt_ids"][:] == [[a, a + 1], [a + 5]]
-        assert out["chosen_ids"][:] == [[a + 2, end], [a + 6, a + 7, a + 8, a + 9, end]]
-        assert out["rejected_ids"][:] == [[a + 3, a + 4, end], [a + 10, end]]
-        assert [out[i]["prompt"] for i in range(2)] == pairs["prompt"][:]
-        assert out["line"][:] == [1, 5]
-
-    def test_counts(self, tokenizer):
-        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
-        assert token_counts(out).tolist() == [[2, 2, 3], [1, 5, 2]]
-        assert token_counts(out.select([1])).tolist() == [[1, 5, 2]]
-
-    def test_is_not_done_twice(self, tokenizer, monkeypatch):
-        once = tokenize_pairs(Dataset.from_list(list(self.PAIRS) * 20), tokenizer, max_length=6)
-        seen = []
-        monkeypatch.setattr(
-            module, "encode_prompts", lambda *args, own=module.encode_prompts: seen.append(args[0]) or own(*args)
-        )
-        assert tokenize_pairs(once, tokenizer, max_length=6)[:] == once[:]
-        assert sum(map(len, seen)) == tokens._CHECKED < len(once)
-        with pytest.raises(ValueError, match=r"20 of 40 pairs are over max_length = 5 tokens"):
-            tokenize_pairs(once, tokenizer, max_length=5)
-
-    def test_ids_of_another_tokenizer_are_refused(self, tokenizer):
-        out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6)
-        other = out.map(lambda row: {"chosen_ids": [*row["chosen_ids"][:-1], 3]})
-        with pytest.raises(ValueError, match=r"pairs: have prompt_ids, .*, which are not this tokenizer's; remove"):
-            tokenize_pairs(other, tokenizer, max_length=6)
-
-    def test_special_tokens_open_the_prompt_and_never_an_answer(self, tokenizer):
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 1)]
-        )
-        row = tokenize_pairs(Dataset.from_list([self.PAIRS[0]]), tokenizer, max_length=9)[0]
-        assert (row["prompt_ids"], row["chosen_ids"]) == ([1, 4, 5], [6, 2])
-
-    @pytest.mark.parametrize(("limit", "fits"), [(6, True), (5, False)])
-    def test_the_limit_holds_prompt_answer_and_end(self, tokenizer, limit, fits):
-        pairs = Dataset.from_list([self.PAIRS[1]])  # 1 + 4 + the end
-        if fits:
-            assert len(tokenize_pairs(pairs, tokenizer, limit)) == 1
-        else:
-            with pytest.raises(ValueError, match="1 of 1 pairs"):
-                tokenize_pairs(pairs, tokenizer, limit)
-
-    def test_too_long_is_refused_by_line_and_lengths(self, tokenizer):
-        with pytest.raises(ValueError) as error:
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=5)
-        message = str(error.value)
-        assert "1 of 2 pairs are over max_length = 5 tokens" in message
-        assert "line 5: prompt 1 + longer answer 5" in message
-        assert "too_long='drop'" in message
-
-    def test_the_rejected_answer_counts_as_well(self, tokenizer):
-        with pytest.raises(ValueError, match="line 1: prompt 2 + longer answer 3".replace("+", r"\+")):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=4)
-
-    def test_too_long_is_dropped_counted_and_named(self, tokenizer, caplog):
-        with caplog.at_level(logging.WARNING, logger="dpoviz.data.tokens"):
-            out = tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=5, too_long="drop")
-        assert out["line"][:] == [1]
-        (record,) = caplog.records
-        assert "1 of 2 pairs" in record.getMessage()
-        assert "line 5" in record.getMessage()
-
-    def test_nothing_is_said_where_nothing_is_dropped(self, tokenizer, caplog):
-        tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=6, too_long="drop")
-        assert not caplog.records
-
-    def test_not_all_are_dropped(self, tokenizer):
-        with pytest.raises(ValueError, match=r"2 of 2 pairs are over max_length = 3(.|\n)*raise max_length$"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=3, too_long="drop")
-
-    def test_rows_are_numbered_where_lines_are_not_known(self, tokenizer):
-        pairs = Dataset.from_list(list(self.PAIRS)).remove_columns("line")
-        with pytest.raises(ValueError, match="row 1: prompt 1"):
-            tokenize_pairs(pairs, tokenizer, max_length=5)
-
-    def test_a_tokenizer_without_an_end(self, tokenizer):
-        tokenizer.eos_token = None
-        with pytest.raises(ValueError, match="tokenizer: has no end token"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9)
-
-    def test_a_prompt_of_no_tokens(self, tokenizer):
-        pairs = Dataset.from_list([*self.PAIRS, pair(" ", "a", "b", 9)])
-        with pytest.raises(ValueError, match="prompt: line 9 gives no token"):
-            tokenize_pairs(pairs, tokenizer, max_length=9)
-
-    def test_an_unknown_policy_for_long_pairs(self, tokenizer):
-        with pytest.raises(ValueError, match="too_long: got 'cut', expected 'refuse' or 'drop'"):
-            tokenize_pairs(Dataset.from_list(list(self.PAIRS)), tokenizer, max_length=9, too_long="cut")
-
-
-class TestDigest:
-    ROWS: ClassVar = {
-        "prompt": ["a", "b", "c"],
-        "ids": [[1, 2], [3], []],
-        "x": [[0.5], [1.0], [2.0]],
-        "n": [1, None, 3],
-        "messages": [None, [{"role": "user", "content": "a"}], None],
-    }
-
-    @pytest.mark.parametrize(
-        ("name", "values"),
-        [
-            ("prompt", ["a", "c", "b"]),
-            ("ids", [[1], [2, 3], []]),  # the same numbers, cut otherwise
-            ("ids", [[1, 2], [4], []]),
-            ("x", [[0.5], [1.0], [2.0000001]]),
-            ("n", [1, 2, None]),
-            ("messages", [None, [{"role": "user", "content": "b"}], None]),
-        ],
-    )
-    def test_any_other_value_gives_another(self, name, values):
-        first = digest(Dataset.from_dict(self.ROWS))
-        assert digest(Dataset.from_dict(self.ROWS | {name: values})) != first
-        assert digest(Dataset.from_dict(self.ROWS | {name: values}), [n for n in self.ROWS if n != name]) == digest(
-            Dataset.from_dict(self.ROWS), [n for n in self.ROWS if n != name]
-        )
-
-    def test_the_same_values_give_the_same_wherever_they_lie(self, tmp_path):
-        rows = Dataset.from_dict(self.ROWS)
-        rows.save_to_disk(str(tmp_path))
-        twice = Dataset.from_dict({name: [*values, *values] for name, values in self.ROWS.items()})
-        for other in (load_from_disk(str(tmp_path)), twice.select([3, 4, 2]), twice.select(range(3))):
-            assert digest(other) == digest(rows)
-
-    def test_a_thousand_rows_at_a_time(self):
-        draw = random.Random(0)
-        rows = Dataset.from_dict({"ids": [[draw.randrange(1000) for _ in range(100)] for _ in range(5000)]})
-        tracemalloc.start()
-        digest(rows)
-        most = tracemalloc.get_traced_memory()[1]
-        rows["ids"][:]
-        assert most < 0.3 * tracemalloc.get_traced_memory()[1]  # the control: the rows as lists
-        tracemalloc.stop()

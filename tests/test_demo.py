@@ -92,7 +92,10 @@ class TestWhatIsLeft:
 
     def test_saved_policy_is_a_model_that_answers(self, demo, world):
         folder = demo[0] / "inverse" / "policy"
-        policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        policy, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False),
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        )
         ids = tokenizer("What is 3 + 4?\n", return_tensors="pt", return_token_type_ids=False)
         assert policy.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
         moved = [(p - q).abs().max() for p, q in zip(policy.parameters(), world.reference.parameters(), strict=True)]

@@ -8,6 +8,7 @@ import torch
 
 import dpoviz.lm.entropy as module
 from dpoviz.lm import cache as journal
+from dpoviz.lm import processes
 from dpoviz.lm.entropy import _ratio, estimate_entropy
 
 EOS, LIMIT = 0, 3
@@ -292,7 +293,8 @@ class TestKeep:
         run()
         assert len(draws) == 8
 
-    def test_one_bar_counts_prompts_read_or_drawn(self, run, capsys, draws):
+    def test_one_bar_counts_prompts_read_or_drawn(self, run, capsys, draws, monkeypatch):
+        monkeypatch.setattr(processes, "watched", lambda: True)
         draws.limit = 2
         with pytest.raises(Killed):
             run()

@@ -9,25 +9,27 @@ from helpers.launch import python
 import dpoviz
 
 PACKAGE = Path(dpoviz.__file__).parent
-MATHEMATICS = {"validation", "regularizers", "beta", "losses", "rules"}
+MATHEMATICS = {"forms", "validation", "regularizers", "beta", "losses", "rules"}
 WORLDS = {"tabular", "allocation"}
 ALLOWED = {
+    "forms": {"validation"},
     "validation": set(),
+    "old_names": set(),
     "regularizers": {"validation"},
     "beta": {"validation"},
-    "losses": {"regularizers", "validation"},
-    "rules": {"losses", "beta", "validation"},
-    "tabular": {"losses", "validation"},
-    "allocation": {"losses", "validation"},
+    "losses": {"forms", "regularizers", "validation"},
+    "rules": {"forms", "losses", "beta", "validation"},
+    "tabular": {"forms", "losses", "validation"},
+    "allocation": {"forms", "losses", "validation"},
     "data": {"validation"},
     "lm": {"data", "validation"},
     "training": {*MATHEMATICS, "data", "lm"},
     "trl": {*MATHEMATICS, "data", "lm", "training"},
-    "analysis": {"losses", "allocation", "validation"},
-    "analysis.evaluate": {"data", "lm", "losses", "validation"},
+    "analysis": {"forms", "allocation", "validation"},
+    "analysis.evaluate": {"data", "lm", "forms", "validation"},
     "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl"},
     "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments"},
-    "cli": {"experiments", "analysis", "validation"},
+    "cli": {"experiments", "analysis", "lm"},
     "__main__": {"cli"},
 }
 """What the modules of a room may import beside their own room; a module named here has a row of its own."""

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, MistralForCausalLM
 
 import dpoviz.lm.scoring as lp
-from dpoviz.lm import packing
+from dpoviz.lm import packing, trial
 from dpoviz.lm.packing import PrefixBatch, by_length, prefix_batch
 from dpoviz.lm.sampling import sample_answers, sampling
 from dpoviz.lm.scoring import context_length, evaluating, score_answers, supports_shared_prefix
@@ -71,11 +71,16 @@ def partitions(items):
             yield [*parts[:i], [first, *part], *parts[i + 1 :]]
 
 
-def plain_causal(self, dtype):
-    """What a model would see without the shared-prefix mask: everything that stands before."""
-    rows, length = self.segments.shape
-    mask = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
-    return mask.expand(rows, 1, length, length)
+def seen_by_each(batch):
+    """(R, T, T) what each token of a packed batch may see: what is related to it, and not behind it."""
+    rows, length = batch.segments.shape
+    row, query, key = torch.arange(rows)[:, None, None], torch.arange(length)[:, None], torch.arange(length)
+    return batch.related(row, query, key) & (batch.position_ids[row, key] <= batch.position_ids[row, query])
+
+
+def everything(self, row, query, key):
+    """What a model would see without the shared-prefix mask: every token, of earlier positions."""
+    return torch.ones_like(row + query + key, dtype=torch.bool)
 
 
 class TestPrefixBatch:
@@ -90,7 +95,7 @@ class TestPrefixBatch:
 
     def test_who_sees_whom(self):
         batch = prefix_batch([[5, 6], [5]], [[[7, 8, 2], [9, 2]], [[2], [2]]], pad_id=0, packed=False)
-        seen = batch.attention_mask(torch.float32)[:, 0] == 0
+        seen = seen_by_each(batch)
         assert seen[0].int().tolist() == [
             [1, 0, 0, 0, 0],
             [1, 1, 0, 0, 0],
@@ -122,7 +127,7 @@ class TestPrefixBatch:
         assert batch.prompt_tokens.tolist() == [0, 1, 2, 6, 9]
         assert batch.prompt_owners.tolist() == [0, 0, 0, 1, 2]
         assert batch.prompts.tolist() == [1, 0, 2]
-        seen = batch.attention_mask(torch.float32)[1, 0] == 0
+        seen = seen_by_each(batch)[1]
         assert seen.int().tolist() == [
             [1, 0, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0],
@@ -280,7 +285,7 @@ class TestScoreAnswers:
             torch.testing.assert_close(features_again, features, rtol=0, atol=1e-6)
         assert torch.equal(rejected_beside(same_length)[1], features)
         # the control: with the mask that models use by default it does see it
-        monkeypatch.setattr(PrefixBatch, "attention_mask", plain_causal)
+        monkeypatch.setattr(PrefixBatch, "related", everything)
         seen = [rejected_beside(chosen)[0] for chosen in (same_length, longer)]
         assert abs(seen[0] - seen[1]) > 0.1
 
@@ -326,18 +331,19 @@ class TestScoreAnswers:
     def test_logits_only_where_an_answer_is_predicted_and_a_chunk_at_a_time(self, model, monkeypatch):
         prompts, answers = ragged(2)
         count = sum(len(answer) for own in answers for answer in own)
-        rows = []
+        rows, packed = [], len(prefix_batch(prompts, answers, PAD).input_ids)
         hook = model.get_output_embeddings().register_forward_hook(lambda *args: rows.append(args[2].shape[:-1]))
         try:
             with torch.no_grad():
                 score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True)
-                assert rows == [(count,)]
+                # one of each row comes with the body; all others by the head alone
+                assert rows == [(packed, 1), (1, count)]
                 monkeypatch.setattr(lp, "_LOGITS_AT_ONCE", 3 * VOCAB)
                 score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=True)
         finally:
             hook.remove()
-        assert sum(n for (n,) in rows[1:]) == count
-        assert max(n for (n,) in rows[1:]) == 3
+        assert sum(n for _, n in rows[3:]) == count
+        assert max(n for _, n in rows[3:]) == 3
 
     def test_gradient_only_where_it_is_on(self, llama):
         prompts, answers = ragged(2)
@@ -484,8 +490,8 @@ class TestAdapters:
 
     def test_support_is_asked_once_for_a_model_and_its_adapter(self, adapted, monkeypatch):
         model, _ = adapted
-        calls, trial = [], lp._both_ways_agree
-        monkeypatch.setattr(lp, "_both_ways_agree", lambda model: calls.append(1) or trial(model))
+        calls, own = [], trial._difference
+        monkeypatch.setattr(trial, "_difference", lambda *args: calls.append(1) or own(*args))
         assert supports_shared_prefix(model)
         assert supports_shared_prefix(model.get_base_model())
         with model.disable_adapter():
@@ -513,9 +519,10 @@ def deaf(model, argument):
     heard = model.base_model.forward
 
     def forward(*args, **kwargs):
-        value = kwargs.pop(argument, None)
-        if argument == "attention_mask" and value is not None and value.dim() == 2:
-            kwargs[argument] = value  # an ordinary padding mask is understood
+        kwargs.pop(argument, None)
+        if argument == "attention_mask":  # it makes a mask of its own; padding on the right needs none
+            rows, length = (args[0] if args else kwargs["input_ids"]).shape
+            kwargs[argument] = torch.ones(length, length, dtype=torch.bool).tril().expand(rows, 1, length, length)
         return heard(*args, **kwargs)
 
     model.base_model.forward = forward
@@ -551,7 +558,7 @@ class TestSupportsSharedPrefix:
         model = deaf(make_model(kind), argument).train(training)
         assert not supports_shared_prefix(model)
         assert model.training is training
-        said = [record.getMessage() for record in caplog.records if record.name == lp.__name__]
+        said = [record.getMessage() for record in caplog.records if record.name == trial.__name__]
         assert len(said) == 1
         assert "cannot take shared-prefix batches" in said[0]
         model.eval()
@@ -565,7 +572,7 @@ class TestSupportsSharedPrefix:
         )
         torch.testing.assert_close(right, exact, **EXACT)
         assert (wrong - exact).abs().max() > 0.1  # the control: the trial was right to refuse
-        assert len([record for record in caplog.records if record.name == lp.__name__]) == 1  # said once
+        assert len([record for record in caplog.records if record.name == trial.__name__]) == 1  # said once
 
     def test_no_for_a_freshly_made_model_whose_numbers_differ_little(self, make_model):
         model = make_model("llama", dtype=torch.float32, initializer_range=0.02)
@@ -574,15 +581,87 @@ class TestSupportsSharedPrefix:
     def test_no_for_a_model_that_raises(self, make_model):
         model = make_model("llama").train()
 
-        def forward(*args, attention_mask=None, **kwargs):
-            raise NotImplementedError("no mask of four dimensions here")
+        heard = model.base_model.forward
+
+        def forward(*args, position_ids=None, **kwargs):
+            if position_ids is not None:
+                raise NotImplementedError("no positions here")
+            return heard(*args, **kwargs)
 
         model.base_model.forward = forward
         assert not supports_shared_prefix(model)
         assert model.training
 
-    def test_no_for_a_sliding_window_wider_than_the_trial(self):
-        # the trial's 12 tokens fit in the window, real sequences need not
+    def test_asked_once_and_again_for_longer_rows(self, make_model, monkeypatch):
+        model, tried, own = make_model("llama"), [], trial._difference
+        monkeypatch.setattr(
+            trial, "_difference", lambda model, road, size: tried.append(size) or own(model, road, size)
+        )
+        for longest in (5, 20, 32, 33, 60):
+            assert supports_shared_prefix(model, longest)
+        assert [size.longest for size in tried] == [32, 64]
+        assert supports_shared_prefix(make_model("llama", seed=1))
+        assert len(tried) == 3
+
+    def test_not_farther_than_the_context(self, make_model, kind):
+        model = make_model(kind)
+        assert supports_shared_prefix(model, 64, 200)
+        with pytest.raises(ValueError, match=r"answers: got 65 tokens with the prompt in row 1, .* context, 64"):
+            score_answers(model, [[3], tokens(40, 1)], [[[4]], [tokens(25, 2)]], pad_id=PAD)
+
+    def test_no_for_a_model_that_is_no_language_model(self, make_model):
+        def looks_ahead(model):
+            heard = model.base_model.forward
+
+            def forward(*args, **kwargs):
+                out = heard(*args, **kwargs)
+                out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean(dim=1, keepdim=True)
+                return out
+
+            model.base_model.forward = forward
+            return model
+
+        for shared in (lambda m: supports_shared_prefix(m), lambda m: sample_answers(m, [[3]], 1, **SETTINGS)):
+            with pytest.raises(ValueError, match="model: the predictions of LlamaForCausalLM change with the tokens"):
+                shared(looks_ahead(make_model("llama")))
+
+    def test_weights_that_are_no_numbers_give_scores_that_are_none(self, make_model):
+        """Whoever reads them names the row, or the step of a training that broke."""
+        model = make_model("llama")
+        model.lm_head.weight.data[3, 3] = math.nan
+        assert score_answers(model, [[3]], [[[4]]], pad_id=PAD).logps.isnan().all()
+
+    def test_no_road_is_an_error_that_says_what_was_tried(self, make_model, monkeypatch):
+        model = make_model("llama")
+        monkeypatch.setattr(trial, "_error", lambda model, road, size, seed: 0.5)
+        with pytest.raises(
+            ValueError, match=r"scored rightly in no way .*packed rows.*off by 0\.5.*alone.*off by 0\.5"
+        ):
+            score_answers(model, [[3]], [[[4]]], pad_id=PAD)
+
+    @pytest.mark.parametrize("token", [VOCAB, -1])
+    def test_tokens_beyond_the_model_are_refused(self, llama, token):
+        for prompts, answers, name in (
+            ([[3], [token]], [[[4]], [[4]]], "prompts"),
+            ([[3]] * 2, [[[4]], [[token]]], "answers"),
+        ):
+            with pytest.raises(ValueError, match=f"{name}: got token {token} in row 1, expected 0 to {VOCAB - 1}"):
+                score_answers(llama, prompts, answers, pad_id=PAD)
+        with pytest.raises(ValueError, match=f"prompts: got token {token} in row 0"):
+            sample_answers(llama, [[token]], 1, **SETTINGS)
+
+
+SETTINGS = {"max_new_tokens": 3, "eos_id": EOS, "pad_id": PAD, "seed": 0}
+
+
+@pytest.fixture(params=[12, None])
+def window(request):
+    return request.param
+
+
+class TestWindows:
+    @pytest.fixture
+    def mistral(self, window):
         torch.manual_seed(0)
         config = MistralConfig(
             vocab_size=VOCAB,
@@ -591,29 +670,76 @@ class TestSupportsSharedPrefix:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            sliding_window=12,
+            sliding_window=window,
             initializer_range=0.4,
             bos_token_id=None,
             eos_token_id=EOS,
         )
-        model = MistralForCausalLM(config).double().eval()
-        prompts, answers = [tokens(20, 1)], [[tokens(10, 2), tokens(10, 3)]]
-        with torch.no_grad():
-            shared, separate = (
-                score_answers(model, prompts, answers, pad_id=PAD, shared_prefix=s).logps for s in (True, False)
-            )
-        assert (shared - separate).abs().max() > 0.1
-        assert not supports_shared_prefix(model)
+        return MistralForCausalLM(config).double().eval()
 
-    def test_asked_once_a_model(self, make_model, monkeypatch):
-        model, calls = make_model("llama"), []
-        trial = lp._shared_scores
-        monkeypatch.setattr(lp, "_shared_scores", lambda *args, **kwargs: calls.append(1) or trial(*args, **kwargs))
-        assert supports_shared_prefix(model)
-        assert supports_shared_prefix(model)
-        assert len(calls) == 1
-        assert supports_shared_prefix(make_model("llama", seed=1))
-        assert len(calls) == 2
+    def test_a_window_is_part_of_the_shared_mask_and_counts_positions(self, mistral, oracle):
+        prompts, answers = [tokens(20, 1)], [[tokens(10, 2), tokens(14, 3)]]
+        assert supports_shared_prefix(mistral, 34, 44)
+        with torch.no_grad():
+            shared = score_answers(mistral, prompts, answers, pad_id=PAD, shared_prefix=True).logps[0]
+        exact = [math.fsum(oracle(mistral, prompts[0], answer)[0]) for answer in answers[0]]
+        # Mistral's norm rounds to float32
+        assert shared.tolist() == pytest.approx(exact, abs=1e-4)
+
+    def test_a_window_that_counts_columns_is_found_by_length(self, make_model, window):
+        """GPT-Neo's kind, under a name that no list has: the control has no window."""
+        model = make_model("llama")
+        if window is not None:
+            for layer in model.model.layers:
+                layer.self_attn.forward = _local(layer.self_attn.forward, window)
+        assert supports_shared_prefix(model, 12, 12)
+        assert supports_shared_prefix(model, 40, 60) is (window is None)
+        prompts, answers = [tokens(20, 1)], [[tokens(10, 2), tokens(14, 3)]]
+        with torch.no_grad():
+            scores = score_answers(model, prompts, answers, pad_id=PAD).logps[0].tolist()
+            plain = [model(torch.tensor([prompts[0] + a])).logits[0, 19:-1].log_softmax(-1) for a in answers[0]]
+        exact = [p.gather(1, torch.tensor(a)[:, None]).sum().item() for p, a in zip(plain, answers[0], strict=True)]
+        assert scores == pytest.approx(exact, abs=1e-10)
+
+
+def _local(heard, window):
+    """Attention that hides what stands more columns back than a window, whatever its mask says."""
+
+    def forward(hidden_states, attention_mask=None, **kwargs):
+        length = hidden_states.shape[1]
+        near = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+        mask = near[None, None] if attention_mask is None else attention_mask & near
+        # what sees nothing any more is padding; it sees itself
+        return heard(hidden_states=hidden_states, attention_mask=mask | torch.eye(length, dtype=torch.bool), **kwargs)
+
+    return forward
+
+
+class TestImpossibleTokens:
+    """Logits of −∞: their tokens have no part in the entropy, and no gradient is NaN."""
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_entropies_are_finite(self, make_model, shared):
+        model = make_model("llama")
+        prompts, answers = [[3, 4], [5]], [[[6, 7, EOS], [8, EOS]], [[EOS], [6, 6, EOS]]]
+
+        def hide(_, __, logits):
+            return logits.index_fill(-1, torch.tensor([10, 11]), -math.inf)
+
+        hook = model.lm_head.register_forward_hook(hide)
+        scores = score_answers(model, prompts, answers, pad_id=PAD, entropy=True, shared_prefix=shared)
+        (scores.logps.sum() + scores.entropy_sums.sum()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        with torch.no_grad():
+            for i, (prompt, own) in enumerate(zip(prompts, answers, strict=True)):
+                for j, answer in enumerate(own):
+                    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                    rows = [_log_softmax([v for v in row.tolist() if v > -math.inf]) for row in logits]
+                    entropy = -math.fsum(math.exp(v) * v for row in rows for v in row)
+                    assert scores.entropy_sums[i, j].item() == pytest.approx(entropy, abs=1e-10)
+        with sampling(model, prompts, 3, **SETTINGS, scores=True) as sampler:
+            assert sampler.draw(prompts)[1].entropy_sums.isfinite().all()
+        hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -660,7 +786,7 @@ class TestSampleAnswers:
         """generate() by itself repeats each prompt before it computes it; with one seed both draw the same."""
         model, prompts, k = make_model(kind, vocab=50), [[3], [4, 2], [5, 6, 7, 8, 9]], 6
         width, fed = max(map(len, prompts)), []
-        assert supports_shared_prefix(model)  # its trial is not counted
+        sample_answers(model, prompts, k, max_new_tokens=7, eos_id=49, pad_id=PAD, seed=0)  # its trial is not counted
         hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: fed.append(args[0].numel()))
         torch.manual_seed(11)
         expected = model.generate(

@@ -15,11 +15,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from dpoviz.data import tasks
 from dpoviz.lm import models
-from dpoviz.lm.models import SMOLLM2, add_lora, fit_lm, load_lm, tiny_lm, tiny_tokenizer
+from dpoviz.lm.models import SMOLLM2, add_lora, fit_lm, load_lm, lora_targets, tiny_lm, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +222,10 @@ class TestLoadLM:
         parts, expected = (t.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text) for t in (own, tokenizer))
         assert parts == expected  # spaces before a number are a part of their own
         own.save_pretrained(tmp_path)
-        assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+        assert (
+            AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)(text)["input_ids"]
+            == tokenizer(text)["input_ids"]
+        )
 
     def test_a_gguf_in_bfloat16_is_what_a_folder_is(self, tokenizer, tmp_path):
         """The control is a cast of the whole model, which rounds the rotary frequencies as well."""
@@ -231,6 +243,139 @@ class TestLoadLM:
         with torch.no_grad():
             assert torch.equal(model(ids).logits, again(ids).logits)
             assert not torch.equal(plain.to(torch.bfloat16)(ids).logits, again(ids).logits)
+
+    @pytest.mark.parametrize(
+        "rope",
+        [
+            {"rope_type": "default"},
+            {"rope_type": "linear", "factor": 4.0},
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 16},
+        ],
+    )  # fmt: skip
+    def test_a_gguf_gives_the_logits_of_the_model_it_was_written_from(self, tokenizer, tmp_path, rope):
+        gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+        model = _rope_llama(tokenizer, rope)
+        _write_gguf(_llama_to_gguf(gguf, model, tokenizer, tmp_path / "rope.gguf"))
+        ids = torch.arange(5, 105)[None]
+        again, _ = load_lm(tmp_path / "rope.gguf", dtype=torch.float32)
+        with torch.no_grad():
+            expected = model(ids).logits
+            # the file holds frequencies' divisors in float32; the angles reach 100
+            torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-3)
+            again.save_pretrained(tmp_path / "folder")
+            tokenizer.save_pretrained(tmp_path / "folder")
+            torch.testing.assert_close(load_lm(tmp_path / "folder").model(ids).logits, again(ids).logits)
+            if rope["rope_type"] != "default":  # the control: without the scaling
+                model.model.rotary_emb = type(model.model.rotary_emb)(_rope_llama(tokenizer, {}).config)
+                assert (model(ids).logits - expected).abs().max() > 0.1
+
+    def test_a_gguf_with_another_rope_scaling_is_refused(self, tokenizer, tmp_path):
+        gguf = pytest.importorskip("gguf", reason="pip install dpoviz[real]")
+        writer = _tiny_llama(gguf, tokenizer, tmp_path / "yarn.gguf")
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        _write_gguf(writer)
+        with pytest.raises(ValueError, match=r"model: .*yarn\.gguf scales its rope by yarn; expected linear"):
+            load_lm(tmp_path / "yarn.gguf")
+
+    def test_weights_that_are_missing_are_named(self, tokenizer, tmp_path):
+        model = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2)
+        tokenizer.save_pretrained(tmp_path)
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["num_hidden_layers"] = 3
+        config.pop("layer_types", None)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"model: .* lacks 9 weights of its config\.json \(model\.layers\.2\."):
+            load_lm(tmp_path)
+
+    def test_weights_that_are_no_numbers_are_named(self, tokenizer, tmp_path):
+        model = tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2)
+        model.model.norm.weight.data[3] = math.nan
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"model: the weights model\.norm\.weight of .* hold NaN"):
+            load_lm(tmp_path)
+
+    def test_an_encoder_is_refused(self, tokenizer, tmp_path):
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            initializer_range=0.2,
+        )  # fmt: skip
+        BertLMHeadModel(config).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="model: the predictions of BertLMHeadModel change with the tokens that"):
+            load_lm(tmp_path)
+
+    def test_code_of_a_folder_is_never_run(self, tokenizer, tmp_path, monkeypatch):
+        tiny_lm(tokenizer, hidden_size=32, layers=2, heads=2).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+        monkeypatch.setattr("builtins.input", lambda *args: "y")
+        with pytest.raises(ValueError, match="model: transformers cannot read"):
+            load_lm(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+
+def _rope_llama(tokenizer, rope):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, **rope}, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _llama_to_gguf(gguf, model, tokenizer, path):
+    """Write a Llama as llama.cpp's converter does: queries and keys with interleaved halves."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        base = rope["rope_theta"] ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        writer.add_tensor("rope_freqs.weight", (base / model.model.rotary_emb.inv_freq).numpy())
+    _add_tokenizer(writer, tokenizer)
+    writer.add_vocab_size(len(tokenizer))
+    for name, weight in model.state_dict().items():
+        values = weight.numpy()
+        if not name.startswith("model.layers."):
+            writer.add_tensor(_ENDS[name], values)
+            continue
+        _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+        if part in heads:
+            values = values.reshape(heads[part], 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"blk.{layer}.{_PARTS[part]}.weight", np.ascontiguousarray(values))
+    return writer
+
+
+_ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_PARTS = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
 
 
 def _write_gguf(writer):
@@ -252,14 +397,7 @@ def _tiny_llama(gguf, tokenizer, path, hidden=32, layers=1):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(100.0)
     writer.add_vocab_size(len(tokenizer))
-    core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")  # digits one by one
-    writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
-    writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_unk_token_id(tokenizer.eos_token_id)  # a missing one would be added to the vocabulary
+    _add_tokenizer(writer, tokenizer)
     rng = np.random.default_rng(0)
     square = {f"blk.{i}.{part}.weight" for i in range(layers) for part in _SQUARE}
     norms = {"output_norm.weight"} | {f"blk.{i}.{part}_norm.weight" for i in range(layers) for part in ("attn", "ffn")}
@@ -269,6 +407,17 @@ def _tiny_llama(gguf, tokenizer, path, hidden=32, layers=1):
         writer.add_tensor(name, np.ones(hidden, np.float32))
     writer.add_tensor("token_embd.weight", rng.normal(size=(len(tokenizer), hidden)).astype(np.float32))
     return writer
+
+
+def _add_tokenizer(writer, tokenizer):
+    core = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")  # digits one by one
+    writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
+    writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_unk_token_id(tokenizer.eos_token_id)  # a missing one would be added to the vocabulary
 
 
 _SQUARE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -433,6 +582,53 @@ def test_adapters_without_peft_name_the_extra(tokenizer, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
+class TestAdapterFolders:
+    @pytest.fixture
+    def policy(self, folder):
+        pytest.importorskip("peft", reason="pip install dpoviz[real]")
+        policy = add_lora(load_lm(folder).model, rank=2)
+        for p in policy.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.1)
+        return policy.eval()
+
+    def test_is_read_with_its_model_and_merged(self, policy, folder, tokenizer, tmp_path, monkeypatch):
+        policy.save_pretrained(tmp_path)
+        monkeypatch.chdir(tmp_path)  # the model's folder is found from anywhere
+        model, own = load_lm(tmp_path)
+        ids = torch.tensor([[5, 6, 7]])
+        with torch.no_grad():
+            # merged, the sums come in another order
+            torch.testing.assert_close(model(ids).logits, policy(ids).logits, rtol=0, atol=1e-5)
+            assert (model(ids).logits - load_lm(folder).model(ids).logits).abs().max() > 1e-2  # the control
+        assert type(model) is LlamaForCausalLM and own.get_vocab() == tokenizer.get_vocab()
+
+    @pytest.mark.parametrize(
+        ("base", "message"),
+        [
+            (None, "the adapter in .* names no model; merge it"),
+            ("/no/such/folder", "names the model /no/such/folder, which cannot be had: model: there is no folder"),
+            ("itself", "stands on another one"),
+        ],
+    )
+    def test_refused_by_name(self, policy, tmp_path, base, message):
+        policy.save_pretrained(tmp_path)
+        facts = json.loads((tmp_path / "adapter_config.json").read_text())
+        facts["base_model_name_or_path"] = str(tmp_path) if base == "itself" else base
+        (tmp_path / "adapter_config.json").write_text(json.dumps(facts))
+        with pytest.raises(ValueError, match=message):
+            load_lm(tmp_path)
+
+
+def test_targets_of_adapters_leave_out_what_would_not_learn():
+    small = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    names = lora_targets(MambaForCausalLM(MambaConfig(**small)))
+    assert names == ["backbone.layers.0.mixer.in_proj", "backbone.layers.0.mixer.x_proj"]
+    with pytest.raises(ValueError, match=r"model: .* has no linear layer that can carry an adapter"):
+        lora_targets(MambaForCausalLM(MambaConfig(**{**small, "num_hidden_layers": 0})))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
 def test_a_saved_adapter_is_found_on_its_model(tokenizer, folder, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install dpoviz[real]")
     policy = add_lora(load_lm(folder).model, rank=2)
@@ -441,7 +637,9 @@ def test_a_saved_adapter_is_found_on_its_model(tokenizer, folder, tmp_path):
             torch.nn.init.normal_(p, std=0.1)
     policy.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
-    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path).eval()
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False), tmp_path
+    ).eval()
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, policy.eval()(ids).logits)

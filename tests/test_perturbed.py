@@ -9,6 +9,7 @@ import torch
 
 import dpoviz.lm.scoring as lp
 import dpoviz.training.observe as module
+from dpoviz.lm import trial
 from dpoviz.training.observe import perturbed_directions
 
 PAD, EOS, VOCAB = 0, 2, 30
@@ -75,12 +76,12 @@ class TestAgainstTheTwin:
     def test_models_that_cannot_share_a_prefix(self, models, monkeypatch):
         prompts, answers = some_pairs()
         shared = perturbed_directions(*models, prompts, answers, epsilon=0.5, pad_id=PAD)
-        monkeypatch.setattr(lp, "supports_shared_prefix", lambda model: False)
+        monkeypatch.setattr(trial, "is_right", lambda model, road, size: not road.shared)
 
-        def forbidden(self, dtype):
+        def forbidden(*args):
             raise AssertionError("a mask that the model cannot take")
 
-        monkeypatch.setattr(lp.PrefixBatch, "attention_mask", forbidden)
+        monkeypatch.setattr(trial.PrefixBatch, "related", forbidden)
         apart = perturbed_directions(*models, prompts, answers, epsilon=0.5, pad_id=PAD)
         assert torch.equal(apart, shared)
 

@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import is_math_text
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from dpoviz.analysis import plots
+from dpoviz.analysis import plots, style
 from dpoviz.analysis.tables import EXPECTED_ORDER
 from dpoviz.lm.entropy import EntropyEstimates
 
 RANGE = {"beta0": 1.0, "beta_min": 0.25, "beta_max": 4.0}
-TERMS = ("dpo", "range", "smoothness", "entropy")
+TERMS = ("dpo", "range", "smoothness", "consistency", "entropy")
 
 
 def table(form: str = "inverse", tasks=("dialogue", "math", "code"), n: int = 12, seeds=(0,)) -> pd.DataFrame:
@@ -188,6 +189,42 @@ def lab(color: str, vision: np.ndarray) -> np.ndarray:
 
 def distance(a: str, b: str, vision: np.ndarray) -> float:
     return float(np.linalg.norm(lab(a, vision) - lab(b, vision)))
+
+
+class TestTaskLabel:
+    @pytest.mark.parametrize(
+        ("task", "shown"),
+        [
+            ("math", "math"),
+            ("$x$", "$x$"),
+            (r"$\no$", r"$\no$"),
+            ("a$b", "a$b"),
+            ("_x", "_x"),
+            ("", "(no name)"),
+            ("a\nb\tc", "a b c"),
+            ("x" * 99, "x" * 23 + "…"),
+        ],
+    )
+    def test_any_name_is_drawn_as_it_is(self, task, shown):
+        by_task, by_entropy = plots.figure_beta_by_task(table(tasks=(task, "code"))).axes
+        draw(by_task.figure)
+        assert shown in [drawn(text.get_text()) for text in by_entropy.get_legend().get_texts()]
+        assert f"{shown}\n(n=12)" in [drawn(text.get_text()) for text in by_task.get_xticklabels()]
+        figure = plots.figure_beta_gradients(history(tasks=(task, "code")))
+        draw(figure)
+        assert shown in [drawn(ax.get_title(loc="left")) for ax in figure.axes]
+        draw(plots.plot_beta_gradients(history(tasks=(task,)), task=task).figure)
+
+    def test_chinese_names_are_drawn_without_a_warning_whatever_the_fonts(self):
+        draw(plots.figure_beta_by_task(table(tasks=("数学", "code"))))
+        draw(plots.figure_training(history(tasks=("数学", "code"))))
+        draw(plots.figure_beta_gradients(history(tasks=("数学", "code"))))
+
+
+def drawn(text: str) -> str:
+    """What matplotlib draws of a text that holds no formula: it takes the backslash off an escaped dollar sign."""
+    assert not is_math_text(text)
+    return text.replace(r"\$", "$").strip()
 
 
 class TestPlotBetaByTask:
@@ -447,7 +484,7 @@ class TestPlotBetaGradients:
             assert list(drawn[term].get_ydata()) == list(rows[f"grad/{term}/code"])
             assert drawn[term].get_color() == plots.TERM_COLORS[term]
         total = [sum(row[f"grad/{term}/code"] for term in TERMS) for _, row in rows.iterrows()]
-        # the order of four additions
+        # the order of five additions
         assert list(drawn["sum"].get_ydata()) == pytest.approx(total, rel=1e-12)
         assert drawn["sum"].is_dashed() and not drawn["dpo"].is_dashed()
         assert list(drawn["_zero"].get_ydata()) == [0, 0]
@@ -457,6 +494,23 @@ class TestPlotBetaGradients:
         assert ax.get_ylabel() == "math: pull on $\\beta(x)$\n(positive lowers it)"
         assert (ax.get_xlabel(), ax.get_yscale(), ax.get_title()) == ("step", "linear", "")
         assert [text.get_text() for text in ax.get_legend().get_texts()] == [*TERMS, "sum"]
+
+    @pytest.mark.parametrize("empty", [True, False])
+    def test_a_term_that_is_switched_off_has_no_line(self, empty):
+        off = [f"grad/{term}/math" for term in ("consistency", "entropy")]
+        rows = history().assign(**dict.fromkeys(off, np.nan)) if empty else history().drop(columns=off)
+        ax = plots.plot_beta_gradients(rows, task="math")
+        left = ["dpo", "range", "smoothness"]
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [*left, "sum"]
+        total = rows.query("stage == 2")[[f"grad/{term}/math" for term in left]].sum(axis=1)
+        assert lines(ax)["sum"][1] == pytest.approx(list(total), rel=1e-12)
+
+    def test_a_task_that_no_batch_held_has_no_line(self):
+        rows = history()
+        rows.loc[:, [c for c in rows if c.startswith("grad/") and c.endswith("/math")]] = np.nan
+        ax = plots.plot_beta_gradients(rows, task="math")
+        assert list(lines(ax)) == ["_zero"] and ax.get_legend() is None
+        assert len(plots.figure_beta_gradients(rows).axes) == 3
 
     def test_batch_without_the_task_leaves_no_sum(self):
         rows = history()
@@ -474,7 +528,7 @@ class TestPlotBetaGradients:
         [
             *REFUSED,
             (lambda t: t.query("stage == 1"), "no rows with stage 2"),
-            (lambda t: t.drop(columns="grad/range/math"), r"missing columns \['grad/range/math'\]"),
+            (lambda t: t.drop(columns="grad/dpo/math"), r"missing columns \['grad/dpo/math'\]"),
         ],
     )
     def test_refuses(self, change, message):
@@ -549,6 +603,11 @@ class TestFigureTraining:
         labels = [ax.get_ylabel() for ax in plots.figure_training(rows).axes]
         assert labels == [plots.QUANTITIES[y] for y in ("loss", "accuracy", "beta")]
 
+    def test_what_one_form_lacks_is_an_empty_panel(self):
+        rows = pd.concat([history("inverse").drop(columns=["kl", "kl_se"]), history("standard")], ignore_index=True)
+        axes = np.array(plots.figure_training(rows).axes).reshape(5, 2)
+        assert [[ax.axison for ax in row] for row in axes] == [[True, True]] * 3 + [[False, True], [True, True]]
+
     def test_a_step_is_at_one_place_in_all_rows(self):
         rows = history()
         rows.loc[rows.index[:-2], "kl"] = np.nan  # measured at the end alone
@@ -571,6 +630,14 @@ class TestFigureTraining:
 
 
 class TestFigureBetaGradients:
+    def test_the_legend_has_the_terms_of_all_forms(self):
+        inverse = history("inverse").drop(columns=[f"grad/entropy/{task}" for task in EXPECTED_ORDER])
+        standard = history("standard").drop(columns=[f"grad/range/{task}" for task in EXPECTED_ORDER])
+        figure = plots.figure_beta_gradients(pd.concat([standard, inverse], ignore_index=True))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [*TERMS, "sum"]
+        assert ["entropy" in lines(ax) for ax in figure.axes] == [False] * 3 + [True] * 3
+        assert ["sum" in lines(ax) for ax in figure.axes] == [True] * 6
+
     def test_a_row_a_form_and_a_column_a_task(self):
         figure = plots.figure_beta_gradients(both(history))
         axes = np.array(figure.axes).reshape(2, 3)
@@ -600,13 +667,9 @@ class TestImports:
         tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
         imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
-        assert {module.split(".")[0] for module in imported} <= {
-            "__future__",
-            "collections",
-            "matplotlib",
-            "numpy",
-            "pandas",
-        }
+        others = {"__future__", "collections", "matplotlib", "numpy", "pandas"}
+        own = {"dpoviz.analysis.style", "dpoviz.analysis.text"}
+        assert {module if module in own else module.split(".")[0] for module in imported} <= others | own
 
     def test_drawing_never_loads_pyplot(self):
         code = (
@@ -615,10 +678,10 @@ class TestImports:
             "rows = dict(form='inverse', seed=0, task='math', prompt=list('abc'), beta=[1., 2., 3.],"
             " ref_entropy=[1., 2., 3.], ref_entropy_se=0.1)\n"
             "plots.figure_beta_by_task(pd.DataFrame(rows)).savefig(io.BytesIO())\n"
-            "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)\n"
+            "print(*[name in sys.modules for name in ('matplotlib.figure', 'matplotlib.pyplot', 'torch')])\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == ["True", "False"]
+        assert done.stdout.split() == ["True", "False", "False"]
 
 
 def estimates(estimators=("sequence", "first_token", "per_token"), n: int = 12) -> pd.DataFrame:
@@ -738,8 +801,9 @@ class TestPlotEntropyEstimators:
 
     @pytest.mark.parametrize("fonts", [[], None])
     def test_chinese_is_drawn_without_a_warning_whatever_the_fonts(self, monkeypatch, fonts):
+        draw(plots.plot_entropy_estimators(with_examples()).figure)  # matplotlib remembers the fonts that it found
         if fonts is not None:
-            monkeypatch.setattr(plots.fontManager, "ttflist", fonts)
+            monkeypatch.setattr(style.fontManager, "ttflist", fonts)
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
         draw(ax.figure)
         assert words(ax)[1] in ("讲个笑话", "□□□□")
@@ -750,7 +814,7 @@ class TestPlotEntropyEstimators:
         class Font:
             name = "Noto Sans CJK SC"
 
-        monkeypatch.setattr(plots.fontManager, "ttflist", [Font])
+        monkeypatch.setattr(style.fontManager, "ttflist", [Font])
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
         joke, chinese = ax.texts[:2]
         assert chinese.get_text() == "讲个笑话"

@@ -109,6 +109,46 @@ def test_helpsteer3_sign_of_the_preference_and_domain(write):
     assert [(p["task"], p["chosen"]) for p in pairs] == [("dialogue", "one"), ("code", "two"), ("math", "two")]
 
 
+def test_helpsteer2_turns_and_sign(write):
+    rows = [
+        {"prompt": "A?\n<extra_id_1>Assistant\nB.\n<extra_id_1>User\nC?", "response_1": "one", "response_2": "two",
+         "preference_strength": strength}
+        for strength in (-3, 0, 1)
+    ]  # fmt: skip
+    pairs = load_pairs(write(*rows))
+    assert pairs["messages"][0] == [*chat("A?", "B."), {"role": "user", "content": "C?"}]
+    assert pairs["chosen"][:] == ["one", "two"] and pairs["line"][:] == [1, 3]
+
+
+def test_shp_label_1_prefers_a(write, caplog):
+    row = {"history": "Q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 9, "score_B": 2}
+    pairs = load_pairs(write(row, {**row, "labels": 0, "score_A": 1}))
+    assert pairs["chosen"][:] == ["a", "b"] and "read as the public set shp" in caplog.text
+    with pytest.raises(ValueError, match=r"line 1: not in the layout of shp .*against the scores"):
+        load_pairs(write({**row, "labels": 0}))
+
+
+def test_arena_winners_and_ties(write):
+    row = {"model_a": "m", "model_b": "n", "conversation_a": chat("Q", "a"), "conversation_b": chat("Q", "b")}
+    pairs = load_pairs(write(*({**row, "winner": winner} for winner in ("model_b", "tie", "tie (bothbad)", "model_a"))))
+    assert pairs["chosen"][:] == ["b", "a"] and pairs["line"][:] == [1, 4]
+    row = {"prompt": '["Q", "R"]', "response_a": '["x", "a"]', "response_b": '["x", "b"]'}
+    outcomes = [dict(zip(("winner_model_a", "winner_model_b", "winner_tie"), own, strict=True))
+                for own in ((0, 1, 0), (0, 0, 1), (1, 0, 0))]  # fmt: skip
+    pairs = load_pairs(write(*({**row, **own} for own in outcomes)))
+    assert pairs["chosen"][:] == ["b", "a"] and [len(own) for own in pairs["messages"]] == [3, 3]
+
+
+def test_a_set_is_recognised_only_where_no_column_would_be_lost(write, caplog):
+    row = {"prompt": "Hi", "prompt_id": "1", "chosen": chat("Hi", "good"), "rejected": chat("Hi", "bad"),
+           "messages": chat("Hi", "good"), "score_chosen": 8.0, "score_rejected": 5.0}  # fmt: skip
+    assert load_pairs(write(row))["task"][:] == ["dialogue"] and "public set ultrafeedback" in caplog.text
+    (pair,) = load_pairs(write({**row, "system": "Be kind."}), task="dialogue")
+    assert pair["messages"][0] == {"role": "system", "content": "Be kind."}
+    assert load_pairs(write({**row, "task": "math"}))["task"][:] == ["math"]
+    assert load_pairs(write(row), task="code")["task"][:] == ["code"]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_another_layout_is_refused_by_name(write, preset):
     with pytest.raises(ValueError, match=rf"line 1: not in the layout of {preset} \("):

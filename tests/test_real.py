@@ -102,9 +102,9 @@ class TestTrain:
         tokenizer = load_lm(folder / "model").tokenizer
         held_out = load(config_of(run[0])).held_out
         for arm in (*FORMS, FIXED):
-            reference = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+            reference = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False).eval()
             policy = peft.PeftModel.from_pretrained(
-                AutoModelForCausalLM.from_pretrained(folder / "model"), run[0] / arm / "policy"
+                AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False), run[0] / arm / "policy"
             ).eval()
             answers = [list(pair) for pair in zip(held_out["chosen_ids"], held_out["rejected_ids"], strict=True)]
             with torch.no_grad():
@@ -259,8 +259,8 @@ class TestOtherCommands:
         monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
         few = options(**{"stage1-steps": 2, "stage2-steps": 2, "lora-rank": 0})
         assert main(["train", *source(folder, tmp_path / "o"), *few, "--rule", "entropy"]) == 0
-        moved = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "inverse" / "policy")
-        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        moved = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "inverse" / "policy", trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False)
         assert any(not torch.equal(a, b) for a, b in zip(moved.parameters(), base.parameters(), strict=True))
 
 

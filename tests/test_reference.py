@@ -83,10 +83,10 @@ class TestColumns:
             assert row["ref_entropy_se"] == pytest.approx(drawn.per_token.se[i].item(), rel=1e-7)
 
     def test_all_estimates_of_each_prompt_and_their_errors(self, model, tokenizer):
-        out = reference_pass(model, tokenizer, pairs(), seed=3, **SETTINGS)
+        out = reference_pass(model, tokenizer, pairs(), seed=4, **SETTINGS)
         prompts = list(dict.fromkeys(tuple(ids) for ids in out["prompt_ids"]))
         drawn = estimate_entropy(
-            model, prompts, samples=4, max_new_tokens=4, eos_id=2, pad_id=0, seed=3, batch_size=2
+            model, prompts, samples=4, max_new_tokens=4, eos_id=2, pad_id=0, seed=4, batch_size=2
         )  # fmt: skip
         exact = {
             "ref_entropy_first_token": drawn.first_token.value,

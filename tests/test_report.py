@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +14,21 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from dpoviz.analysis.report import FIGURES, reading, write_report
-from dpoviz.analysis.tables import beta_table, summarize
+from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
+from dpoviz.analysis.report import FAST_NOTE, FIGURES, MIN_PROMPTS, reading, reading_of_accuracy, write_report
+from dpoviz.analysis.tables import (
+    beta_table,
+    read_table,
+    summarize,
+    summarize_accuracy,
+    summarize_estimators,
+    write_table,
+)
+from dpoviz.analysis.text import number
 
 KEPT = (
-    "Over resampled prompts the medians keep their order in 85 % of cases; what another seed, or another rounding of "
-    "the training, would do is not in that."
+    "The medians keep the order printed here in 85 % of resamples of the prompts; this does not cover another seed, or "
+    "another rounding of the training."
 )
 NASTY = '</pre><script>alert("1 < 2 & 3")</script>'
 
@@ -57,6 +68,21 @@ class TestReading:
         for medians, order in (({"math": 1.0}, "math 1.00"), ({"math": 1.0, "code": 2.0}, "math 1.00 < code 2.00")):
             assert reading(summary(medians, share=float("nan")))[0] == f"inverse form: median β is {order}."
 
+    def test_few_prompts_say_nothing_of_the_order(self):
+        medians = {"math": 1.0, "code": 2.0, "dialogue": 3.0}
+        few = summary(medians)
+        few.loc[few["task"] == "code", "n"] = MIN_PROMPTS - 1
+        sentence = reading(few)[0]
+        assert sentence == (
+            "inverse form: too few prompts to say anything about the order of the tasks: 40 math, 9 code, 40 dialogue; "
+            "expected at least 10 per task."
+        )
+        few.loc[few["task"] == "code", "n"] = MIN_PROMPTS  # the control
+        assert reading(few)[0].startswith("inverse form: median β is math 1.00 < code 2.00")
+
+    def test_one_task_has_no_order_to_be_few_for(self):
+        assert reading(summary({"math": 1.0}, share=float("nan")).assign(n=3))[0].endswith("median β is math 1.00.")
+
     def test_rho_within_each_task_and_pooled(self):
         assert reading(summary({"math": 1.0, "code": 2.0}))[1] == (
             "inverse form: Spearman’s ρ of β and H (95 % bootstrap interval) is +0.50 [+0.10, +0.75] within math, "
@@ -86,6 +112,43 @@ class TestReading:
     def test_refuses(self, change, message):
         with pytest.raises(ValueError, match=message):
             reading(change(summary({"math": 1.0})))
+
+
+class TestReadingOfAccuracy:
+    @staticmethod
+    def sentence(difference: float, low: float, high: float) -> str:
+        row = {"task": "all", "n": 50, "groups": 50, "accuracy_low": 0.5, "accuracy_high": 0.7}
+        none = dict.fromkeys(("difference", "difference_low", "difference_high"), float("nan"))
+        compared = {"difference": difference, "difference_low": low, "difference_high": high}
+        rows = [row | {"arm": "inverse", "accuracy": 0.625} | compared, row | {"arm": "fixed", "accuracy": 0.6} | none]
+        (found,) = reading_of_accuracy(pd.DataFrame(rows))
+        return found
+
+    def test_in_words(self):
+        assert self.sentence(0.025, -0.01, 0.0504) == (
+            "inverse: reward accuracy on 50 held-out pairs is 0.625, not significantly different from the fixed β’s "
+            "0.600 after as many steps (difference +0.025, 95 % bootstrap interval −0.010 to +0.050)."
+        )
+        assert "0.625, better than the" in self.sentence(0.025, 0.01, 0.05)
+        assert "0.625, worse than the" in self.sentence(-0.025, -0.05, -0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "trimmed"),
+    [
+        (1.2, "1.20", "1.2"),
+        (0.51996, "0.520", "0.52"),
+        (150.4, "150", "150"),
+        (15004.0, "15000", "15000"),
+        (0.00012, "0.000120", "0.00012"),
+        (-0.0868, "−0.0868", "−0.0868"),
+        (999.6, "1000", "1000"),
+        (0.0, "0.00", "0"),
+        (float("nan"), "–", "–"),
+    ],
+)
+def test_one_way_to_print_a_number(value, text, trimmed):
+    assert (number(value), number(value, trim=True)) == (text, trimmed)
 
 
 class Page(HTMLParser):
@@ -247,3 +310,124 @@ class TestWriteReport:
         with pytest.raises(ValueError, match=r"figures: got \[.*\], expected 'beta_by_task' and any of"):
             written(tmp_path, figures={name: figure() for name in names})
         assert not list(tmp_path.iterdir())
+
+    def test_notes_stand_before_everything_else(self, tmp_path):
+        text = written(tmp_path, notes=["First <of> all.", "Then this."]).text
+        assert text.index("First <of> all.") < text.index("Then this.") < text.index("Direct Preference Optimization")
+        assert "--fast" not in text
+
+    @pytest.mark.parametrize("fast", [True, False])
+    def test_a_fast_run_says_so_at_the_top(self, tmp_path, fast):
+        text = written(tmp_path, config={"fast": fast}).text
+        assert (FAST_NOTE in text[: text.index("Direct Preference Optimization")]) == fast
+
+    def test_accuracy_estimators_and_answers(self, tmp_path):
+        nan = float("nan")
+        accuracy = {
+            "arm": ["inverse", "fixed"],
+            "task": ["math", "all"],
+            "n": [9, 9],
+            "groups": [4, 4],
+            "accuracy": [0.6666, 0.5],
+            "accuracy_low": [0.5, 0.4],
+            "accuracy_high": [0.75, 0.6],
+            "difference": [-0.1666, nan],
+            "difference_low": [-0.3, nan],
+            "difference_high": [0.1, nan],
+        }
+        entropy = {"estimator": ["per_token"], "task": ["math"], "n": [3], "mean": [1.25], "se": [0.5]}
+        answers = {
+            "task": ["math"] * 2,
+            "prompt": ["1+1="] * 2,
+            "arm": ["reference", "inverse"],
+            "answer": ["", NASTY],
+            "beta": [nan, 2.0],
+        }
+        given = {"accuracy": accuracy, "entropy": entropy, "answers": answers}
+        page = written(tmp_path, **{name: pd.DataFrame(columns) for name, columns in given.items()})
+        tables = {tuple(table[0]): table[1:] for table in page.tables}
+        assert tables["run", "task", "pairs (groups)", "reward accuracy", "difference from the fixed β"] == [
+            ["inverse", "math", "9 (4)", "0.667 [0.500, 0.750]", "−0.167 [−0.300, +0.100]"],
+            ["fixed", "all tasks", "9 (4)", "0.500 [0.400, 0.600]", "–"],
+        ]
+        assert tables["estimator", "task", "n", "mean ± standard error"] == [["per_token", "math", "3", "1.25 ± 0.500"]]
+        assert tables["task", "prompt", "run", "answer"] == [
+            ["math", "1+1=", "reference", ""],
+            ["", "", "inverse, β = 2.00", NASTY],
+        ]
+
+    def test_runs_of_one_form_have_a_row_each(self, tmp_path):
+        history = arguments()["history"]
+        both = pd.concat([history.assign(arm="inverse"), history.assign(arm="fixed", kl=-0.5, kl_se=0.125)])
+        head, *rows = written(tmp_path, history=both).tables[2]
+        assert head[:3] == ["run", "form", "seed"]
+        assert [(row[0], row[-1]) for row in rows] == [("fixed", "−0.500 ± 0.125"), ("inverse", "1.25 ± 0.125")]
+
+    def test_the_page_without_a_table_of_beta(self, tmp_path):
+        page = written(tmp_path, table=None, summary=None, figures={"training": figure()})
+        assert "How to read the picture" not in page.text and "What came out" in page.text
+
+
+ODD = (
+    "1", "007", "NA", "None", "nan", "null", "", "True", "=1+1", "@x", "\t", "a\rb", "$x$", "$\\no$", "_x", "%s",
+    "讲个笑话", "<b>&", "{{ x }}", "a/b", "all tasks", "x" * 300,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", [ODD[i : i + 4] for i in range(0, len(ODD), 4)], ids=repr)
+def test_odd_names_and_texts_reach_the_page(tmp_path, odd):
+    """From the numbers to the files, back, and onto the page, with all figures drawn."""
+    task = [name for name in odd for _ in range(5)]
+    prompt = [text for name in odd for text in (name, name + "?", "p", "q", "r")]
+    numbers = [0.5 + i for i in range(len(task))]
+    beta = beta_table(
+        form="inverse", seed=0, task=task, prompt=prompt, beta=numbers, ref_entropy=numbers, ref_entropy_se=numbers
+    )
+    entropy = pd.DataFrame({"estimator": "per_token", "task": task, "prompt": prompt, "entropy": numbers})
+    group = [name if i % 2 else None for i, name in enumerate(task)]
+    pairs = pd.DataFrame({"task": task, "group": group, "prompt": prompt, "h": numbers})
+    row = {"form": "inverse", "seed": 0, "loss": 0.5, "loss/dpo": 0.5}
+    row |= {f"{column}/{name}": 0.5 for name in odd for column in ("beta", "grad/dpo")}
+    tables = {
+        "beta": beta,
+        "history": pd.DataFrame([row | {"stage": stage, "step": step} for stage, step in ((1, 0), (2, 1), (2, 2))]),
+        "entropy": entropy.assign(example=False),
+        "held_out": pd.concat([pairs.assign(arm="fixed"), pairs.assign(arm="inverse", h=1.0)]),
+        "answers": pd.DataFrame({"arm": "reference", "task": odd, "prompt": odd, "answer": odd, "beta": 1.0}),
+    }
+    for name, table in tables.items():
+        write_table(table, tmp_path / f"{name}.csv")
+    tables = {name: read_table(tmp_path / f"{name}.csv") for name in tables}
+    summary = summarize(tables["beta"], n_boot=100)
+    accuracy = summarize_accuracy(tables["held_out"], baseline="fixed", n_boot=100)
+    write_report(
+        tmp_path / "report.html",
+        table=tables["beta"],
+        history=tables["history"],
+        summary=summary,
+        config={},
+        figures={
+            "beta_by_task": figure_beta_by_task(tables["beta"]),
+            "entropy_estimators": plot_entropy_estimators(tables["entropy"]).figure,
+            "training": figure_training(tables["history"]),
+            "beta_gradients": figure_beta_gradients(tables["history"]),
+        },
+        reading=reading(summary) + reading_of_accuracy(accuracy),
+        accuracy=accuracy,
+        entropy=summarize_estimators(tables["entropy"], n_boot=100),
+        answers=tables["answers"],
+    )
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    # a file opened as text, like a browser, has newlines for carriage returns
+    assert {row[1] for row in page.tables[0][1:]} == {*(name.replace("\r", "\n") for name in odd), "all tasks"}
+    answers = [row[3] for row in page.tables[-1][1:]]
+    assert answers == [" ".join(name.split()) for name in odd]
+
+
+def test_no_torch_and_no_pyplot():
+    code = (
+        "import sys, dpoviz.analysis.report, dpoviz.analysis.plots_comparison\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib.pyplot') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

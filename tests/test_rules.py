@@ -69,8 +69,8 @@ class TestRule:
 
     def test_form_and_learning(self, published):
         rule = published()
-        assert rule.form == "standard" and not rule.learns
-        assert PromptRule(BetaNetwork(3, beta0=0.1)).learns
+        assert rule.form == "standard" and not rule.trainable
+        assert PromptRule(BetaNetwork(3, beta0=0.1)).trainable
         assert PromptRule(ConstantBeta(0.1)).form is RandomBeta(0.1, spread=1).form is LookupBeta.form is None
 
     def test_beta_fits_the_loss(self, published):

@@ -434,8 +434,8 @@ class TestSummarizeEstimators:
 # names and texts that a reader of CSV takes for numbers, for missing values, for formulas, or for the end of a row
 ODD = (
     "1", "007", "1e5", "1_000", "-1", "+1", "inf", "NA", "N/A", "None", "nan", "NaN", "null", "", "True", "false",
-    "=1+1", "@sum", "\t=1", "\r=1", "\n", "'", "'=1", "''x", "＝1", '"', ",", "a\rb", "a\r\nb", "a\0b", "\ufeffx", " x ",
-    "2026-01-01", "$x$", "_x", "讲个笑话", "<b>&", "{{ x }}", "#x", "\\N",
+    "=1+1", "@sum", "\t=1", "\r=1", "\n", "'", "'=1", "''x", "＝1", '"', ",", "a\rb", "a\r\nb", "a\0b", "\ufeffx",
+    " x ", "2026-01-01", "$x$", "_x", "讲个笑话", "<b>&", "{{ x }}", "#x", "\\N",
 )  # fmt: skip
 
 

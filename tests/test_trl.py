@@ -385,7 +385,10 @@ class TestTwoProcesses:
         (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
         steps = [row for row in json.loads((left / "trainer_state.json").read_text())["log_history"] if "loss" in row]
         assert len(steps) == 3 and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
-        beta, policy = BetaNetwork.from_pretrained(left / "beta"), AutoModelForCausalLM.from_pretrained(left)
+        beta, policy = (
+            BetaNetwork.from_pretrained(left / "beta"),
+            AutoModelForCausalLM.from_pretrained(left, trust_remote_code=False),
+        )
         assert beta.layers[-1].weight.abs().max() > 0
         assert (policy.lm_head.weight.float() - start.lm_head.weight).abs().max() > 1e-2
 

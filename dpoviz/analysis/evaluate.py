@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoviz.data.tasks import Problem
 from dpoviz.data.tasks import reward as task_reward
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, process_seed, processes
+from dpoviz.lm.processes import hidden, map_over_processes, process_seed, processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_both
 
@@ -114,7 +114,7 @@ def evaluate_policy(
         return found
 
     shown = progress and state.is_main_process
-    with tqdm(total=len(problems), desc="evaluation", unit="prompt", disable=not shown) as bar:
+    with tqdm(total=len(problems), desc="evaluation", unit="prompt", disable=hidden(shown)) as bar:
         shares = [range(first, len(problems), state.num_processes) for first in range(state.num_processes)]
         found = {row: numbers for part in map_over_processes(shares, measure) for row, numbers in part.items()}
     return pd.DataFrame([found[row] for row in range(len(problems))])

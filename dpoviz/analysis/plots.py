@@ -283,7 +283,7 @@ def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **ar
         raise ValueError("table: got nothing but examples, expected prompts of a task too")
     places = {name: i for i, name in enumerate(e for e in ESTIMATORS if e in set(table["estimator"]))}
     if ax is None:
-        ax = Figure(figsize=(2.3 * len(places) + 0.8, 4.4), layout="constrained").add_subplot()
+        ax = Figure(figsize=(max(2.3 * len(places) + 0.8, 7), 4.4), layout="constrained").add_subplot()
     ax = open_axes(ax)
     if (table["entropy"] > 0).all():
         ax.set_yscale("log")

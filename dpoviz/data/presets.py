@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -19,8 +20,9 @@ class Preset:
         pairs: about how many.
         licence: as its page gives it; look again before you use one.
         preferred_by: who or what made one answer the better one.
-        split: of the hub's set.
         convert: gives the pairs of a row, none where it carries no preference.
+        split: of the hub's set.
+        columns: those that no other set has together, by which its files are recognised; none where there are no such.
     """
 
     hub: str | None
@@ -31,6 +33,19 @@ class Preset:
     preferred_by: str
     convert: Callable[[dict], Iterator[dict]]
     split: str = "train"
+    columns: tuple[str, ...] = ()
+
+
+def recognised(row: Mapping[str, object]) -> str | None:
+    """Return the name of the set whose row this is, by its columns; None if it may be anybody's."""
+    chosen = row.get("chosen")
+    if (
+        set(row) - {"task", "group"} == {"chosen", "rejected"}
+        and isinstance(chosen, str)
+        and _TURN.match("\n\n" + chosen.lstrip("\n"))
+    ):
+        return "hh-rlhf"
+    return next((name for name, own in PRESETS.items() if own.columns and set(own.columns) <= set(row)), None)
 
 
 def _renamed(**names: str) -> Callable[[dict], Iterator[dict]]:
@@ -100,6 +115,71 @@ def _ultrafeedback(row: dict) -> Iterator[dict]:
         yield {"chosen": row["chosen"], "rejected": row["rejected"]}
 
 
+def _user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def _ordered(prompt: object, first: object, second: object, better: int) -> Iterator[dict]:
+    """The pair of two answers of which one is better, 1 or 2; none where neither is."""
+    if better:
+        chosen, rejected = (first, second) if better == 1 else (second, first)
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+_HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+def _helpsteer2(row: dict) -> Iterator[dict]:
+    """Preference from -3 (the first is much better) to 3 (the second is); 0 is none. Turns are marked in the text."""
+    first, *parts = _HELPSTEER_TURN.split(row["prompt"])
+    said = zip(parts[::2], parts[1::2], strict=True)
+    chat = [*_user(first), *({"role": speaker.lower(), "content": text} for speaker, text in said)]
+    strength = row["preference_strength"]
+    yield from _ordered(chat, row["response_1"], row["response_2"], (strength < 0) + 2 * (strength > 0))
+
+
+def _shp(row: dict) -> Iterator[dict]:
+    """Label 1 prefers A, 0 prefers B; the scores, votes of readers, say the same."""
+    better = {1: 1, 0: 2}[int(row["labels"])]
+    if (int(row["score_A"]) > int(row["score_B"])) != (better == 1):
+        raise ValueError(f"labels: got {row['labels']}, against the scores {row['score_A']} and {row['score_B']}")
+    yield from _ordered(_user(row["history"]), row["human_ref_A"], row["human_ref_B"], better)
+
+
+def _pku(row: dict) -> Iterator[dict]:
+    """The more helpful answer; which one is safer is another label, and not read."""
+    better = int(row["better_response_id"]) + 1
+    yield from _ordered(_user(row["prompt"]), row["response_0"], row["response_1"], better)
+
+
+def _arena(row: dict) -> Iterator[dict]:
+    """Whole conversations, and the winner's name."""
+    better = {"model_a": 1, "model_b": 2}.get(row["winner"], 0)
+    for pair in _ordered(None, row["conversation_a"], row["conversation_b"], better):
+        yield {name: pair[name] for name in ("chosen", "rejected")}
+
+
+def _arena_55k(row: dict) -> Iterator[dict]:
+    """What was said in lists of texts in JSON, and a column per outcome."""
+    asked, first, second = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
+    better = 1 if int(row["winner_model_a"]) else 2 if int(row["winner_model_b"]) else 0
+    for pair in _ordered(None, _dialogue(asked, first), _dialogue(asked, second), better):
+        yield {name: pair[name] for name in ("chosen", "rejected")}
+
+
+def _dialogue(asked: list[str], answered: list[str]) -> list[dict]:
+    return [
+        {"role": role, "content": text}
+        for turn in zip(asked, answered, strict=True)
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _stack_exchange(row: dict) -> Iterator[dict]:
+    """Answer j has more votes than answer k."""
+    yield from _ordered(_user(row["question"]), row["response_j"], row["response_k"], 1)
+
+
 _HUB = "https://huggingface.co/datasets/"
 
 PRESETS = {
@@ -111,6 +191,7 @@ PRESETS = {
         "MIT",
         "the final number",
         _gsm8k_solutions,
+        columns=("question", "ground_truth", "6b_finetuning", "175b_verification"),
     ),
     "code-preference-pairs": Preset(
         "Vezora/Code-Preference-Pairs",
@@ -120,6 +201,7 @@ PRESETS = {
         "Apache-2.0",
         "bugs put into a right program",
         _renamed(prompt="input", chosen="accepted", rejected="rejected"),
+        columns=("input", "accepted", "rejected", "ID"),
     ),
     "py-dpo": Preset(
         "jondurbin/py-dpo-v0.1",
@@ -139,6 +221,7 @@ PRESETS = {
         "GPT-4",
         _ultrafeedback,
         split="train_prefs",
+        columns=("prompt", "prompt_id", "chosen", "rejected", "messages", "score_chosen", "score_rejected"),
     ),
     "hh-rlhf": Preset("Anthropic/hh-rlhf", _HUB + "Anthropic/hh-rlhf", "dialogue", 161_000, "MIT", "people", _hh),
     "orca": Preset(
@@ -151,7 +234,74 @@ PRESETS = {
         _orca,
     ),
     "helpsteer3": Preset(
-        "nvidia/HelpSteer3", _HUB + "nvidia/HelpSteer3", None, 38_000, "CC BY 4.0", "people", _helpsteer3
+        "nvidia/HelpSteer3",
+        _HUB + "nvidia/HelpSteer3",
+        None,
+        38_000,
+        "CC BY 4.0",
+        "people",
+        _helpsteer3,
+        columns=("domain", "context", "response1", "response2", "overall_preference"),
+    ),
+    "helpsteer2": Preset(
+        None,
+        _HUB + "nvidia/HelpSteer2/tree/main/preference",
+        "dialogue",
+        7_100,
+        "CC BY 4.0",
+        "people",
+        _helpsteer2,
+        columns=("prompt", "response_1", "response_2", "preference_strength"),
+    ),
+    "shp": Preset(
+        "stanfordnlp/SHP",
+        _HUB + "stanfordnlp/SHP",
+        "dialogue",
+        349_000,
+        "see its page",
+        "votes of readers",
+        _shp,
+        columns=("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"),
+    ),
+    "pku-saferlhf": Preset(
+        "PKU-Alignment/PKU-SafeRLHF",
+        _HUB + "PKU-Alignment/PKU-SafeRLHF",
+        "dialogue",
+        74_000,
+        "CC BY-NC 4.0",
+        "people, by helpfulness",
+        _pku,
+        columns=("prompt", "response_0", "response_1", "better_response_id", "safer_response_id"),
+    ),
+    "chatbot-arena": Preset(
+        "lmsys/chatbot_arena_conversations",
+        _HUB + "lmsys/chatbot_arena_conversations",
+        "dialogue",
+        33_000,
+        "see its page",
+        "people",
+        _arena,
+        columns=("model_a", "model_b", "winner", "conversation_a", "conversation_b"),
+    ),
+    "arena-55k": Preset(
+        "lmarena-ai/arena-human-preference-55k",
+        _HUB + "lmarena-ai/arena-human-preference-55k",
+        "dialogue",
+        55_000,
+        "Apache-2.0",
+        "people",
+        _arena_55k,
+        columns=("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
+    ),
+    "stack-exchange-paired": Preset(
+        "lvwerra/stack-exchange-paired",
+        _HUB + "lvwerra/stack-exchange-paired",
+        None,
+        31_000_000,
+        "CC BY-SA",
+        "votes of readers",
+        _stack_exchange,
+        columns=("question", "response_j", "response_k"),
     ),
 }
 """By the name that `load_pairs` takes."""

@@ -1,53 +1,37 @@
-"""The pair record: loading, validation, splitting, tokenisation.
+"""Preference pairs as records: read, validate, split.
 
 A record has `prompt`, `chosen`, `rejected` and `task`, all text, and if wanted `group`: pairs of one group are never
 split between training and held-out data. A prompt that is a chat stands in `messages` as well, and its `prompt` is
-the chat in plain words. Other fields are kept.
+the chat in plain words; `tools` holds the schemas of its tools in JSON. Other fields are kept.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import takewhile
-from pathlib import Path
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
-from huggingface_hub import HfApi
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 
-from dpoviz.data.presets import PRESETS, Preset
+from dpoviz.data import files
+from dpoviz.data.files import Row, Source
+from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
+from dpoviz.data.presets import PRESETS, Preset, recognised
 
 logger = logging.getLogger(__name__)
 
-FIELDS = ("prompt", "chosen", "rejected", "task")
-
-ROLES = ("system", "user", "assistant")
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
+RESERVED_TASKS = ("all",)
+"""Names that tables give to the pairs of all tasks together."""
 
 _SHOWN = 10  # problems listed in one message
 
-_HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
-
 _ROWS_AT_ONCE = 1000  # that stand in Python's objects, ten times as large as Arrow's columns
 
-Source = Path | str | Dataset | Sequence[Path | str]
-
-
-class _Row(NamedTuple):
-    """A record as it was read, or the problem that kept it from being read; `place` and `number` say where it stood."""
-
-    place: str
-    number: int
-    file: str
-    record: object
-    problem: str | None = None
+_CHAT = List({"role": Value("string"), "content": Value("string")})
 
 
 def load_pairs(
@@ -58,78 +42,59 @@ def load_pairs(
     preset: str | None = None,
     tasks: Sequence[str] | None = None,
     split: str = "train",
+    ignore_columns: Sequence[str] = (),
 ) -> Dataset:
     """Read preference pairs, all of them or none.
 
     The prompt is a text or a list of chat messages, ``{"role": …, "content": …}``, whose last one is the user's; an
-    answer is a text, or a list of one assistant's message. The prompt may be left out where both answers begin with
-    it: it is then the messages that they share, or the characters that they share, less a blank at their end (the
-    two layouts that TRL documents as explicit and implicit prompts).
+    answer is a text, or one assistant's message. `data/README.md` says which columns are read, and under which names.
+    The prompt may be left out where both answers begin with it: it is then the messages, or the words, that they share
+    (the two layouts that TRL documents as explicit and implicit prompts). What could change the prompt or the label
+    and cannot be used is refused by name.
 
     Args:
-        source: a file (JSON Lines; JSON, a list of records or an object whose "data" is one; Parquet), a folder of
-            such files, several of these, a `datasets.Dataset`, the name of a preset, or a set on Hugging Face's hub.
+        source: a file (JSON Lines, JSON, CSV, TSV, Parquet, compressed or not), a folder of such files, of a hub's
+            set or of `Dataset.save_to_disk`, several of these, a `datasets.Dataset`, the name of a preset, or a set on
+            Hugging Face's hub.
         task: the task of all pairs. Where records name one, it must be this.
         columns: other people's names of columns, to ours: ``{"question": "prompt"}``.
-        preset: the layout of a known public set, one of `PRESETS`, for a file or a `Dataset` of it. Pairs that
-            cannot be used, such as those with two equal answers, are left out there, and counted in a warning.
+        preset: the layout of a known public set, one of `PRESETS`, for a file or a `Dataset` of it; recognised by
+            itself where its columns are its own. Pairs that cannot be used, such as those with two equal answers, are
+            left out there, and counted in a warning.
         tasks: the task names that are expected; None takes any.
         split: the part of a hub's set, or of a `DatasetDict`.
+        ignore_columns: columns, or fields of messages, that are left out as if they were not there.
 
     Returns:
         A data set with the records' fields, `group` (None where there is none), `line` (where each stood: the line of
-        a JSON Lines file, the number of the record elsewhere, from 1), `messages` where a prompt is a chat (None
-        where not), and `file` where there are several.
+        a text file, the number of the record elsewhere, from 1), `messages` where a prompt is a chat (None where not),
+        `tools` where there are some, and `file` where there are several. A column of several types becomes JSON text.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
         ValueError: records that are no objects, lack a field, hold something else than text or messages, an empty
-            answer, two identical answers, a task that is not expected: each named by file, line and field; another
-            field whose values are of different types; a preset that is not known; a hub that cannot be reached,
+            answer, two identical answers, a task that is not expected, a column that would be lost or that a later
+            step writes: each named by file, line and field; a preset that is not known; a hub that cannot be reached,
             within seconds.
     """
     source, layout, split = _resolve(source, preset, split)
     if layout is not None and columns:
         raise ValueError("columns: given together with a preset, which renames them itself; give one of the two")
     _require_renaming(columns or {})
-    if layout is not None and task is None:
-        task = layout.task
-    pairs, problems, left_out, files = _Columns(_named(source)), [], [], set()
-    for row in _rows(source, split):
-        files.add(row.file)
-        if row.problem is not None:
-            problems.append(f"{row.place}: {row.problem}")
-            continue
-        try:
-            found = _converted(row.record, layout, columns or {})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problems.append(f"{row.place}: not in the layout of {preset or source} ({type(error).__name__}: {error})")
-            continue
-        if not found:
-            left_out.append(f"{row.place}: no preference")
-        for record in found:
-            record, wrong = _canonical(record, task, tasks)
-            if not wrong:
-                pairs.add({**record, "line": row.number, "file": row.file})
-            else:  # people's own data are refused; a public set is as it is
-                (problems if layout is None else left_out).extend(f"{row.place}: {problem}" for problem in wrong)
-    if problems or not len(pairs):
-        problems = problems or left_out or [f"{_named(source)}: holds no pairs"]
-        more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError("\n".join(problems[:_SHOWN]) + more)
-    if left_out:
-        logger.warning("%s: %d pairs are left out, such as %s", _named(source), len(left_out), left_out[0])
-    found = pairs.whole()
-    if len(files) == 1:
-        del found["file"]
-    if found["messages"].null_count == len(pairs):
-        del found["messages"]
-    return Dataset.from_dict(found)
+    if task in RESERVED_TASKS:
+        raise ValueError(f"task: got {task!r}, the name of all tasks together in tables; expected another")
+    if isinstance(ignore_columns, str):
+        raise ValueError(f"ignore_columns: got the text {ignore_columns!r}, expected a list of names")
+    name = files.named(source)
+    loading = _Loading(name, Reader(columns or {}, ignore_columns), layout, task, tasks)
+    for row in files.rows(source, split):
+        loading.add(row)
+    return loading.whole()
 
 
 def _resolve(source: Source, preset: str | None, split: str) -> tuple[Source, Preset | None, str]:
-    """What to read, in which layout, and which part of it."""
-    if preset is None and isinstance(source, str) and source in PRESETS and not Path(source).exists():
+    """Return what to read, in which layout, and which part of it."""
+    if preset is None and isinstance(source, str) and source in PRESETS and not files.exists(source):
         preset = source
         source = PRESETS[preset].hub
         if source is None:
@@ -141,254 +106,252 @@ def _resolve(source: Source, preset: str | None, split: str) -> tuple[Source, Pr
     return source, None if preset is None else PRESETS[preset], split
 
 
-def _named(source: Source) -> str:
-    if isinstance(source, (Dataset, DatasetDict)):
-        return "the data set"
-    return str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
-
-
 def _require_renaming(columns: Mapping[str, str]) -> None:
-    allowed = (*FIELDS, "group")
-    wrong = [ours for ours in columns.values() if ours not in allowed]
+    wrong = [ours for ours in columns.values() if ours not in RENAMED]
     if wrong:
-        raise ValueError(f"columns: got {wrong} as our names, expected some of {', '.join(allowed)}")
+        raise ValueError(f"columns: got {wrong} as our names, expected some of {', '.join(RENAMED)}")
     if len(set(columns.values())) < len(columns):
         raise ValueError(f"columns: two of {list(columns)} become one, expected a name of ours for each")
 
 
-def _rows(source: Source, split: str) -> Iterator[_Row]:
-    if isinstance(source, (list, tuple)):
-        for part in source:
-            yield from _rows(part, split)
-    elif isinstance(source, DatasetDict):
-        if split not in source:
-            raise ValueError(f"split: got {split!r}, expected one of {', '.join(source)}")
-        yield from _rows(source[split], split)
-    elif isinstance(source, Dataset):
-        for i, record in enumerate(source, start=1):
-            yield _Row(f"the data set, row {i}", i, "", record)
-    elif Path(source).is_dir():
-        files = sorted(path for path in Path(source).iterdir() if path.suffix in SUFFIXES)
-        if not files:
-            raise ValueError(f"{source}: holds no file named {', '.join(SUFFIXES)}")
-        for path in files:
-            yield from _file(path)
-    elif isinstance(source, str) and _is_hub_name(source):
-        yield from _rows(_from_hub(source, split), split)
-    else:
-        yield from _file(Path(source))
+class _Loading:
+    """The rows of a source on their way to a data set: pairs, problems, and what the user should know of them."""
 
+    def __init__(
+        self, name: str, reader: Reader, layout: Preset | None, task: str | None, tasks: Sequence[str] | None
+    ) -> None:
+        self.name, self.reader, self.layout, self.task, self.tasks = name, reader, layout, task, tasks
+        self.pairs = _Columns(name)
+        self.files: dict[str, Preset | None] = {}  # and in which layout each is
+        self.problems: list[str] = []
+        self.left_out: list[str] = []
+        self.of_columns: set[str] = set()
+        self.said, self.contrary = array("q"), array("q")  # hashes of the pairs, and of them the other way round
 
-def _is_hub_name(source: str) -> bool:
-    path = Path(source)
-    return not path.exists() and path.suffix not in SUFFIXES and len(path.parts) == 2 and not path.is_absolute()
+    def add(self, row: Row) -> None:
+        """Add the pairs of a row, or what is wrong with it."""
+        if row.file not in self.files:
+            self.files[row.file] = self.layout or self._recognised(row)
+        layout = self.files[row.file]
+        if row.problem is not None:
+            self.problems.append(f"{row.place}: {row.problem}")
+            return
+        for record, wrong in self._records(row, layout):
+            if not wrong:
+                self.pairs.add({**record, "line": row.number, "file": row.file})
+                self._count(record)
+            else:  # people's own data are refused; a public set is as it is
+                (self.problems if layout is None else self.left_out).extend(f"{row.place}: {text}" for text in wrong)
 
+    def _recognised(self, row: Row) -> Preset | None:
+        if not isinstance(row.record, dict) or self.reader.columns:
+            return None
+        record = self.reader.without_ignored(row.record)
+        name = recognised(record)
+        # what the set does not have makes it another: its own reader would leave a system's text out
+        if name is None or any(is_context(own) and own not in {*PRESETS[name].columns} for own in record):
+            return None
+        found = PRESETS[name]
+        said = "%s: read as the public set %s (%s), preferred by %s"
+        logger.warning(said, row.file or self.name, name, found.page, found.preferred_by)
+        return found
 
-def _from_hub(name: str, split: str) -> Dataset:
-    instead = "give a file, a folder or a datasets.Dataset instead"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if not offline:
+    def _records(self, row: Row, layout: Preset | None) -> Iterable[tuple[dict, list[str]]]:
+        if not isinstance(row.record, dict):
+            yield {}, [f"got a JSON {type(row.record).__name__}, expected an object with {', '.join(FIELDS)}"]
+            return
         try:
-            HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
-        except Exception as error:  # the hub's client raises what the HTTP library of its release raises
-            raise ValueError(
-                f"data: {name} is no file or folder, and the hub has no such set or cannot be reached; {instead}, or "
-                "set HF_HUB_OFFLINE=1 to use what was downloaded before"
-            ) from error
-    try:
-        return load_dataset(name, split=split)
-    except Exception as error:
-        if offline:
-            message = "is no file or folder, nor in the local cache, and HF_HUB_OFFLINE forbids the network"
-        else:
-            message = f"cannot be loaded ({error})"
-        raise ValueError(f"data: {name} {message}; {instead}") from error
-
-
-def _file(path: Path) -> Iterator[_Row]:
-    if not path.exists():
-        raise FileNotFoundError(f"data: there is no file or folder {path}")
-    read = {".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix, _json_lines)
-    yield from read(path)
-
-
-def _json_lines(path: Path) -> Iterator[_Row]:
-    with path.open("rb") as file:  # bytes, so that text in another encoding is named by its line as well
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            place = (f"{path}, line {line}", line, path.name)
+            found = [row.record] if layout is None else list(layout.convert(self.reader.without_ignored(row.record)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            name = next(name for name, own in PRESETS.items() if own is layout)
+            self.problems.append(f"{row.place}: not in the layout of {name} ({type(error).__name__}: {error})")
+            return
+        if not found:
+            self.left_out.append(f"{row.place}: no preference")
+        named = {name: row.record[name] for name in ("task", "group") if layout is not None and name in row.record}
+        for record in found:
             try:
-                yield _Row(*place, json.loads(text.decode("utf-8-sig")))
-            except json.JSONDecodeError as error:
-                yield _Row(*place, None, f"not JSON ({error.msg} at character {error.pos})")
-            except UnicodeDecodeError as error:
-                yield _Row(*place, None, f"not UTF-8 ({error.reason} at byte {error.start})")
-
-
-def _json_rows(path: Path) -> Iterator[_Row]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, character {error.colno}"
-        raise ValueError(f"{path}: not JSON ({error.msg} at {place}); JSON Lines are named .jsonl") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    records = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(records, list):
-        raise ValueError(
-            f'{path}: got a JSON {type(content).__name__}, expected a list, or an object whose "data" is one'
-        )
-    for i, record in enumerate(records, start=1):
-        yield _Row(f"{path}, record {i}", i, path.name, record)
-
-
-def _parquet_rows(path: Path) -> Iterator[_Row]:
-    try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not Parquet ({error})") from error
-    for i, record in enumerate(records, start=1):
-        yield _Row(f"{path}, record {i}", i, path.name, record)
-
-
-def _converted(record: object, layout: Preset | None, columns: Mapping[str, str]) -> list[object]:
-    if layout is not None:
-        return list(layout.convert(record))
-    if not isinstance(record, dict) or not columns:
-        return [record]
-    missing = [theirs for theirs in columns if theirs not in record]
-    if missing:
-        raise KeyError(f"columns names {', '.join(missing)}; the record has {', '.join(record)}")
-    kept = {name: value for name, value in record.items() if name not in columns and name not in columns.values()}
-    return [kept | {ours: record[theirs] for theirs, ours in columns.items()}]
-
-
-def _canonical(record: object, task: str | None, tasks: Sequence[str] | None) -> tuple[dict, list[str]]:
-    """The record with its prompt and answers as texts and its chat beside them; or what is wrong with it."""
-    if not isinstance(record, dict):
-        got = type(record).__name__
-        return {}, [f"got a JSON {got}, expected an object with {', '.join(FIELDS)}"]
-    record, problems = dict(record), []
-    if task is not None:
-        own = record.get("task")
-        if own not in (None, task):
-            problems.append(f"field 'task': got {own!r}, but task={task!r} names the whole source")
-        record["task"] = task
-    if all(isinstance(record.get(name), (str, list)) for name in ("chosen", "rejected")):
-        record = _with_prompt(record)
-    for field in FIELDS:
-        if field not in record:
-            has = ", ".join(map(repr, record)) or "none"
-            if field == "task":
-                hint = "name the task of the whole source with task= (--task)"
+                record = self.reader.read(named | record)
+            except Tie:
+                self.left_out.append(f"{row.place}: no preference")
+            except Refused as error:
+                if error.column is None:
+                    yield {}, [str(error)]
+                elif error.column not in self.of_columns:
+                    self.of_columns.add(error.column)
+                    self.problems.append(f"{row.place}: {error}")
             else:
-                hint = "rename other columns with columns= (--columns)"
-            problems.append(f"field {field!r} is missing; the line has {has}; {hint}")
-        elif field != "task" and isinstance(record[field], list):
-            problems += [f"field {field!r}: {text}" for text in _wrong_messages(record[field], field)]
-        elif not isinstance(record[field], str):
-            problems.append(f"field {field!r}: got {type(record[field]).__name__}, expected text")
-        elif not record[field].strip():
-            problems.append(f"field {field!r} is empty")
-    if not isinstance(record.get("group"), (str, type(None))):
-        problems.append(f"field 'group': got {type(record['group']).__name__}, expected text")
-    if problems:
-        return {}, problems
-    for field in ("chosen", "rejected"):
-        if isinstance(record[field], list):
-            record[field] = record[field][0]["content"]
-    messages = None
-    if isinstance(record["prompt"], list):
-        messages = [{"role": message["role"], "content": message["content"]} for message in record["prompt"]]
-        record["prompt"] = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    if record["chosen"] == record["rejected"]:
-        text = "fields 'chosen' and 'rejected' are identical: no preference can be learned from them"
-        problems.append(text)
-    if tasks is not None and record["task"] not in tasks:
-        problems.append(f"field 'task': got {record['task']!r}, expected one of {', '.join(tasks)}")
-    return {**record, "group": record.get("group"), "messages": messages}, problems
+                yield self._canonical(record, layout)
+
+    def _canonical(self, record: dict, layout: Preset | None) -> tuple[dict, list[str]]:
+        """Return the record with its prompt and answers as texts and its chat beside them; or what is wrong with it."""
+        problems = []
+        task = self.task or (layout.task if layout is not None and "task" not in record else None)
+        if task is not None:
+            own = record.get("task")
+            if own not in (None, task):
+                problems.append(f"field 'task': got {own!r}, but task={task!r} names the whole source")
+            record["task"] = task
+        problems += [text for field in FIELDS for text in _field_flaws(record, field)]
+        if not isinstance(record.get("group"), (str, type(None))):
+            problems.append(f"field 'group': got {type(record['group']).__name__}, expected text")
+        if problems:
+            return {}, problems
+        for field in ("chosen", "rejected"):
+            if isinstance(record[field], list):
+                record[field] = record[field][0]["content"]
+        messages = None
+        if isinstance(record["prompt"], list):
+            messages = record["prompt"]
+            record["prompt"] = as_text(messages, record.get("tools"))
+        if record["chosen"] == record["rejected"]:
+            problems.append("fields 'chosen' and 'rejected' are identical: no preference can be learned from them")
+        if record["task"] in RESERVED_TASKS:
+            problems.append(
+                f"field 'task': got {record['task']!r}, the name of all tasks together in tables; rename it"
+            )
+        if self.tasks is not None and record["task"] not in self.tasks:
+            problems.append(f"field 'task': got {record['task']!r}, expected one of {', '.join(self.tasks)}")
+        return {**record, "group": record.get("group"), "messages": messages}, problems + _surrogates(record, messages)
+
+    def _count(self, record: dict) -> None:
+        prompt, chosen, rejected = record["prompt"], record["chosen"], record["rejected"]
+        self.reader.counts["have answers that differ in blanks alone"] += chosen.split() == rejected.split()
+        self.said.append(hash((prompt, chosen, rejected)))
+        self.contrary.append(hash((prompt, rejected, chosen)))
+
+    def _count_repeats(self) -> None:
+        """Count pairs that stand there twice, or once each way round."""
+        said = np.array(self.said)
+        self.reader.counts["say the same as one before"] = len(said) - len(np.unique(said))
+        self.reader.counts["say the contrary of another: the same answers, the other way round"] = int(
+            np.isin(self.contrary, said).sum()
+        )
+
+    def whole(self) -> Dataset:
+        """Return the pairs.
+
+        Raises:
+            ValueError: there are problems, or no pairs.
+        """
+        unknown = sorted(self.reader.ignored - self.reader.seen)
+        if unknown and not self.problems:
+            self.problems.append(f"ignore_columns: got {', '.join(unknown)}, which no row has")
+        if self.problems or not len(self.pairs):
+            problems = self.problems or self.left_out or [f"{self.name}: holds no pairs"]
+            more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise ValueError("\n".join(problems[:_SHOWN]) + more)
+        if self.left_out:
+            logger.warning("%s: %d pairs are left out, such as %s", self.name, len(self.left_out), self.left_out[0])
+        self._count_repeats()
+        for text, count in self.reader.counts.items():
+            if count:
+                logger.warning("%s: %d of %d pairs %s", self.name, count, len(self.pairs), text)
+        return self.pairs.whole(several_files=len(self.files) > 1)
 
 
-def _with_prompt(record: dict) -> dict:
-    """The record with a prompt of its own, if its answers begin with it."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    whole = isinstance(chosen, list) and isinstance(rejected, list) and min(len(chosen), len(rejected)) > 1
-    if "prompt" in record and not whole:
-        return record
-    if type(chosen) is not type(rejected):
-        return record
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    if isinstance(chosen, str) and shared and chosen[shared - 1] == " ":
-        shared -= 1  # the blank belongs to the answers
-    if shared == 0:
-        return record
-    if "prompt" in record and isinstance(record["prompt"], list) and record["prompt"] != chosen[:shared]:
-        return record
-    return {**record, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+def _field_flaws(record: Mapping, field: str) -> list[str]:
+    if field not in record:
+        has = ", ".join(map(repr, record)) or "none"
+        if field == "task":
+            hint = "name the task of the whole source with task= (--task)"
+        else:
+            hint = "rename other columns with columns= (--columns)"
+        return [f"field {field!r} is missing; the line has {has}; {hint}"]
+    value = record[field]
+    if field != "task" and isinstance(value, list):
+        return [f"field {field!r}: {text}" for text in chat_flaws(value, field)]
+    if not isinstance(value, str):
+        return [f"field {field!r}: got {type(value).__name__}, expected text"]
+    return [] if value.strip() else [f"field {field!r} is empty"]
 
 
-def _wrong_messages(messages: list, field: str) -> Iterator[str]:
-    """What is wrong with a prompt's or an answer's chat messages."""
-    if not messages:
-        yield "got no messages"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            yield f"message {i + 1}: got {str(message)[:60]!r}, expected an object with role and content"
-        elif message["role"] not in ROLES:
-            yield f"message {i + 1}: got the role {message['role']!r}, expected one of {', '.join(ROLES)}"
-        elif not isinstance(message["content"], str) or not message["content"].strip():
-            yield f"message {i + 1}: its content is {'empty' if isinstance(message['content'], str) else 'no text'}"
-        elif field == "prompt" and i == len(messages) - 1 and message["role"] != "user":
-            yield f"ends with the {message['role']}'s message, expected the user's"
-        elif field != "prompt" and message["role"] != "assistant":
-            yield f"got the {message['role']}'s message, expected an answer: one assistant's message"
-    if field != "prompt" and len(messages) > 1:
-        yield f"got {len(messages)} messages, expected an answer of one"
+def _surrogates(record: Mapping, messages: list[dict] | None) -> list[str]:
+    """Return which fields hold half of a surrogate pair: legal in JSON, and no text in any encoding."""
+    texts = {name: record.get(name) or "" for name in (*FIELDS, "group", "tools")}
+    texts["prompt"] += json.dumps(messages, ensure_ascii=False)
+    texts |= {f"name {name!a}": name for name in record}
+    found = []
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found.append(f"field {name!r}: half of a surrogate pair ({text[error.start]!a}), which is no text")
+    return found
 
 
 class _Columns:
-    """Records that become Arrow's columns a thousand at a time; None where one lacks a field."""
+    """Converts records to Arrow in chunks of 1,000; missing fields become None, values of several types JSON text."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.records, self.tables, self.count = name, [], [], 0
+        self.name, self.count = name, 0
+        self.records: list[dict] = []
+        self.tables: list[pa.Table] = []
+        self.in_json: dict[str, set[int]] = {}  # of each field of several types the chunks that are JSON text already
+        self.rich = False  # whether a message has more than a role and a content
 
     def __len__(self) -> int:
         return self.count
 
     def add(self, record: dict) -> None:
+        self.rich = self.rich or any(len(message) > 2 for message in record["messages"] or [])
         self.records.append(record)
         self.count += 1
         if len(self.records) == _ROWS_AT_ONCE:
             self._turn()
 
     def _turn(self) -> None:
-        names = dict.fromkeys(field for record in self.records for field in record)
         table = {}
-        for field in names:
+        for field in dict.fromkeys(field for record in self.records for field in record):
+            values = [record.get(field) for record in self.records]
             try:
-                table[field] = pa.array([record.get(field) for record in self.records])
-            except (pa.ArrowException, UnicodeError, OverflowError) as error:
-                self._refuse(field, error)
+                if field == "messages" and self.rich:
+                    raise pa.ArrowTypeError("objects of any fields")
+                table[field] = pa.array(values)
+            except (pa.ArrowException, UnicodeError, OverflowError):
+                self.in_json.setdefault(field, set()).add(len(self.tables))
+                table[field] = _in_json(values)
         self.tables.append(pa.table(table))
         self.records = []
 
-    def whole(self) -> dict[str, pa.ChunkedArray]:
-        """The columns, in the order in which their fields first appeared."""
+    def whole(self, *, several_files: bool) -> Dataset:
+        """Return the columns as a data set, in the order in which their fields first appeared."""
         if self.records:
             self._turn()
-        found = {}
-        for field in dict.fromkeys(name for table in self.tables for name in table.column_names):
-            parts = [table.select([field] if field in table.column_names else []) for table in self.tables]
+        found = {name: self._joined(name) for name in dict.fromkeys(n for t in self.tables for n in t.column_names)}
+        if not several_files:
+            del found["file"]
+        chats = found["messages"]
+        if self.rich or chats.null_count == self.count:
+            del found["messages"]
+        if set(self.in_json) - {"messages"}:
+            names = ", ".join(repr(name) for name in self.in_json if name != "messages")
+            logger.warning("%s: columns %s hold values of several types; kept as JSON text", self.name, names)
+        pairs = Dataset.from_dict(found)
+        if not self.rich:
+            return pairs
+        messages = [text and json.loads(text) for text in chats.to_pylist()]
+        column = Dataset.from_dict({"messages": messages}, features=Features(messages=List(Json())))
+        return concatenate_datasets([pairs, column], axis=1)
+
+    def _joined(self, field: str) -> pa.ChunkedArray:
+        parts = [table.select([field] if field in table.column_names else []) for table in self.tables]
+        if field not in self.in_json:
             try:
                 # a number may be whole in some rows, and a field may be missing in all rows of a part
-                found[field] = pa.concat_tables(parts, promote_options="permissive")[field]
-            except pa.ArrowException as error:
-                self._refuse(field, error)
-        return found
+                return pa.concat_tables(parts, promote_options="permissive")[field]
+            except pa.ArrowException:
+                self.in_json[field] = set()
+        columns = []
+        for i, part in enumerate(parts):
+            values = part[field].to_pylist() if field in part.column_names else [None] * len(part)
+            columns.append(pa.array(values, pa.string()) if i in self.in_json[field] else _in_json(values))
+        return pa.chunked_array(columns)
 
-    def _refuse(self, field: str, error: Exception) -> None:
-        raise ValueError(f"{self.name}, field {field!r}: the lines' values do not make one column ({error})") from error
+
+def _in_json(values: list) -> pa.Array:
+    """Return values as JSON text, None as None."""
+    return pa.array([None if value is None else json.dumps(value, default=str) for value in values], pa.string())
 
 
 def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
@@ -416,8 +379,8 @@ def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
             ]
         }
 
-    chat = List({"role": Value("string"), "content": Value("string")})
-    return pairs.map(put, batched=True, features=Features({**pairs.features, "messages": chat}), desc="chats")
+    features = Features({"messages": _CHAT, **pairs.features})
+    return pairs.map(put, batched=True, features=features, desc="chats")
 
 
 def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:

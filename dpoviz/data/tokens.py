@@ -1,29 +1,94 @@
-"""The pair record: loading, validation, splitting, tokenisation.
+"""Pairs to token ids: prompt and answer as one text, cut at a token; one begin token, one end token.
 
-A record has `prompt`, `chosen`, `rejected` and `task`, all text, and if wanted `group`: pairs of one group are never
-split between training and held-out data. A prompt that is a chat stands in `messages` as well, and its `prompt` is
-the chat in plain words. Other fields are kept.
+Prompt and answer are written as one text, a chat through the tokenizer's template, and turned into tokens once. The
+prompt is the tokens that the prompt alone and both whole texts begin with; the rest is the answer. That is what a
+model meets, and what TRL trains: a blank, a "▁" or a header between prompt and answer is where the text has it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, concatenate_datasets
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpoviz.data.records import _ROWS_AT_ONCE, _SHOWN, logger
+from dpoviz.data.templates import DATE, Chat, Rendered, render
+
+logger = logging.getLogger(__name__)
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """What `tokenize_pairs` adds."""
 
 _CHECKED = 20  # rows whose ids are compared with the tokenizer's, where there are ids already
+_SHOWN = 10  # pairs named in one message
+_ROWS_AT_ONCE = 1000  # that stand in Python's objects
+_PROBE = "a plain answer"
+_QUESTION = ({"role": "user", "content": "a question"},)
+
+_SAID = {
+    "differs": "prompt and answer as one text give other tokens than each by itself ({words}); the one text is used",
+    "lost": "{template} leaves out or changes {words}",
+    "tools": "{template} does not write the tools: they are not in the prompt",
+    "unended": "{template} writes no end token behind an answer; {words} is put there",
+    "inside": "an answer has its end token before its end as well; a sampled answer would stop there",
+    "same": "both answers give the same tokens, so that nothing can be learned from them",
+    "dated": f"{{template}} writes today's date; it is told {DATE:%d %b %Y} on all days, so that a run can be repeated",
+}
+"""The warnings of `tokenize_pairs`, by what was found in a pair."""
+
+
+class _Turn(NamedTuple):
+    """What a template writes behind an assistant's answer.
+
+    Attributes:
+        tail: the text behind the answer.
+        end: the token that ends the answer: the first added token of the tail, or the tokenizer's own end token.
+        count: how many of it the tail has; 0 where the template writes none.
+    """
+
+    tail: str
+    end: int
+    count: int
+
+
+class _Written(NamedTuple):
+    """A pair as texts.
+
+    Attributes:
+        prompt: the prompt alone.
+        wholes: prompt and answer, for both answers, up to the end token or farther.
+        answers: both answers alone, without an end token of their own.
+        end: the token that ends the answers.
+        count: how many of it stand behind an answer.
+        chat: whether a template wrote it.
+        found: what is to be said about it, by the names of `_SAID`, or "refused".
+    """
+
+    prompt: str
+    wholes: tuple[str, str]
+    answers: tuple[str, str]
+    ends: tuple[int, int]
+    count: int
+    chat: bool
+    found: dict[str, str]
+
+
+class _Cut(NamedTuple):
+    """A pair as token ids, and what is to be said about it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    found: dict[str, str]
 
 
 def tokenize_pairs(
@@ -31,8 +96,16 @@ def tokenize_pairs(
 ) -> Dataset:
     """Add `prompt_ids`, `chosen_ids` and `rejected_ids`, where they are not yet; both answers end with the end token.
 
-    Prompt and answer are tokenised by themselves, so that the prompt is the same tokens for both answers. A chat is
-    put into the tokenizer's chat template, up to where the assistant's answer begins.
+    The ids are those of TRL's `DPOTrainer` up to the first end token. TRL goes on behind it where a template does
+    (a newline, as a rule), and has two begin or end tokens where a text brings its own.
+
+    - A chat goes through the tokenizer's chat template, with the column `tools` (a list of descriptions, or its
+      JSON) and the variables in `chat_template_kwargs`. Its end token is what the template writes behind an answer.
+    - A text stands as it is, behind the tokens that the tokenizer puts before every text. Its end token is the
+      tokenizer's, or that of the template's turns where the answer brings it.
+
+    Warnings, each once, say where prompt and answer cut by themselves would give other tokens, what the template
+    leaves out, and what else is not as one would expect (`_SAID`).
 
     Args:
         pairs: records as `load_pairs` returns them.
@@ -42,56 +115,57 @@ def tokenize_pairs(
             names them.
 
     Raises:
-        ValueError: the tokenizer has no end token, or no chat template for a chat, or its template ends a turn with
-            another token; a prompt gives no token; pairs are over the limit; ids that another tokenizer gave.
+        ValueError: the tokenizer has no end token, or no chat template for a chat; the template refuses a chat, or
+            does not end; a text has tools; a prompt gives no token; pairs are over the limit; answers end with
+            different tokens; ids that another tokenizer gave.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no end token (eos_token), so that an answer could not end; set one")
     if too_long not in ("refuse", "drop"):
         raise ValueError(f"too_long: got {too_long!r}, expected 'refuse' or 'drop'")
-    if "messages" in pairs.column_names:
-        first_chat = next((i for i, own in enumerate(pairs["messages"]) if own), None)
-        if first_chat is not None:
-            _require_template(tokenizer, f"{_name(pairs, first_chat)} is a chat")
-    end = tokenizer.eos_token_id
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        messages = rows.get("messages", [None] * len(rows["prompt"]))
-        found = {"prompt_ids": encode_prompts(rows["prompt"], messages, tokenizer)}
-        for name in ("chosen", "rejected"):
-            found[f"{name}_ids"] = [[*own, end] for own in tokenizer(rows[name], add_special_tokens=False)["input_ids"]]
-        return found
-
     if set(IDS) <= set(pairs.column_names):
-        some = pairs.select(range(min(len(pairs), _CHECKED)))[:]
-        if any(some[name] != own for name, own in encode(some).items()):
+        some = pairs.select(range(min(len(pairs), _CHECKED)))
+        own = zip(*(some[name][:] for name in IDS), strict=True)
+        if any(ids != cut[:3] for ids, cut in zip(own, _cuts(some, tokenizer), strict=True)):
             raise ValueError(f"pairs: have {', '.join(IDS)}, which are not this tokenizer's; remove these columns")
-    else:  # batch by batch: what a tokenizer returns takes far more memory than the ids
-        ids = Features({name: List(Value("int32")) for name in IDS})
-        features = Features({**pairs.features, **ids})
-        pairs = pairs.map(encode, batched=True, features=features, desc="cutting into tokens")
-    lengths = [(prompt, max(answers)) for prompt, *answers in token_counts(pairs).tolist()]
-    empty = [i for i, (prompt, _) in enumerate(lengths) if prompt == 0]
-    if empty:
-        raise ValueError(f"prompt: {_name(pairs, empty[0])} gives no token")
-    long = [i for i, (prompt, answer) in enumerate(lengths) if prompt + answer > max_length]
-    if not long:
-        return pairs
-    message = f"{len(long)} of {len(pairs)} pairs are over max_length = {max_length} tokens:\n" + "\n".join(
-        f"  {_name(pairs, i)}: prompt {lengths[i][0]} + longer answer {lengths[i][1]}" for i in long[:_SHOWN]
-    )
-    if too_long == "refuse" or len(long) == len(pairs):
-        drop = ", or pass too_long='drop' to leave them out" if len(long) < len(pairs) else ""
-        raise ValueError(f"{message}\nraise max_length{drop}")
-    logger.warning("%s\nthey are left out", message)
-    dropped = set(long)
-    return pairs.select([i for i in range(len(pairs)) if i not in dropped])
+    else:
+        pairs = _with_ids(pairs, tokenizer)
+    pairs = _within(pairs, max_length, too_long)
+    end_id(pairs)
+    return pairs
+
+
+def end_id(pairs: Dataset) -> int:
+    """Return the token that ends the answers of tokenised pairs: where answers drawn at their prompts should stop.
+
+    Raises:
+        ValueError: they do not all end with the same.
+    """
+    arrow, first = pairs.select_columns(list(IDS[1:])).with_format("arrow"), {}
+    for name in IDS[1:]:
+        column = arrow[name][:]
+        behind = pc.list_value_length(column).to_numpy().cumsum()
+        ends, rows = np.unique(pc.list_flatten(column).to_numpy()[behind - 1], return_index=True)
+        first = dict(zip(ends.tolist(), rows.tolist(), strict=True)) | first
+    if len(first) > 1:
+        rows = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
+        raise ValueError(
+            f"pairs: got answers that end with different tokens ({rows}), expected one that answers can be drawn up "
+            "to; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers bring the same end"
+        )
+    return next(iter(first))
 
 
 def token_counts(pairs: Dataset) -> np.ndarray:
     """(N, 3) tokens of the prompt, the chosen and the rejected answer of each tokenised pair."""
     arrow = pairs.select_columns(list(IDS)).with_format("arrow")
     return np.stack([pc.list_value_length(arrow[name][:]).to_numpy() for name in IDS], axis=1)
+
+
+def highest_ids(pairs: Dataset) -> list[int]:
+    """Return the highest token id of the prompts, of the chosen and of the rejected answers."""
+    arrow = pairs.select_columns(list(IDS)).with_format("arrow")
+    return [pc.max(pc.list_flatten(arrow[name][:])).as_py() for name in IDS]
 
 
 def digest(pairs: Dataset, columns: Sequence[str] | None = None) -> str:
@@ -121,41 +195,331 @@ def _hash(found: hashlib.blake2b, column: pa.ChunkedArray | pa.Array) -> None:
 
 
 def encode_prompts(
-    prompts: Sequence[str], messages: Sequence[list[dict] | None], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[str],
+    messages: Sequence[list[dict] | None],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[list[dict] | None] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts: a chat through the chat template up to where the answer begins, a text as it stands.
+    """Token ids of prompts by themselves: a chat up to where the answer begins, a text as it stands.
 
     Args:
         prompts: the texts.
         messages: for each its chat, or None.
         tokenizer: with a chat template, where there is a chat.
+        tools: for each chat the functions that may be called.
+
+    Raises:
+        ValueError: there is no template for a chat, or the template refuses it.
     """
-    ids = tokenizer(list(prompts))["input_ids"]
-    # an end that the tokenizer puts behind every text would be the end of the answer before it began
-    ids = [own[:-1] if len(own) > 1 and own[-1] == tokenizer.eos_token_id else own for own in ids]
-    for i, chat in enumerate(messages):
+    tools = tools or [None] * len(messages)
+    chats = {i: Chat(own, tools[i], prompt=True) for i, own in enumerate(messages) if own}
+    if chats:
+        _require_template(tokenizer, f"prompt {next(iter(chats))} is a chat")
+    texts = list(prompts)
+    for i, found in zip(chats, render(tokenizer, list(chats.values())), strict=True):
+        if found.refusal is not None:
+            raise ValueError(f"prompt {i}: {_refusal(tokenizer, found.refusal)}")
+        texts[i] = found.text
+    return _encode(tokenizer, texts, [i in chats for i in range(len(texts))])
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, object]] | None = None) -> int:
+    """Return the token that ends an answer to a chat, or to a text: where an answer that is drawn should stop.
+
+    Args:
+        tokenizer: with an end token, and with a chat template if there is a chat.
+        chat: a prompt's messages; None for a text.
+
+    Raises:
+        ValueError: there is no template for a chat, or the template refuses it.
+    """
+    if not chat:
+        return tokenizer.eos_token_id
+    _require_template(tokenizer, "a prompt is a chat")
+    turn = _turn(tokenizer, Chat(chat))
+    if isinstance(turn, Rendered):
+        raise ValueError(f"a prompt: {_refusal(tokenizer, turn.refusal)}")
+    return turn.end
+
+
+def _with_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The pairs with their ids; what is to be said about them is said."""
+    ids: dict[str, list[np.ndarray]] = {name: [] for name in IDS}
+    found: dict[str, list[tuple[int, str]]] = {}
+    cuts = tqdm(_cuts(pairs, tokenizer), "cutting into tokens", len(pairs), unit="pair", delay=2, disable=None)
+    for row, cut in enumerate(cuts):
+        for name, own in zip(IDS, cut[:3], strict=True):
+            ids[name].append(np.array(own, np.int32))
+        for kind, words in cut.found.items():
+            found.setdefault(kind, []).append((row, words))
+
+    def place(kind: str) -> str:
+        rows = found[kind]
+        more = f" and {len(rows) - 1} more of {len(pairs)} pairs" if len(rows) > 1 else ""
+        return f"{_name(pairs, rows[0][0])}{more}"
+
+    if "refused" in found:
+        raise ValueError(f"{place('refused')}: {found['refused'][0][1]}")
+    if "empty" in found:
+        raise ValueError(
+            f"prompt: {place('empty')} gives no token, or none that does not merge with the answer; expected a text "
+            "that ends where a token ends"
+        )
+    for kind, text in _SAID.items():
+        if kind in found:
+            words = text.format(template=_template(tokenizer), words=found[kind][0][1])
+            logger.warning("%s: %s", place(kind), words)
+    columns = {name: pa.array(own, pa.list_(pa.int32())) for name, own in ids.items()}
+    return concatenate_datasets([pairs, Dataset(pa.table(columns))], axis=1)
+
+
+def _within(pairs: Dataset, max_length: int, too_long: str) -> Dataset:
+    """The tokenised pairs that keep the limit."""
+    lengths = [(prompt, max(answers)) for prompt, *answers in token_counts(pairs).tolist()]
+    long = [i for i, (prompt, answer) in enumerate(lengths) if prompt + answer > max_length]
+    if not long:
+        return pairs
+    message = f"{len(long)} of {len(pairs)} pairs are over max_length = {max_length} tokens:\n" + "\n".join(
+        f"  {_name(pairs, i)}: prompt {lengths[i][0]} + longer answer {lengths[i][1]}" for i in long[:_SHOWN]
+    )
+    if too_long == "refuse" or len(long) == len(pairs):
+        drop = ", or pass too_long='drop' to leave them out" if len(long) < len(pairs) else ""
+        raise ValueError(f"{message}\nraise max_length{drop}")
+    logger.warning("%s\nthey are left out", message)
+    dropped = set(long)
+    return pairs.select([i for i in range(len(pairs)) if i not in dropped])
+
+
+def _cuts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
+    """Each pair as token ids."""
+    turn = None
+    for start in range(0, len(pairs), _ROWS_AT_ONCE):
+        some = pairs.select(range(start, min(start + _ROWS_AT_ONCE, len(pairs))))
+        chats = _chats(some, tokenizer)
+        answers = list(zip(some["chosen"][:], some["rejected"][:], strict=True))
+        turn = turn or _first_turn(tokenizer, chats, answers)
+        written = _write(some["prompt"][:], chats, answers, turn, tokenizer)
+        yield from _cut(written, tokenizer)
+
+
+def _chats(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Chat | None]:
+    """The prompts that are chats, with their tools; None for a text."""
+    names, found = ("messages", "tools", "chat_template_kwargs"), []
+    columns = [pairs[name][:] if name in pairs.column_names else [None] * len(pairs) for name in names]
+    for i, (messages, tools, options) in enumerate(zip(*columns, strict=True)):
+        try:
+            tools, options = (json.loads(own) if isinstance(own, str) else own for own in (tools, options))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{_name(pairs, i)}: tools or chat_template_kwargs are not JSON ({error})") from error
+        if messages:
+            _require_template(tokenizer, f"{_name(pairs, i)} is a chat")
+        elif tools:
+            raise ValueError(
+                f"{_name(pairs, i)}: tools: got some beside a text, expected a chat, into which a template writes "
+                "them; make the prompt a chat (as_chat, --chat), or leave the column out"
+            )
+        found.append(Chat(messages, tools or None, options=options) if messages else None)
+    return found
+
+
+def _first_turn(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat | None], answers: Sequence[tuple[str, str]]
+) -> _Turn | None:
+    """How the template ends an answer, if that is asked: by a chat, or by a text's answer that brings an end token."""
+    known = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    probes = [chat for chat in chats if chat]
+    if not probes and tokenizer.chat_template and any(own.rstrip().endswith(known) for both in answers for own in both):
+        probes = [Chat(_QUESTION)]
+    turns = (_turn(tokenizer, chat) for chat in probes)
+    return next((turn for turn in turns if isinstance(turn, _Turn)), None)
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> _Turn | Rendered:
+    """How the template ends an answer to a chat, read off one that it writes; or its refusal."""
+    (whole,) = render(tokenizer, [chat._replace(messages=[*chat.messages, _assistant(_PROBE)], prompt=False)])
+    if whole.refusal is not None:
+        return whole
+    if _PROBE not in whole.text:
+        return whole._replace(refusal="it does not write the assistant's answer")
+    tail = whole.text[whole.text.rindex(_PROBE) + len(_PROBE) :]
+    # some vocabularies have runs of blanks among their added tokens
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    end = next((i for i in ids if i in added), None)
+    return _Turn(tail, tokenizer.eos_token_id, 0) if end is None else _Turn(tail, end, ids.count(end))
+
+
+def _write(
+    prompts: Sequence[str],
+    chats: Sequence[Chat | None],
+    answers: Sequence[tuple[str, str]],
+    turn: _Turn | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[_Written]:
+    """Each pair as texts."""
+    ends = {tokenizer.eos_token: tokenizer.eos_token_id}
+    if turn is not None:
+        ends[tokenizer.convert_ids_to_tokens(turn.end)] = turn.end
+    bare = [[_without_end(own, ends) for own in both] for both in answers]
+    jobs = [_jobs(chat, [own for own, _ in both]) for chat, both in zip(chats, bare, strict=True) if chat]
+    rendered, written = iter(render(tokenizer, [chat for own in jobs for chat in own])), []
+    jobs = iter(jobs)
+    for prompt, chat, both in zip(prompts, chats, bare, strict=True):
+        own = tuple(text for text, _ in both)
         if chat:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            # the template writes the special tokens itself
-            ids[i] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+            written.append(_written(chat, own, [next(rendered) for _ in next(jobs)], turn, tokenizer))
+        else:
+            marks = [end or tokenizer.eos_token for _, end in both]
+            wholes = tuple(prompt + text + end for text, end in zip(own, marks, strict=True))
+            written.append(_Written(prompt, wholes, own, tuple(ends[end] for end in marks), 1, False, {}))
+    return written
+
+
+def _jobs(chat: Chat, answers: Sequence[str]) -> list[Chat]:
+    """What is to be rendered of a chat: the prompt, both whole texts, and the prompt without its tools."""
+    wholes = [chat._replace(messages=[*chat.messages, _assistant(own)]) for own in answers]
+    prompt = chat._replace(prompt=True)
+    return [prompt, *wholes, *([prompt._replace(tools=None)] if chat.tools else [])]
+
+
+def _written(
+    chat: Chat,
+    answers: tuple[str, str],
+    rendered: Sequence[Rendered],
+    turn: _Turn | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> _Written:
+    refusal = next((own.refusal for own in rendered[:3] if own.refusal is not None), None)
+    if refusal is not None or turn is None:
+        found = {"refused": _refusal(tokenizer, refusal or "it does not write the assistant's answer")}
+        return _Written("", ("", ""), answers, (0, 0), 0, True, found)
+    prompt, *wholes = (own.text for own in rendered[:3])
+    found = {}
+    if turn.count == 0:
+        wholes = [own.removesuffix(turn.tail) + tokenizer.eos_token for own in wholes]
+        found["unended"] = repr(tokenizer.eos_token)
+    if any(own.dated for own in rendered):
+        found["dated"] = ""
+    if chat.tools and rendered[3].text == prompt:
+        found["tools"] = ""
+    # that it leaves out what an earlier answer thought is what a template is for
+    said = [(message["role"], message["content"], wholes[0]) for message in chat.messages]
+    said = [part for part in said if part[0] != "assistant" and isinstance(part[1], str)]
+    said += [("assistant", own, whole) for own, whole in zip(answers, wholes, strict=True)]
+    lost = next((role for role, content, text in said if content.strip() not in text), None)
+    if lost is not None:
+        found["lost"] = f"the {lost}'s message"
+    return _Written(prompt, tuple(wholes), answers, (turn.end, turn.end), max(turn.count, 1), True, found)
+
+
+def _without_end(text: str, ends: Mapping[str, int]) -> tuple[str, str | None]:
+    """A text without the end tokens at its end, and the first of these."""
+    found = None
+    while True:
+        bare = text.rstrip()
+        end = next((end for end in ends if bare.endswith(end)), None)
+        if end is None:
+            return text, found
+        text, found = bare.removesuffix(end), end
+
+
+def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
+    """Each pair as token ids, cut where the prompt alone and both whole texts part."""
+    chat = [own.chat for own in written]
+    alone = _encode(tokenizer, [own.prompt for own in written], chat)
+    first, second = (_encode(tokenizer, [own.wholes[side] for own in written], chat) for side in (0, 1))
+    apart = [_encode(tokenizer, [own.answers[side] for own in written], [True] * len(written)) for side in (0, 1)]
+    for i, own in enumerate(written):
+        at = min(_shared(alone[i], first[i]), _shared(alone[i], second[i]))
+        prompt, found = first[i][:at], dict(own.found)
+        answers = []
+        for whole, bare, end in zip((first[i], second[i]), apart, own.ends, strict=True):
+            answer, before = _up_to_end(whole[at:], end, own.count)
+            answers.append(answer)
+            if before:
+                found["inside"] = ""
+            if (prompt, answer) != (alone[i], [*bare[i], end]) and "differs" not in found:
+                found["differs"] = _difference(tokenizer, (prompt, answer), (alone[i], [*bare[i], end]))
+        if answers[0] == answers[1]:
+            found["same"] = ""
+        if not prompt and "refused" not in found:
+            found["empty"] = ""
+        yield _Cut(prompt, *answers, found)
+
+
+def _up_to_end(ids: list[int], end: int, count: int) -> tuple[list[int], bool]:
+    """An answer's ids up to its end token, and whether the same token stands before.
+
+    Args:
+        ids: the answer's, and what the template writes behind it.
+        end: the end token.
+        count: how many of it stand behind the answer.
+    """
+    places = [i for i, token in enumerate(ids) if token == end]
+    if not places:  # a tokenizer that takes special tokens for text
+        return [*ids, end], False
+    return ids[: places[-count:][0] + 1], len(places) > count
+
+
+def _shared(ids: list[int], others: list[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    if others[: len(ids)] == ids:
+        return len(ids)
+    return next(i for i, (own, other) in enumerate(zip([*ids, None], [*others, None], strict=False)) if own != other)
+
+
+def _difference(
+    tokenizer: PreTrainedTokenizerBase, one: tuple[list[int], list[int]], apart: tuple[list[int], list[int]]
+) -> str:
+    """The tokens around the place where two ways to cut a pair differ, | between prompt and answer."""
+    boundary = min(len(one[0]), len(apart[0]))
+    place = _shared(one[0] + one[1], apart[0] + apart[1])
+    start = max(0, min(boundary, place) - 3)
+
+    def shown(prompt: list[int], answer: list[int]) -> str:
+        tokens = [repr(token) for token in tokenizer.convert_ids_to_tokens(prompt + answer)]
+        tokens.insert(len(prompt), "|")
+        return " ".join(tokens[start : max(boundary, place) + 5])
+
+    return f"one text {shown(*one)}, by themselves {shown(*apart)}"
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bare: Sequence[bool]) -> list[list[int]]:
+    """Token ids, behind what the tokenizer puts before every text, once; nothing is put before bare ones."""
+    if not texts:
+        return []
+    ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    opening = _opening(tokenizer) if not all(bare) else []
+    return [
+        list(own) if plain or own[: len(opening)] == opening else [*opening, *own]
+        for own, plain in zip(ids, bare, strict=True)
+    ]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before every text."""
+    bare, dressed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return next(dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+
+
+def _assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
 
 
 def _require_template(tokenizer: PreTrainedTokenizerBase, why: str) -> None:
-    """A chat template, whose turns end with the end token: what an answer is trained, and sampled, to end with."""
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer: has no chat template, and {why}; give a chat model, or prompts that are texts")
-    answer = "a plain answer"
-    chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    behind = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
-    special = [i for i in behind if i in tokenizer.all_special_ids]
-    if special and special[0] != tokenizer.eos_token_id:
-        ends = tokenizer.convert_ids_to_tokens(special[0])
-        raise ValueError(
-            f"tokenizer: its chat template ends an answer with {ends!r}, and its end token is "
-            f"{tokenizer.eos_token!r}; set tokenizer.eos_token = {ends!r}"
-        )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the chat template of {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, words: str) -> str:
+    return (
+        f"{_template(tokenizer)} refuses the chat ({words}); expected a chat that it takes; change the messages (a "
+        "system's text can open the user's message), leave such pairs out, or take another model"
+    )
 
 
 def _name(pairs: Dataset, i: int) -> str:

@@ -31,8 +31,10 @@ from dpoviz.data.tokens import IDS, token_counts, tokenize_pairs
 from dpoviz.experiments.config import BenchConfig, WorldConfig
 from dpoviz.experiments.real import load, score
 from dpoviz.experiments.small import small_world
+from dpoviz.lm.forward import predict_shared
 from dpoviz.lm.models import tiny_tokenizer
 from dpoviz.lm.packing import by_length, prefix_batch
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.sampling import sampling
 from dpoviz.lm.scoring import context_length, score_answers
 from dpoviz.losses import Logps, dpo_loss, total_loss
@@ -244,13 +246,9 @@ def bench_reference(
         for some in batches:
             batch = prefix_batch([rows["prompt_ids"][i] for i in some], [answers[i] for i in some], pad)
             batch = batch.to(model.device)
-            hidden = model.base_model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask(model.dtype),
-                position_ids=batch.position_ids, use_cache=False,
-            ).last_hidden_state  # fmt: skip
-            states = hidden.flatten(0, 1)[batch.predictors]
-            for part in states.split(512):
-                model.get_output_embeddings()(part)
+            found = predict_shared(model, batch)
+            for part in found.states.split(512):
+                found.head(part)
 
     def ours() -> None:
         for some in batches:
@@ -343,7 +341,7 @@ def bench_pairs(
 
     tokenizer = tiny_tokenizer([text(200) for _ in range(20)])
     rows = []
-    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=not progress):
+    for count in tqdm(counts, desc="growth with pairs", unit="number", disable=hidden(progress)):
         with tempfile.TemporaryDirectory() as folder, _memory(torch.device("cpu")) as peak:
             path, seconds = Path(folder) / "pairs.jsonl", []
             with path.open("w") as file:
@@ -418,7 +416,7 @@ def bench_vocabulary(
         beyond the weights, MiB).
     """
     rows = []
-    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=not progress):
+    for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=hidden(progress)):
         torch.manual_seed(seed)
         config = LlamaConfig(vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                              num_attention_heads=4, max_position_embeddings=512)  # fmt: skip

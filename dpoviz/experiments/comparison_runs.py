@@ -32,6 +32,7 @@ from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job,
 from dpoviz.experiments.small import World, small_world
 from dpoviz.experiments.workers import cores, run_side_by_side
 from dpoviz.forms import Form, scale
+from dpoviz.lm.processes import hidden
 from dpoviz.rules import LookupBeta, Observation, PromptRule, RandomBeta, Rule, RuleOutput
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
@@ -295,7 +296,7 @@ def compare(
         run_job(config, rows[only], out, cache_dir)
         return
     left = [job for job in rows if not (out / "runs" / f"{job.name}.json").is_file()]
-    with tqdm(total=len(rows), initial=len(rows) - len(left), desc="runs", unit="run", disable=not progress) as bar:
+    with tqdm(total=len(rows), initial=len(rows) - len(left), desc="runs", unit="run", disable=hidden(progress)) as bar:
         for some in ([job for job in left if job.seed >= 1000], [job for job in left if job.seed < 1000]):
             _run_all(config, some, out, cache_dir, workers or cores(), bar.update)
 

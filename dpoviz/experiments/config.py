@@ -178,7 +178,8 @@ class SampleConfig:
     """Sample preference pairs from a model, labelled by programs.
 
     Answers to HumanEval's problems, to generated word problems and to chat openers are labelled by running the
-    problems' tests, by the number and by the dialogue's reward.
+    problems' tests, by the number and by the dialogue's reward. Programs run isolated by bubblewrap. A run that was
+    killed goes on where it stopped when the same command is given again.
 
     Attributes:
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
@@ -188,6 +189,7 @@ class SampleConfig:
         max_new_tokens: limit of an answer, in tokens.
         batch: prompts at once.
         seed: random seed of the samples.
+        unsafe: run the model's programs even where bubblewrap cannot isolate them.
     """
 
     model: str = "smollm2-135m"
@@ -197,6 +199,7 @@ class SampleConfig:
     max_new_tokens: int = 128
     batch: int = 8
     seed: int = 0
+    unsafe: bool = False
 
     def __post_init__(self) -> None:
         _require_whole(self, {"prompts": 1, "samples": 2, "max_new_tokens": 1, "batch": 1, "seed": 0})

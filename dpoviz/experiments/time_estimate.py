@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dpoviz.data.tokens import token_counts
+from dpoviz.data.tokens import end_id, token_counts
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.real import Loaded
 from dpoviz.lm.processes import processes
@@ -38,7 +38,7 @@ def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> di
         steps=settings.stage1_steps + variants * settings.stage2_steps if variants else 0,
         batch_size=settings.batch_size,
         evaluations=1 + variants if variants else 0,  # at the end of each stage
-        eos_id=loaded.tokenizer.eos_token_id,
+        eos_id=end_id(loaded.train),
         pad_id=loaded.tokenizer.pad_token_id,
     )
     return {name: seconds / processes().num_processes for name, seconds in parts.items() if seconds}

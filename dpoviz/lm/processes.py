@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import NoReturn, TypeVar
 
 import datasets
+import torch
 import transformers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import gather_object, parse_flag_from_env
 
 Task = TypeVar("Task")
@@ -42,6 +48,20 @@ def process_seed(seed: int) -> int:
     return seed + (processes().process_index << 20)
 
 
+def mixed_precision() -> str:
+    """Return accelerate's mixed precision, "no" or "bf16" or another: what `Accelerator` has, or what it would read."""
+    if is_initialized():
+        return AcceleratorState().mixed_precision
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def autocast(device: torch.device) -> AbstractContextManager:
+    """Enter accelerate's mixed precision, in which the reference is scored and sampled as the policy is."""
+    if mixed_precision() != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
 def quiet_libraries() -> None:
     """Turn off the progress bars and the chatter of datasets, transformers and accelerate."""
     datasets.disable_progress_bars()
@@ -58,3 +78,16 @@ def hidden(progress: bool) -> bool:
 def watched() -> bool:
     """Return whether anybody sees a progress bar: in a terminal and in a notebook; in a log file it is noise."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the program ends as by Ctrl-C, and its exit status is 143."""
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM raise `Terminated`, so that scratch folders are removed and locks are freed; for the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)

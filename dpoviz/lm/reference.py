@@ -13,12 +13,13 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpoviz.data.tokens import IDS, digest, token_counts, tokenize_pairs
+from dpoviz.data.tokens import IDS, digest, end_id, highest_ids, token_counts, tokenize_pairs
 from dpoviz.lm.cache import Journal, fingerprint, open_entry, require_writable, write_entry
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, processes
-from dpoviz.lm.scoring import context_length, evaluating, score_answers
+from dpoviz.lm.processes import hidden, map_over_processes, processes
+from dpoviz.lm.scoring import context_length, require_tokens_of, score_answers
+from dpoviz.lm.trial import evaluating
 
 
 def default_cache_dir() -> Path:
@@ -85,7 +86,7 @@ def reference_pass(
 
     Raises:
         ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
-            context; or log-probabilities that are not finite, by row.
+            context; a token that it does not know; or log-probabilities that are not finite, by row.
         OSError: `cache_dir` cannot be written; nothing has been computed then. Or there is no room left in it.
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
@@ -97,9 +98,9 @@ def reference_pass(
         "entropy_samples": entropy_samples,
         "seed": seed,
     }
-    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    ends = {"eos_id": end_id(pairs), "pad_id": tokenizer.pad_token_id}
     if ends["pad_id"] is None:
-        ends["pad_id"] = ends["eos_id"]
+        ends["pad_id"] = tokenizer.eos_token_id
     if cache_dir is None:
         return _compute(model, pairs, settings, ends, None, Journal(None), progress)
     facts = [tokenizer.pad_token_id, ends, settings, digest(pairs)]
@@ -122,7 +123,7 @@ def _read(folder: Path) -> Dataset:
 
 
 def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_new_tokens: int) -> None:
-    """Refuse what the model's context cannot hold, before time is spent.
+    """Refuse what the model cannot read, before time is spent.
 
     Args:
         model: the reference.
@@ -131,8 +132,10 @@ def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_ne
         max_new_tokens: limit of a sampled answer.
 
     Raises:
-        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context.
+        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context; a token that it does
+            not know.
     """
+    require_tokens_of(model, "pairs", [highest_ids(pairs)])
     room = context_length(model)
     if room is None:
         return
@@ -184,7 +187,7 @@ def _compute(
     columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
     # those of a prompt's first row: another row's sums may differ in the last bit, and beta with them
-    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row]
+    columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row.numpy()]
     beside = Dataset.from_dict({name: column.astype(np.float32) for name, column in columns.items()})
     return concatenate_datasets([pairs, beside], axis=1)
 
@@ -218,7 +221,10 @@ def _score(
         return kept[name]
 
     shown = progress and processes().is_main_process
-    with evaluating(model), tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=not shown) as bar:
+    with (
+        evaluating(model),
+        tqdm(total=len(size), desc="reference: log-probs", unit="pair", disable=hidden(shown)) as bar,
+    ):
         parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}

@@ -1,16 +1,16 @@
-"""Prompts and answers to shared-prefix batches, log-probabilities, entropies and prompt features; sampling.
+"""Answers sampled from a model's own distribution, and their scores, read where they are sampled.
 
-A prompt stands once and its answers behind it (two for a preference pair); short prompts fill up the rows that long
-ones need. An answer sees its prompt and itself, never its rivals, and its positions start again after the prompt: so
-the scores are those of separate sequences, while what they share is computed once. Logits are computed only where an
-answer is predicted.
+The keys and values of a prompt are computed once for all its answers wherever the model allows that; which way is
+right for a model is found by trying, against plain forwards of what was sampled.
 """
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from dpoviz.lm.forward import cache_argument, context_length, fill_cache, language_model, plain_logits
 from dpoviz.lm.packing import Tokens, by_length
-from dpoviz.lm.scoring import (
-    AnswerScores,
-    context_length,
-    evaluating,
-    language_model,
-    supports_shared_prefix,
-    token_entropies,
-)
+from dpoviz.lm.processes import autocast, hidden
+from dpoviz.lm.scoring import AnswerScores, log_softmax, require_tokens_of, token_entropies
+from dpoviz.lm.trial import evaluating, random_tokens, relative_error, require_causal, tolerance
+
+logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
@@ -54,16 +52,33 @@ class Sampler(NamedTuple):
     generator: torch.Generator
 
 
+class _Way(Enum):
+    """How answers are sampled, the fastest first."""
+
+    SHARED = "a batch, in which keys and values of each prompt are computed once"
+    BATCH = "a batch, padded on the left"
+    ALONE = "prompt by prompt"
+    UNCACHED = "prompt by prompt, without a cache"
+
+    @property
+    def alone(self) -> bool:
+        """Return True where prompts are not side by side."""
+        return self in (_Way.ALONE, _Way.UNCACHED)
+
+
 class _Recorder(LogitsProcessor):
     """Reads what generate() draws from, token by token, and leaves it as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: bool = False) -> None:
         self.logps, self.entropies, self.last = [], [], None
+        self.kept = [] if keep else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.drew(input_ids[:, -1])
-        self.last = scores.log_softmax(dim=-1)  # (rows, V)
+        self.last = log_softmax(scores)  # (rows, V)
         self.entropies.append(token_entropies(self.last))
+        if self.kept is not None:
+            self.kept.append(self.last)
         return scores
 
     def drew(self, tokens: Tensor) -> None:
@@ -106,31 +121,124 @@ def sampling(
     if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: got none, or an empty one, expected at least one token each")
     model, longest = language_model(model), max(len(prompt) for prompt in prompts)
+    require_tokens_of(model, "prompts", prompts)
+    require_tokens_of(model, "eos_id, pad_id", [[eos_id, pad_id]])
     room = context_length(model)
     if room is not None and longest + max_new_tokens > room:
         raise ValueError(
             f"max_new_tokens: got {max_new_tokens}, but a prompt has {longest} tokens and the context {room}; "
             "expected fewer, or shorter prompts"
         )
-    config = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id
-    )  # fmt: skip
+    way = _way(model, longest + max_new_tokens)
+    config = _settings(way, max_new_tokens, eos_id, pad_id)
 
     def draw(some: Tokens) -> tuple[list[list[list[int]]], AnswerScores | None]:
-        recorder = _Recorder() if scores else None
-        drawn = [_until_end(row, eos_id) for row in _generate(model, some, k, config, recorder)]
-        answers = [drawn[i : i + k] for i in range(0, len(drawn), k)]
-        if recorder is None:
-            return answers, None
-        return answers, recorder.scores(torch.tensor([[len(a) for a in own] for own in answers], device=model.device))
+        parts = [
+            _draw(model, own, k, config, way, eos_id, scores) for own in ([[p] for p in some] if way.alone else [some])
+        ]
+        answers = [own for part, _ in parts for own in part]
+        return answers, _joined([read for _, read in parts]) if scores else None
 
+    with _sampled_by(model, config), _seeded(model.device, seed) as generator:
+        yield Sampler(draw, generator)
+
+
+def _settings(way: _Way, max_new_tokens: int, eos_id: int | None, pad_id: int) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=pad_id,
+        use_cache=way is not _Way.UNCACHED,
+    )  # fmt: skip
+
+
+@contextmanager
+def _sampled_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode, no gradient, and settings in place of the model's own."""
     # generate() fills what a configuration leaves open with the model's own settings: both are the same here
     own, model.generation_config = model.generation_config, config
     try:
-        with evaluating(model), _seeded(model.device, seed) as generator, torch.no_grad():
-            yield Sampler(draw, generator)
+        with evaluating(model), torch.no_grad():
+            yield
     finally:
         model.generation_config = own
+
+
+def _draw(
+    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, way: _Way, eos_id: int, scores: bool
+) -> tuple[list[list[list[int]]], AnswerScores | None]:
+    recorder = _Recorder() if scores else None
+    with autocast(model.device):
+        drawn = [_until_end(row, eos_id) for row in _generate(model, prompts, k, config, recorder, way)]
+    answers = [drawn[i : i + k] for i in range(0, len(drawn), k)]
+    if recorder is None:
+        return answers, None
+    return answers, recorder.scores(torch.tensor([[len(a) for a in own] for own in answers], device=model.device))
+
+
+def _joined(parts: list[AnswerScores]) -> AnswerScores:
+    return AnswerScores(*(None if own[0] is None else torch.cat(own) for own in zip(*parts, strict=True)))
+
+
+_TRIED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, _Way]] = weakref.WeakKeyDictionary()
+"""Up to how many tokens which way is right for a model."""
+
+_STEPS = 24
+"""Tokens that are sampled in a trial."""
+
+
+def _way(model: PreTrainedModel, longest: int) -> _Way:
+    """Return the fastest way whose distributions are those of plain forwards, found by trying.
+
+    Args:
+        model: without PEFT's wrapping.
+        longest: tokens of a prompt with its answer, at most.
+
+    Raises:
+        ValueError: there is none.
+    """
+    require_causal(model)
+    tried, known = _TRIED.get(model, (0, _Way.SHARED))
+    if longest <= tried:
+        return known
+    asked = min(1 << (max(longest, 2 * _STEPS) - 1).bit_length(), context_length(model) or 1 << 62)
+    differences = []
+    for way in list(_Way)[list(_Way).index(known) :]:
+        try:
+            with torch.autocast(model.device.type, enabled=False), _seeded(model.device, 0):
+                error = _error(model, way, asked)
+            off = "" if error <= tolerance(model) else f"off by {error:.2g} of the spread of the logits"
+        except Exception as error:  # whatever an unfamiliar model raises: another way is the way out
+            off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if not off:
+            _TRIED[model] = asked, way
+            if way.alone:
+                logger.warning(
+                    "%s is sampled %s, which is slow (%s)", type(model).__name__, way.value, "; ".join(differences)
+                )
+            return way
+        differences.append(f"{way.value}: {off}")
+    raise ValueError(
+        f"model: {type(model).__name__} samples from other distributions than those of its plain forwards, in each way "
+        "that was tried: " + "; ".join(differences)
+    )
+
+
+def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
+    """The largest relative error of what is sampled from, over the steps after a long, a shorter and a short prompt."""
+    steps = max(1, min(_STEPS, longest - 3))
+    prompts = random_tokens(model, [max(1, longest - steps), max(1, (longest - steps) // 2), min(3, longest - steps)])
+    k, worst = 2, 0.0
+    config = _settings(way, steps, None, 0)
+    with _sampled_by(model, config):
+        for own in [[prompt] for prompt in prompts] if way.alone else [prompts]:
+            recorder = _Recorder(keep=True)
+            drawn = _generate(model, own, k, config, recorder, way)
+            logps = torch.stack(recorder.kept)  # (steps, rows, V)
+            for i, prompt in enumerate(own):
+                row = i * k + k - 1
+                places = torch.arange(len(prompt) - 1, len(prompt) + steps - 1, device=model.device)
+                plain = plain_logits(model, prompt + drawn[row], places)
+                worst = max(worst, relative_error(logps[:, row], plain).max().item())
+    return worst
 
 
 @contextmanager
@@ -182,7 +290,7 @@ def sample_answers(
     answers: list[list[list[int]]] = [[] for _ in prompts]
     settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     with sampling(model, prompts, k, **settings) as sampler, tqdm(
-        total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress
+        total=len(prompts), desc="sampling answers", unit="prompt", disable=hidden(progress)
     ) as bar:  # fmt: skip
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
             for row, own in zip(rows, sampler.draw([prompts[row] for row in rows])[0], strict=True):
@@ -192,25 +300,22 @@ def sample_answers(
 
 
 def _generate(
-    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, recorder: _Recorder | None
+    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, recorder: _Recorder | None, way: _Way
 ) -> list[list[int]]:
-    """`generate` of k answers to each prompt; the keys and values of a prompt are made once and repeated."""
+    """`generate` of k answers to each prompt."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    cache = None
-    name = "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"  # before 5.24
+    more = {}
     # the last token of a prompt is left to generate(), which goes on from what the cache holds
-    if k > 1 and width > 1 and supports_shared_prefix(model):
-        positions = (mask[:, :-1].cumsum(dim=1) - 1).clamp(min=0)
+    if way is _Way.SHARED and k > 1 and width > 1:
         cache = DynamicCache(config=model.config)
-        model.base_model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True, **{name: cache}
-        )  # fmt: skip
+        fill_cache(model, ids[:, :-1], mask[:, :-1], cache)
         cache.batch_repeat_interleave(k)
+        more[cache_argument(model)] = cache
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, **{name: cache},
+        input_ids=ids, attention_mask=mask, generation_config=config, **more,
         logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
     )  # fmt: skip
     if recorder is not None:

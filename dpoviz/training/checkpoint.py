@@ -40,9 +40,9 @@ class Checkpoint:
         if self.folder is None:
             return 0, []
         if self.accelerator.is_main_process:
-            self._set_damaged_aside()
+            _set_damaged_aside(self.folder)
         self.accelerator.wait_for_everyone()
-        found = self._found()
+        found = _found(self.folder)
         if not found:
             return 0, []
         saved = read_json(found[-1] / "run.json")
@@ -72,7 +72,8 @@ class Checkpoint:
         try:
             with writing(self.folder):
                 self.accelerator.save_state(str(new))
-                self.accelerator.wait_for_everyone()
+            self.accelerator.wait_for_everyone()
+            with writing(self.folder):
                 if main:
                     run = {"identity": self.identity, "step": step, "history": history}
                     (new / "run.json").write_text(json.dumps(run))
@@ -81,28 +82,30 @@ class Checkpoint:
         except OSError:
             shutil.rmtree(new, ignore_errors=True)  # a part of it is of no use, and takes room
             raise
-        for old in self._found()[:-2] if main else ():
+        for old in _found(self.folder)[:-2] if main else ():
             shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _found(self) -> list[Path]:
-        """Return the checkpoints in the folder, the newest last."""
-        names = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")]
-        steps = sorted(int(name) for name in names if name.isdecimal())
-        return [self.folder / f"checkpoint-{step}" for step in steps]
 
-    def _set_damaged_aside(self) -> None:
-        found = self._found()
-        for number, folder in reversed(list(enumerate(found))):
-            try:
-                verify(folder)
-                return
-            except (ValueError, OSError) as error:
-                aside = folder.with_name(f"{folder.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-                then = f"goes on from {found[number - 1].name}" if number else "starts anew"
-                logger.warning("%s cannot be used (%s): it is now %s, and the run %s", folder, error, aside.name, then)
+def _found(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest last."""
+    names = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return [folder / f"checkpoint-{step}" for step in sorted(int(name) for name in names if name.isdecimal())]
+
+
+def _set_damaged_aside(run: Path) -> None:
+    """Rename the damaged checkpoints of a run, from the newest back to the first that is whole."""
+    found = _found(run)
+    for number, folder in reversed(list(enumerate(found))):
+        try:
+            verify(folder)
+            return
+        except (ValueError, OSError) as error:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            then = f"goes on from {found[number - 1].name}" if number else "starts anew"
+            logger.warning("%s cannot be used (%s): it is now %s, and the run %s", folder, error, aside.name, then)
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:

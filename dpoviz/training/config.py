@@ -70,6 +70,8 @@ class TrainSettings:
         beta_max_norm: norm at which beta's gradient is clipped, by itself.
         warmup_steps: steps in which both learning rates rise from 0, in each stage; None: a tenth of stage 1.
         dropout: leave the model's dropout on while it trains; the reference is always scored without.
+        rescore_reference: score the reference again in each batch, beside the policy, so that both round alike and h is
+            exactly 0 at the start; None: where the precision is below float32.
         log_every: steps between rows of the history; None: about a hundred rows.
         probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0 measures at
             the end of a stage alone.
@@ -97,6 +99,7 @@ class TrainSettings:
     beta_max_norm: float = 1.0
     warmup_steps: int | None = 10
     dropout: bool = False
+    rescore_reference: bool | None = None
     log_every: int | None = 5
     probe_every: int = 30
     probe_prompts: int = 32

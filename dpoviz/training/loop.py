@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from dpoviz.beta import Beta
 from dpoviz.data.tokens import digest
 from dpoviz.forms import scale
+from dpoviz.lm.processes import hidden
 from dpoviz.losses import Logps, TotalLoss, gradients_on_beta, total_loss
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import PromptRule, Rule, RuleOutput
-from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, Batch, read_batch, shuffled_rows
+from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, Batch, shuffled_rows
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.probes import Models, correctly_ranked, means_by_task
@@ -111,21 +112,20 @@ def train(
     identity = {} if out is None else _identity(config, stage, rule, pairs, beta_pairs)
     checkpoint = Checkpoint(state.accelerator, None if out is None else Path(out), identity)
     first, history = checkpoint.load()
-    hidden = not (progress and state.accelerator.is_main_process)
-    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden or None)
+    bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden(progress))
     ratios = None
 
     with bar, training_mode(policy, dropout=config.dropout):
         for step in range(first, steps):
             rule.train()
-            batch = read_batch(pairs[rows[step]], state.accelerator.device)
+            batch = state.read(pairs[rows[step]])
             logps = state.scores(batch)  # (B, 2)
             _require_finite(logps, offset + step, rows[step])
             output = rule(state.observe(batch, logps, step))
             if beta_pairs is None:
                 losses = [_loss(state, batch, logps, output, state.regularization)]
             else:  # beta learns from other pairs than the policy
-                other = read_batch(beta_pairs[beta_rows[step]], state.accelerator.device)
+                other = state.read(beta_pairs[beta_rows[step]])
                 with torch.no_grad():
                     other_logps = state.scores(other)
                 of_other = rule(state.observe(other, other_logps, step))

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from dpoviz.data.tokens import IDS, token_counts
 from dpoviz.lm.packing import by_length
-from dpoviz.lm.processes import map_over_processes, processes
+from dpoviz.lm.processes import hidden, map_over_processes, processes
 from dpoviz.lm.sampling import sample_answers
-from dpoviz.lm.scoring import evaluating, score_answers, supports_shared_prefix
+from dpoviz.lm.scoring import score_answers
+from dpoviz.lm.trial import evaluating
 from dpoviz.rules import PromptRule, Rule
 
 
@@ -128,8 +129,10 @@ def log_ratios(
         bar.update(len(rows))
         return logps - np.array(ref).T
 
-    hidden = not (progress and processes().is_main_process)
-    with evaluating(policy), tqdm(total=len(sizes), desc="held-out pairs", unit="pair", disable=hidden or None) as bar:
+    with (
+        evaluating(policy),
+        tqdm(total=len(sizes), desc="held-out pairs", unit="pair", disable=hidden(progress)) as bar,
+    ):
         for rows, part in zip(batches, map_over_processes(batches, score), strict=True):
             ratios[rows] = part
     return ratios
@@ -161,10 +164,9 @@ def _sampled_kl(
 ) -> dict[str, float]:
     ends = {"eos_id": models.eos_id, "pad_id": models.pad_id}
     answers = sample_answers(models.policy, prompts, 1, max_new_tokens=max_new_tokens, seed=seed, **ends).answers
-    shared = supports_shared_prefix(models.policy)
 
     def logps(model: PreTrainedModel) -> Tensor:
-        return score_answers(model, prompts, answers, pad_id=models.pad_id, shared_prefix=shared).logps[:, 0]
+        return score_answers(model, prompts, answers, pad_id=models.pad_id).logps[:, 0]
 
     with evaluating(models.policy):
         of_policy = logps(models.policy)

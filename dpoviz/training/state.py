@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.beta import BetaNetwork
-from dpoviz.lm.scoring import score_answers, supports_shared_prefix
+from dpoviz.lm.processes import mixed_precision
+from dpoviz.lm.scoring import score_answers
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import Observation, PromptRule, Rule
-from dpoviz.training.batch import Batch
+from dpoviz.training.batch import Batch, read_batch
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import observe
 from dpoviz.training.probes import HeldOut, Models, accuracy, log_ratios, mean_betas, sampled_kl
@@ -33,9 +34,9 @@ class Scorer(nn.Module):
     adapter, and no second name of a tied weight.
     """
 
-    def __init__(self, policy: PreTrainedModel, pad_id: int, shared_prefix: bool) -> None:
+    def __init__(self, policy: PreTrainedModel, pad_id: int) -> None:
         super().__init__()
-        self.policy, self.pad_id, self.shared_prefix = policy, pad_id, shared_prefix
+        self.policy, self.pad_id = policy, pad_id
         trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
         # a tied weight has several names, and a state dict holds it under each
         names = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
@@ -54,7 +55,7 @@ class Scorer(nn.Module):
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
-        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, shared_prefix=self.shared_prefix).logps
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id).logps
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -109,6 +110,7 @@ class State:
         regularization: the penalties on beta; None where there are none.
         held_out: pairs to measure on; None where there are none.
         kl_prompts: training prompts, for a rule that looks at their KL; else None.
+        rescores: whether the reference scores each batch again, beside the policy.
     """
 
     models: Models
@@ -122,6 +124,7 @@ class State:
     regularization: Regularization | None
     held_out: HeldOut | None
     kl_prompts: HeldOut | None
+    rescores: bool
 
     def scores(self, batch: Batch) -> Tensor:
         """Return (B, 2) log-probabilities of the whole batch, on every process; each computes its own rows.
@@ -139,6 +142,19 @@ class State:
         whole = self.accelerator.gather(mine.detach())
         mine = mine.detach() + processes * (mine - mine.detach())
         return torch.cat([whole[: own.start], mine, whole[own.stop :]])
+
+    def read(self, rows: Mapping[str, Sequence]) -> Batch:
+        """Make a batch of rows of the data set; where the precision is low, the reference scores it beside the policy.
+
+        A sum in half precision depends on what else stands in the batch: scored with the same company, policy and
+        reference round alike.
+        """
+        batch = read_batch(rows, self.accelerator.device)
+        if not self.rescores:
+            return batch
+        with torch.no_grad(), self.models.adapter_off():
+            scores = score_answers(self.models.reference, batch.prompts, batch.answers, pad_id=self.models.pad_id)
+        return batch._replace(ref_logps=scores.logps.float())
 
     def observe(self, batch: Batch, logps: Tensor, step: int) -> Observation:
         """Return what the rule looks at."""
@@ -191,8 +207,7 @@ def prepare(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     _check_accelerator(accelerator, config)
     set_seed(config.seed + stage)
-    shared_prefix = supports_shared_prefix(models.policy)
-    scorer = accelerator.prepare(Scorer(models.policy, models.pad_id, shared_prefix))
+    scorer = accelerator.prepare(Scorer(models.policy, models.pad_id))
     optimizers = [accelerator.prepare(adamw(models.policy, config.policy_learning_rate))]
     if rule.trainable:
         optimizers.append(accelerator.prepare(adamw(rule, config.beta_learning_rate)))
@@ -208,7 +223,22 @@ def prepare(
         None if data is None else HeldOut.of(data, config.probe_prompts, accelerator.device)
         for data in (held_out, pairs if "kl" in rule.needs else None)
     )
-    return State(models, rule, config, accelerator, scorer, optimizers, schedules, alpha, weights, held_out, kl_prompts)
+    low = mixed_precision() != "no" or models.policy.dtype in (torch.bfloat16, torch.float16)
+    rescores = low if config.rescore_reference is None else config.rescore_reference
+    return State(
+        models=models,
+        rule=rule,
+        config=config,
+        accelerator=accelerator,
+        scorer=scorer,
+        optimizers=optimizers,
+        schedules=schedules,
+        alpha=alpha,
+        regularization=weights,
+        held_out=held_out,
+        kl_prompts=kl_prompts,
+        rescores=rescores and models.reference is not None,
+    )
 
 
 def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:

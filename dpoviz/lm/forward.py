@@ -1,0 +1,216 @@
+"""Call a model: its body on a batch in which prompts are shared, and its own head on the hidden states of choice.
+
+A model of `transformers` builds its attention mask from its own rule (causal, a window, a chunk) and the places of two
+tokens in a row. Here it is given their positions in their own sequence for these places, and what is not of the same
+sequence is hidden as well: so windows of any kind stay the model's own. The head is all that the model's code does
+behind its body, so that scaled and capped logits are its own, too.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from dpoviz.lm.packing import PrefixBatch
+
+
+class Predictions(NamedTuple):
+    """What predicts the answers' tokens.
+
+    Attributes:
+        states: (N, ·) hidden states, or logits themselves.
+        head: states (n, ·) → logits (n, V), the model's own.
+        of_prompts: (M, D) hidden states at the prompts' tokens; or None.
+    """
+
+    states: Tensor
+    head: Callable[[Tensor], Tensor]
+    of_prompts: Tensor | None = None
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model itself, without PEFT's wrapping; its adapters are layers inside it and act as before."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError("model: got a prompt-tuning adapter, which lives outside the model; expected one such as LoRA")
+    return model.get_base_model()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that the model reads, by its configuration; None where that does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def predict_shared(model: PreTrainedModel, batch: PrefixBatch) -> Predictions:
+    """Predict the answers of a batch in which several prompts and answers stand in a row."""
+    with _shared_masks(batch):
+        return _predict(model, batch, position_ids=batch.position_ids)
+
+
+def predict_padded(model: PreTrainedModel, batch: PrefixBatch) -> Predictions:
+    """Predict the answers of a batch with one prompt and one answer in a row, padded on the right."""
+    return _predict(model, batch)
+
+
+def predict_alone(model: PreTrainedModel, batch: PrefixBatch, *, prompts: bool = False) -> Predictions:
+    """Predict the answers of a batch with one prompt and one answer in a row, by a plain forward of each row.
+
+    Args:
+        prompts: also the hidden states of the prompts.
+    """
+    logits, of_prompts = [], []
+    last = batch.owners.bincount().cumsum(0) - 1  # where the last token of each answer is a target
+    for row in range(len(batch.input_ids)):
+        length = int((batch.segments[row] >= 0).sum())
+        start = int((batch.segments[row] == 0).sum())
+        ids = torch.cat([batch.input_ids[row, :length], batch.targets[last[row], None]])
+        out = _plain(model, ids[None], output_hidden_states=prompts)
+        logits.append(out.logits[0, start - 1 : length])
+        if prompts:
+            of_prompts.append(out.hidden_states[-1][0, :start])
+    return Predictions(torch.cat(logits), lambda states: states, torch.cat(of_prompts) if prompts else None)
+
+
+def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | None = None) -> Tensor:
+    """Return the (T, V) logits of one sequence, with nothing else in the batch: what all else must agree with.
+
+    Args:
+        places: only the logits at these; (n, V).
+    """
+    ids = torch.tensor([tokens], device=model.device)
+    if places is None:
+        return _plain(model, ids).logits[0]
+    if "logits_to_keep" in signature(model.forward).parameters:
+        logits = _plain(model, ids, logits_to_keep=places).logits[0]
+        if len(logits) == len(places):
+            return logits
+    return plain_logits(model, tokens)[places]
+
+
+def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> dict[str, object]:
+    if "attention_mask" in signature(model.forward).parameters:  # or a token that pads elsewhere brings a warning
+        more["attention_mask"] = torch.ones_like(ids)
+    return model(input_ids=ids, use_cache=False, **more)
+
+
+def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Tensor) -> Predictions:
+    out = _body_output(model, batch.input_ids, attention_mask=(batch.segments >= 0).long(), **more)
+    hidden = out["last_hidden_state"].flatten(0, 1)
+    return Predictions(hidden[batch.predictors], _own_head(model, out), hidden[batch.prompt_tokens])
+
+
+def fill_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> None:
+    """Read (B, T) tokens, padded on the left, into a cache."""
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    more = {cache_argument(model): cache}
+    _body_output(model, ids, attention_mask=mask, position_ids=positions, use_cache=True, **more)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return the name under which the model takes a cache."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
+
+
+def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False, **more: object) -> dict[str, object]:
+    """Return what the model's body gives, in a call of the whole model whose head sees one token a row."""
+    kept = []
+
+    def look(*args, **kwargs):
+        out = inner(*args, **kwargs)
+        kept.append(out)
+        return type(out)(**{**out, "last_hidden_state": out["last_hidden_state"][:, :1]})
+
+    with _body_stands_for(model) as (body, inner):
+        body.forward = look
+        model(input_ids=ids, use_cache=use_cache, **more)
+    if len(kept) != 1:
+        raise NotImplementedError(f"{type(model).__name__} calls its body {len(kept)} times")
+    return kept[0]
+
+
+def _own_head(model: PreTrainedModel, out: dict[str, object]) -> Callable[[Tensor], Tensor]:
+    """Return what makes (n, V) logits of (n, D) hidden states: the code of the model behind its body."""
+
+    def head(states: Tensor) -> Tensor:
+        given = type(out)(**{**out, "last_hidden_state": states[None]})
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        with _body_stands_for(model) as (body, _):
+            body.forward = lambda *args, **kwargs: given
+            return model(input_ids=ids, use_cache=False).logits[0]
+
+    return head
+
+
+@contextmanager
+def _body_stands_for(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable]]:
+    """Give the model's body and its forward, and put that back afterwards."""
+    body = _body(model)
+    inner, own = body.forward, vars(body).get("forward")
+    try:
+        yield body, inner
+    finally:
+        if own is None:
+            vars(body).pop("forward", None)
+        else:
+            body.forward = own
+
+
+_BODIES: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref] = weakref.WeakKeyDictionary()
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    """Return the module whose hidden states the head reads: the first model within the model that it calls."""
+    if model not in _BODIES:
+        called = []
+        inside = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+        hooks = [m.register_forward_pre_hook(lambda m, _: called.append(m)) for m in inside]
+        try:
+            with torch.no_grad():
+                _plain(model, torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not called:
+            raise NotImplementedError(f"{type(model).__name__} calls no body")
+        _BODIES[model] = weakref.ref(called[0])
+    return _BODIES[model]()
+
+
+_MASKS = threading.RLock()
+
+
+@contextmanager
+def _shared_masks(batch: PrefixBatch) -> Iterator[None]:
+    """Have masks made by each model's own rule, of positions, and hide what is of another sequence."""
+    own = dict(ALL_MASK_ATTENTION_FUNCTIONS.items())
+
+    def wrap(make: Callable) -> Callable:
+        def mask(*args, mask_function: Callable, **kwargs):
+            def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                at = batch.position_ids
+                return mask_function(row, head, at[row, query], at[row, key]) & batch.related(row, query, key)
+
+            return make(*args, mask_function=seen, **{**kwargs, "attention_mask": None, "allow_is_causal_skip": False})
+
+        return mask
+
+    with _MASKS:  # the table is one for all threads
+        try:
+            for name, make in own.items():
+                ALL_MASK_ATTENTION_FUNCTIONS[name] = wrap(make)
+            yield
+        finally:
+            for name, make in own.items():
+                del ALL_MASK_ATTENTION_FUNCTIONS[name]
+                if ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not make:  # it was an override before
+                    ALL_MASK_ATTENTION_FUNCTIONS[name] = make

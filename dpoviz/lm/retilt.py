@@ -1,0 +1,441 @@
+"""Beta after training: sample from a policy that goes a times as far from the reference as the trained one.
+
+Token by token, from log π_ref + a·(log π − log π_ref), normalised at each step (DeRa, Liu et al. 2024,
+arXiv:2402.02992): a = 0 is the reference, a = 1 the policy, and a may differ per prompt. So a sweep of beta, and any
+beta(x), costs no training, and the same weights are compared with themselves.
+
+Tilted by token is not tilted by answer. With π_a(y) ∝ π_ref(y)^(1−a)·π(y)^a over whole answers, a converged run in
+the standard form with beta/a, the policy by token is
+
+    π̂_a(y) = π_ref(y)^(1−a)·π(y)^a / Π_t Z_t(y_<t),    Z_t = Σ_v π_ref(v|y_<t)^(1−a)·π(v|y_<t)^a
+
+The two are one where Π_t Z_t is the same for all answers: at a = 0 and 1, and for answers of one token. Elsewhere the
+token-wise policy spends no step on where a token leads. So E[r] and KL of the curves here are those of π̂_a, measured;
+the exact derivatives of `dpoviz.tabular.tilt_moments` are those of π_a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoviz.data.tasks import Problem
+from dpoviz.data.tasks import reward as task_reward
+from dpoviz.lm.forward import context_length
+from dpoviz.lm.packing import Tokens, by_length
+from dpoviz.lm.scoring import score_both
+from dpoviz.lm.trial import evaluating
+
+
+def tilted_logps(logits: Tensor, ref_logits: Tensor, a: float | Tensor) -> Tensor:
+    """Return the next-token log-probabilities of the tilted policy.
+
+        log π̂_a = log_softmax(log π_ref + a·(log π − log π_ref))
+
+    Args:
+        logits: (..., V) of the policy; the normalised log-probabilities will do.
+        ref_logits: (..., V) of the reference.
+        a: a number, or a tensor that broadcasts against the rows (...).
+
+    Returns:
+        (..., V) nats, in at least float32.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logps, ref_logps = logits.to(dtype).log_softmax(-1), ref_logits.to(dtype).log_softmax(-1)
+    if isinstance(a, Tensor):
+        a = a.to(logps)[..., None]
+    # where both give a token no probability, −inf − (−inf) is nan
+    direction = (logps - ref_logps).masked_fill(ref_logps == -torch.inf, 0.0)
+    return (ref_logps + a * direction).log_softmax(-1)
+
+
+class Retilted(NamedTuple):
+    """Answers of a tilted policy, and what its steps got to.
+
+    Attributes:
+        answers: for each prompt K answers as token ids, the end token included where one was drawn.
+        logps: likewise, the log-probability of each token under the tilted policy, nats.
+        policy_logps: likewise, under the policy.
+        ref_logps: likewise, under the reference.
+        step_kls: likewise, the exact KL(π̂_a‖π_ref) of the next-token distributions where each token was drawn, nats.
+            Its sum over an answer is an unbiased estimate of KL over answers, of less variance than the log-ratio.
+        truncated: for each prompt, how many of its answers hit the limit before they ended.
+    """
+
+    answers: list[list[list[int]]]
+    logps: list[list[list[float]]]
+    policy_logps: list[list[list[float]]]
+    ref_logps: list[list[list[float]]]
+    step_kls: list[list[list[float]]]
+    truncated: list[int]
+
+
+def sample_retilted(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: Tokens,
+    k: int,
+    *,
+    a: float | Sequence[float] | Tensor,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Retilted:
+    """Sample K answers per prompt from log π_ref + a·(log π − log π_ref), at temperature 1, nothing cut off.
+
+    Both models run side by side, each with its cache of keys and values; rows that have ended leave the batch.
+
+    Args:
+        policy: a causal language model, or one with PEFT's adapters; left in the mode it was in.
+        reference: the model it started from, on the same device. A PEFT policy may stand for it itself: its adapter
+            is then turned off.
+        prompts: B prompts as token ids.
+        k: answers per prompt.
+        a: how far to go: a finite number for all prompts, or one per prompt.
+        max_new_tokens: limit of an answer, in tokens.
+        eos_id: token that ends an answer.
+        pad_id: token that fills the rows; it is not attended to.
+        seed: the draws, batch by batch; the caller's random state is left alone.
+        batch_size: prompts at once; `batch_size` × K sequences are in memory, with two caches.
+        progress: show a bar.
+
+    Raises:
+        ValueError: k, max_new_tokens or batch_size below 1; no prompt or an empty one; an `a` that is not finite or
+            not one per prompt; models that differ in their vocabulary; a `reference` that is a policy without an
+            adapter; an adapter by prompt tuning; a prompt that leaves no room for `max_new_tokens`.
+    """
+    for name, value in (("k", k), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+    if len(prompts) == 0 or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("prompts: got none, or an empty one, expected at least one token each")
+    factors = _factors(a, len(prompts))
+    models = _Models(policy, reference)
+    models.require_room(max(map(len, prompts)), max_new_tokens)
+    generator = torch.Generator(device=policy.device).manual_seed(seed)
+    found: list[_Drawn | None] = [None] * (len(prompts) * k)
+    with (
+        evaluating(policy), evaluating(reference), torch.no_grad(),
+        tqdm(total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress) as bar,
+    ):  # fmt: skip
+        for rows in by_length([len(prompt) for prompt in prompts], batch_size):
+            places = [row * k + i for row in rows for i in range(k)]
+            drawn = _decode(
+                models,
+                [prompts[row] for row in rows for _ in range(k)],
+                torch.tensor([factors[row] for row in rows for _ in range(k)]),
+                max_new_tokens=max_new_tokens,
+                eos_id=eos_id,
+                pad_id=pad_id,
+                generator=generator,
+            )
+            for place, own in zip(places, drawn, strict=True):
+                found[place] = own
+            bar.update(len(rows))
+    columns = [
+        [[getattr(own, name) for own in found[start : start + k]] for start in range(0, len(found), k)]
+        for name in _Drawn._fields
+    ]
+    return Retilted(*columns, [sum(answer[-1] != eos_id for answer in own) for own in columns[0]])
+
+
+def _factors(a: float | Sequence[float] | Tensor, prompts: int) -> list[float]:
+    values = a.tolist() if hasattr(a, "tolist") else a
+    values = [values] * prompts if isinstance(values, int | float) else list(values)
+    if len(values) != prompts or not all(np.isfinite(value) for value in values):
+        raise ValueError(f"a: got {a!r}, expected a finite number, or one for each of {prompts} prompts")
+    return [float(value) for value in values]
+
+
+class _Drawn(NamedTuple):
+    """An answer; the fields of `Retilted`, for each token."""
+
+    answer: list[int]
+    logps: list[float]
+    policy_logps: list[float]
+    ref_logps: list[float]
+    step_kls: list[float]
+
+
+class _Models:
+    """Policy and reference, as functions from tokens to next-token logits."""
+
+    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+        if reference is policy and not hasattr(policy, "disable_adapter"):
+            raise ValueError("reference: got the policy itself, without an adapter to turn off; expected another model")
+        for name, model in (("policy", policy), ("reference", reference)):
+            if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"{name}: got a prompt-tuning adapter, which shifts positions; expected one such as LoRA"
+                )
+        sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"reference: got a vocabulary of {sizes[1]}, expected the policy's {sizes[0]}")
+        self.both = (policy, reference)
+        self.adapter_off = policy.disable_adapter if reference is policy else nullcontext
+
+    def require_room(self, longest: int, max_new_tokens: int) -> None:
+        for model in self.both:
+            room = context_length(model)
+            if room is not None and longest + max_new_tokens > room:
+                raise ValueError(
+                    f"max_new_tokens: got {max_new_tokens}, but a prompt has {longest} tokens and the context {room}; "
+                    "expected fewer, or shorter prompts"
+                )
+
+    def caches(self) -> list[DynamicCache]:
+        return [DynamicCache(config=model.config) for model in self.both]
+
+    def next_logits(self, ids: Tensor, mask: Tensor, caches: Sequence[DynamicCache]) -> tuple[Tensor, Tensor]:
+        """(rows, V) of the policy and of the reference after the tokens (rows, T) that both caches lack."""
+        logits = []
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        for model, cache, off in zip(self.both, caches, (nullcontext, self.adapter_off), strict=True):
+            with off():
+                out = model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True,
+                    **_arguments(model, cache),
+                )  # fmt: skip
+            logits.append(out.logits[:, -1])
+        return logits[0], logits[1]
+
+
+def _arguments(model: PreTrainedModel, cache: DynamicCache) -> dict[str, object]:
+    """The cache by the name that the model has for it, and the logits of the last position alone where it can."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = signature(model.forward).parameters
+    name = "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"  # before 5.24
+    return {name: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})
+
+
+def _decode(
+    models: _Models, prompts: Tokens, a: Tensor, *, max_new_tokens: int, eos_id: int, pad_id: int,
+    generator: torch.Generator,
+) -> list[_Drawn]:  # fmt: skip
+    """One answer per prompt, in one batch; prompts are padded at the left."""
+    device = models.both[0].device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    a = a.to(device)
+    caches, rows = models.caches(), torch.arange(len(prompts), device=device)
+    drawn = [_Drawn([], [], [], [], []) for _ in prompts]
+    for _ in range(max_new_tokens):
+        logits, ref_logits = models.next_logits(ids, mask, caches)
+        logps = tilted_logps(logits, ref_logits, a)
+        each = logits.to(logps.dtype).log_softmax(-1), ref_logits.to(logps.dtype).log_softmax(-1)
+        probs = logps.exp()
+        tokens = torch.multinomial(probs, 1, generator=generator)
+        ratio = (logps - each[1]).masked_fill(probs == 0, 0.0)  # 0·inf is nan
+        seen = [values.gather(1, tokens)[:, 0].tolist() for values in (logps, *each)]
+        seen.append((probs * ratio).sum(1).tolist())
+        for row, *values in zip(rows.tolist(), tokens[:, 0].tolist(), *seen, strict=True):
+            for column, value in zip(drawn[row], values, strict=True):
+                column.append(value)
+        going = (tokens[:, 0] != eos_id).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):  # their keys and values leave with them
+            for cache in caches:
+                cache.batch_select_indices(going)
+        ids, rows, a = tokens[going], rows[going], a[going]
+        mask = torch.nn.functional.pad(mask[going], (0, 1), value=1)
+    return drawn
+
+
+def score_retilted(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: Tokens,
+    answers: Sequence[Tokens],
+    a: float,
+    *,
+    pad_id: int,
+) -> Tensor:
+    """Return the log-probability of given answers under the tilted policy; no gradient.
+
+    Args:
+        policy: as `sample_retilted`.
+        reference: as `sample_retilted`.
+        prompts: B prompts as token ids.
+        answers: for each prompt K answers as token ids.
+        a: how far to go.
+        pad_id: token that fills the rows.
+
+    Returns:
+        (B, K, 3) log π̂_a, log π and log π_ref of each answer, summed over its tokens, nats, float64. Their
+        difference log π − log π_ref is the h of `dpoviz.allocation.reward_per_nat`.
+
+    Raises:
+        ValueError: as `dpoviz.logprobs.score_both`; an `a` that is not finite.
+    """
+    (a,) = _factors(a, 1)
+
+    def score(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
+        logps = (tilted_logps(logits, ref_logits, a), logits.log_softmax(-1), ref_logits.log_softmax(-1))
+        return torch.cat([values.gather(-1, targets[:, None]) for values in logps], -1)
+
+    return score_both(policy, reference, prompts, answers, score, pad_id=pad_id)
+
+
+def retilt_table(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    a: Sequence[float],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    batch_size: int = 64,
+    reward: Callable[[Problem, str], float] = task_reward,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Sample answers along a sweep of a, and measure them.
+
+    Args:
+        policy: as `sample_retilted`.
+        reference: as `sample_retilted`.
+        tokenizer: theirs.
+        problems: prompts, with what is needed to judge an answer; their `task` and `prompt` are read.
+        a: the factors of the sweep; 0, the reference, belongs to it where curves shall begin there.
+        samples: answers per prompt and factor.
+        max_new_tokens: limit of an answer, in tokens.
+        seed: the draws; one stream for each factor.
+        batch_size: prompts at once.
+        reward: reward of an answer, given its problem.
+        progress: show a bar.
+
+    Returns:
+        A row per factor, prompt and answer: a, task, prompt, reward, h (log π − log π_ref of the answer, nats), kl
+        (the exact next-token KL(π̂_a‖π_ref), summed along the answer, nats: its mean is the KL), length (tokens),
+        truncated. The rows of one factor are what `reward_per_nat` takes.
+
+    Raises:
+        ValueError: no problems, no factor, one that occurs twice, or as `sample_retilted`.
+    """
+    if len(problems) == 0:
+        raise ValueError("problems: got none, expected at least one")
+    factors = _factors(list(a), len(list(a)))
+    if not factors or len(set(factors)) != len(factors):
+        raise ValueError(f"a: got {factors}, expected different numbers, at least one")
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    rows = []
+    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=not progress)):
+        drawn = sample_retilted(
+            policy,
+            reference,
+            prompts,
+            samples,
+            a=factor,
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            seed=seed + number,
+            batch_size=batch_size,
+        )
+        for i, problem in enumerate(problems):
+            texts = tokenizer.batch_decode(drawn.answers[i], skip_special_tokens=True)
+            for j, text in enumerate(texts):
+                rows.append(
+                    {
+                        "a": factor,
+                        "task": problem.task,
+                        "prompt": problem.prompt,
+                        "reward": float(reward(problem, text)),
+                        "h": sum(drawn.policy_logps[i][j]) - sum(drawn.ref_logps[i][j]),
+                        "kl": sum(drawn.step_kls[i][j]),
+                        "length": len(drawn.answers[i][j]),
+                        "truncated": drawn.answers[i][j][-1] != tokenizer.eos_token_id,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def reward_kl_curves(table: pd.DataFrame) -> pd.DataFrame:
+    """Average a sweep: reward and KL by task and factor.
+
+    Args:
+        table: of `retilt_table`.
+
+    Returns:
+        A row per task and factor, in order of the factor: task, a, reward, kl (nats per answer), their standard errors
+        reward_se and kl_se over prompts (nan with a single prompt), and n, the prompts. All factors share the prompts,
+        so that differences along a curve are surer than these say. Another training is not covered.
+    """
+    by_prompt = table.groupby(["task", "a", "prompt"], sort=False)[["reward", "kl"]].mean()
+    groups = by_prompt.groupby(["task", "a"], sort=False)
+    found = groups.mean().join(groups.sem().add_suffix("_se"))
+    found["n"] = groups.size()
+    found = found.reset_index()
+    order = {task: number for number, task in enumerate(found["task"].unique())}
+    return found.sort_values(["task", "a"], key=lambda c: c.map(order) if c.name == "task" else c, ignore_index=True)
+
+
+class Allocated(NamedTuple):
+    """What an allocation earns along its multiples.
+
+    Attributes:
+        multiple: of the direction, at which the mean KL is the budget; nan where the sweep does not reach it.
+        a: the factors by task.
+        reward: mean over tasks.
+        kl: mean over tasks, nats.
+    """
+
+    multiple: float
+    a: dict[object, float]
+    reward: float
+    kl: float
+
+
+def at_equal_kl(curves: pd.DataFrame, direction: dict[object, float], budget: float) -> Allocated:
+    """Scale an allocation by task until its mean KL is the budget, by the curves of a sweep.
+
+    Reward and KL are interpolated linearly between the factors of the sweep; tasks weigh alike. The direction 1 for
+    all tasks is one constant; that of `dpoviz.allocation.allocate` is its column a.
+
+    Args:
+        curves: of `reward_kl_curves`, with the factor 0.
+        direction: by task, at least 0, not all 0.
+        budget: mean KL, nats.
+
+    Raises:
+        ValueError: tasks that differ from the curves', a direction below 0 or all 0, a sweep without 0, a budget that
+            is not reached within the sweep.
+    """
+    parts = {task: part.sort_values("a") for task, part in curves.groupby("task", sort=False)}
+    if set(parts) != set(direction):
+        raise ValueError(f"direction: got tasks {sorted(map(str, direction))}, expected {sorted(map(str, parts))}")
+    if min(direction.values()) < 0 or not max(direction.values()) > 0:
+        raise ValueError(f"direction: got {direction}, expected numbers of at least 0 and not all of them 0")
+    ends = {task: (part["a"].min(), part["a"].max()) for task, part in parts.items()}
+    if any(low > 0 for low, _ in ends.values()):
+        raise ValueError("curves: got no factor 0, expected the reference as the start of each curve")
+    farthest = min(ends[task][1] / own for task, own in direction.items() if own > 0)
+
+    def mean(multiple: float, column: str) -> float:
+        values = [np.interp(multiple * direction[task], part["a"], part[column]) for task, part in parts.items()]
+        return float(np.mean(values))
+
+    # KL rises with a up to the noise of sampling: the first multiple that spends the budget
+    grid = np.linspace(0, farthest, 2001)
+    spent = np.array([mean(multiple, "kl") for multiple in grid])
+    if not (spent >= budget).any():
+        raise ValueError(f"budget: got {budget} nats, expected at most {spent.max():.4g}, where the sweep ends")
+    i = int(np.argmax(spent >= budget))
+    multiple = grid[i] if i == 0 else float(np.interp(budget, spent[i - 1 : i + 1], grid[i - 1 : i + 1]))
+    factors = {task: multiple * own for task, own in direction.items()}
+    return Allocated(multiple, factors, mean(multiple, "reward"), mean(multiple, "kl"))
