@@ -579,13 +579,13 @@ class TestKnown:
         given = {"prompts": [[4, 5]], "answers": [[[6, 2], [7, 2]]], "pad_id": 0}
         score_answers(model, **given)
         given[wrong] = {"prompts": [[4, 24]], "answers": [[[6, 2], [24, 2]]], "pad_id": 24}[wrong]
-        with pytest.raises(ValueError, match="got token 24 .*expected 0 to 23"):
+        with pytest.raises(ValueError, match=r"got token 24 .*expected 0 to 23"):
             score_answers(model, **given)
 
     @pytest.mark.parametrize("wrong", ["prompts", "eos_id", "pad_id"])
     def test_in_sampling(self, model, wrong):
         given = {"prompts": [[4, 5]], "eos_id": 2, "pad_id": 0} | {wrong: [[4, 24]] if wrong == "prompts" else 24}
-        with pytest.raises(ValueError, match="got token 24 .*expected 0 to 23"):
+        with pytest.raises(ValueError, match=r"got token 24 .*expected 0 to 23"):
             sample_answers(model, k=2, max_new_tokens=2, seed=0, **given)
 
 

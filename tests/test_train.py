@@ -491,15 +491,17 @@ def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):
     np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def gpt2(make_model):
+    """GPT-2 with dropout 0.1 wherever it has some, and pairs that it has scored without."""
+    rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    model = make_model("gpt2", dtype=torch.float32, vocab=VOCABULARY, eos=EOS, **rates)
+    return model, small_pairs(model), small_pairs(model, n=9, seed=1)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # a name that is to go
 class TestDropout:
     """By default the policy trains as the reference is scored: without."""
-
-    @pytest.fixture(scope="class")
-    def gpt2(self, make_model):
-        """GPT-2 with dropout 0.1 wherever it has some, and pairs that it has scored without."""
-        rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
-        model = make_model("gpt2", dtype=torch.float32, vocab=VOCABULARY, eos=EOS, **rates)
-        return model, small_pairs(model), small_pairs(model, n=9, seed=1)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_first_loss_is_log_2_and_training_that_of_the_model_without(self, gpt2, make_model, checkpointing):
