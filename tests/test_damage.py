@@ -217,7 +217,7 @@ class TestCheckpoints:
             limited(2000),
             pytest.raises(OSError, match=rf"{out} cannot be written, with [\d,]+ bytes free there \(.+\)"),
         ):
-            train(adapted(model), network(), pairs, CONFIG, out=out, **COMMON).history
+            train(adapted(model), network(), pairs, CONFIG, out=out, **COMMON)
         assert {path: path.read_bytes() for path in files(out)} == before
         self.resumed(whole, out)
 

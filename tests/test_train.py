@@ -535,7 +535,7 @@ class TestDropout:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         tokens, recomputed = torch.tensor([[5, 6, 7, 8]]), []
-        model.transformer.h[0].mlp.register_forward_hook(lambda *_: recomputed.append(1))
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
         found = []
         for own in (model, gpt2[0]):
             with module.training_mode(own, dropout=False):
