@@ -98,7 +98,11 @@ def _parse(name: str, command: Command, arguments: list[str]) -> object:
         return parse(command.options, arguments, prog=prog, description=command.line)
     file = _value(arguments, "--config")
     if file is not None:
-        settings = read_settings(Path(file), settings, name)
+        found = read_settings(Path(file), settings, name)
+        if getattr(found, "fast", False) and not getattr(settings, "fast", False):
+            settings = command.settings(True)
+            found = read_settings(Path(file), settings, name)
+        settings = _one_seed(found, settings)
     found = parse(
         command.options,
         arguments,
@@ -120,9 +124,12 @@ def _value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def _one_seed(found: Any, default: Any) -> Any:
-    """Let --seed of the demo stand for its world too, unless the world has one of its own."""
-    if isinstance(found, DemoConfig) and found.world.seed == default.world.seed:
-        return replace(found, world=replace(found.world, seed=found.training.seed))
+    """Let another seed of the demo stand for its world too, unless the world has one of its own."""
+    if not isinstance(found, DemoConfig):
+        return found
+    before, seed = default.training.seed, found.training.seed
+    if seed != before == default.world.seed == found.world.seed:
+        return replace(found, world=replace(found.world, seed=seed))
     return found
 
 

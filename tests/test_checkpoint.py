@@ -1,20 +1,15 @@
 """A checkpoint holds what learns, is whole or noticed, and stands beside the one before it."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-from helpers.worlds import EOS, PAD, SMALL, network, small_model, small_pairs, weights
+from helpers.worlds import COMMON, CONFIG, PAD, adapted, network, small_model, small_pairs, weights
 from safetensors.torch import load_file
 from torch import nn
 
-from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
 from dpoviz.training.state import Scorer
-
-CONFIG = TrainConfig.around(0.1, "inverse", **SMALL)
-COMMON = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +23,6 @@ def tied(model):
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
     return model
-
-
-def adapted(model):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
-        return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 class TestHoldsWhatLearns:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset
+from helpers.launch import flat
 
 from dpoviz.analysis.statistics import effect, holm
 from dpoviz.cli import main
@@ -385,4 +386,4 @@ class TestCommand:
     )  # fmt: skip
     def test_refused(self, tmp_path, capsys, options, said):
         assert main(["compare", "--fast", "--out", str(tmp_path / "o"), *options]) == 2
-        assert re.search(said, " ".join(capsys.readouterr().err.split()))
+        assert re.search(said, flat(capsys.readouterr().err))

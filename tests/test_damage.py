@@ -10,13 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.worlds import network, small_model, small_pairs, weights
-from test_checkpoint import COMMON, CONFIG, adapted
-from test_reference import SETTINGS
-from test_reference import pairs as text_pairs
+from helpers.worlds import COMMON, CONFIG, TINY_WORLD, adapted, network, small_model, small_pairs, text_pairs, weights
+from helpers.worlds import REFERENCE_SETTINGS as SETTINGS
 
 from dpoviz.experiments import small
-from dpoviz.experiments.small import WorldConfig, small_world
+from dpoviz.experiments.small import small_world
 from dpoviz.lm import cache, reference
 from dpoviz.lm.cache import Journal, lock_folder, open_entry, read_json, require_writable, write_entry
 from dpoviz.lm.reference import default_cache_dir, reference_pass
@@ -25,8 +23,6 @@ from dpoviz.training.loop import train
 
 FLIPS = 12
 """Of each file, at random places."""
-
-TINY_WORLD = WorldConfig(demonstrations=300, hidden_size=8, layers=1, problems=12, samples=4, entropy_samples=2)
 
 
 class ComputedAgain(Exception):

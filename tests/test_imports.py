@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers.launch import python
 
 import dpoviz
 
@@ -108,3 +109,61 @@ def test_no_pyplot(path):
         n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom | ast.Import)
     ]
     assert "pyplot" not in ast.unparse(ast.Module(modules, []))
+
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "accelerate")
+
+
+def loaded_by(code):
+    """The heavy libraries that a fresh Python has loaded after some code; what the code prints is left out."""
+    watched = f"import sys\n{code}\nprint('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
+    return set(python(watched).splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        ([], 0),
+        (["demo", "--help"], 0),
+        (["train", "--help"], 0),
+        (["compare", "--help"], 0),
+        (["dmeo"], 2),
+        (["demo", "--bath-size", "3"], 2),
+        (["train", "--batch-size", "many"], 2),
+        (["train", "--batch-size", "0"], 2),
+        (["demo", "--config", "no-such-file.json"], 2),
+    ],
+)
+def test_help_version_and_a_typo_load_nothing_heavy(arguments, status):
+    assert loaded_by(f"from dpoviz.cli import main; assert main({arguments!r}) == {status}") == set()
+
+
+def test_the_package_loads_what_is_used():
+    assert loaded_by("import dpoviz") == set()
+    assert loaded_by("from dpoviz import TrainConfig") == set()
+    assert loaded_by("from dpoviz import dpo_loss") == {"torch"}
+    assert "transformers" in loaded_by("from dpoviz import load_lm")  # the control: it would be seen
+
+
+def test_public_names():
+    """What notebooks and other people's code use, each the object of its module."""
+    names = """dpo_loss total_loss range_penalty smoothness_penalty entropy_penalty task_consistency_penalty
+        gradients_on_beta Beta BetaNetwork ConstantBeta EntropyBeta TaskBeta load_pairs tokenize_pairs split_by_group
+        load_lm add_lora tiny_lm tiny_tokenizer score_answers sample_answers estimate_entropy reference_pass TrainConfig
+        train beta_table summarize plot_beta_by_task plot_beta_vs_entropy plot_beta_gradients plot_training"""
+    assert set(names.split()) <= set(dpoviz.__all__) <= set(dir(dpoviz))
+    for own in dpoviz.__all__:
+        found = getattr(dpoviz, own)
+        assert found.__name__ == own and found.__module__.startswith("dpoviz."), own
+        assert found.__doc__, own
+    with pytest.raises(AttributeError, match="no attribute 'dpo_los'"):
+        dpoviz.dpo_los  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {own: f"dpoviz.{module}" for module, names in dpoviz._HOMES.items() for own in names}

@@ -1,20 +1,18 @@
 """Real processes, really killed at random moments, or at the same time on the same files: nothing is lost."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.launch import SCRIPTS, environment
 
-SCRIPT = Path(__file__).with_name("killed_work.py")
+pytestmark = pytest.mark.slow
 
 
 def found(function, folder, times):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, SCRIPT, folder, function, str(times)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    line = [sys.executable, SCRIPTS / "killed_work.py", folder, function, str(times)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

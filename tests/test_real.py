@@ -5,22 +5,24 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import test_processes as processes
 import torch
+from helpers.launch import DPOVIZ, begin, command, environment, finish, flat
 from transformers import AutoModelForCausalLM
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
 from dpoviz.data import tasks
 from dpoviz.data.records import load_pairs
-from dpoviz.experiments.real import EXAMPLES, FIXED, RealConfig, load, prepare
+from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.options import read_settings
+from dpoviz.experiments.real import EXAMPLES, FIXED, load, score
+from dpoviz.forms import FORMS
 from dpoviz.lm import models
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.scoring import score_answers
@@ -28,21 +30,14 @@ from dpoviz.training.methods import features
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
 
-COMMAND = [sys.executable, "-c", "import sys; from dpoviz.cli import main; sys.exit(main())"]
-SMALL = [
-    "--batch-size",
-    "4",
-    "--stage1-steps",
-    "3",
-    "--stage2-steps",
-    "6",
-    "--lora-rank",
-    "2",
-    "--entropy-samples",
-    "3",
-]
-SMALL += ["--max-length", "96", "--max-new-tokens", "12", "--score-batch", "4", "--learning-rate", "1e-2"]
-FORMS = ("inverse", "standard")
+SMALL = {
+    "batch-size": 4, "stage1-steps": 3, "stage2-steps": 6, "lora-rank": 2, "entropy-samples": 3, "max-length": 96,
+    "max-new-tokens": 12, "eval-batch-size": 4, "policy-learning-rate": 1e-2,
+}  # fmt: skip
+
+
+def options(**changed):
+    return [str(word) for name, value in {**SMALL, **changed}.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +58,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def command(folder, cache, *arguments, name="train"):
-    environment = {**os.environ, "DPOVIZ_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl")]
-    return subprocess.Popen(
-        [*COMMAND, name, *source, *SMALL[: None if name == "train" else 0], *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def source(folder, out):
+    return ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(out)]
+
+
+def start(folder, cache, out):
+    return begin([*DPOVIZ, "train", *source(folder, out), *options()], DPOVIZ_CACHE=cache)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +75,13 @@ def cache(tmp_path_factory):
 def run(folder, cache, tmp_path_factory):
     """The folder of a finished run, and what it printed."""
     out = tmp_path_factory.mktemp("run") / "out"
-    process = command(folder, cache, "--out", str(out))
-    printed, errors = process.communicate(timeout=300)
+    process = start(folder, cache, out)
+    printed, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors
     return out, printed
 
 
+@pytest.mark.slow
 class TestTrain:
     def test_what_is_left(self, run):
         out, _ = run
@@ -97,10 +89,10 @@ class TestTrain:
         tables = {f"{name}.csv" for name in ("beta", "history", "entropy", "held_out", "answers")}
         adapters = {f"{arm}/policy/adapter_model.safetensors" for arm in (*FORMS, FIXED)}
         betas = {f"{arm}/beta/model.safetensors" for arm in FORMS}
-        assert tables | adapters | betas | {"config.json", "facts.json", "report.html", "entropy.png"} <= names
+        assert tables | adapters | betas | {"config.json", "run.json", "report.html", "entropy.png"} <= names
         assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
 
-    def test_forecast_comes_before_the_work(self, run):
+    def test_time_estimate_comes_before_the_work(self, run):
         assert re.search(r"about \d+ s if nothing is kept .*: reference \d+ s, entropy \d+ s, training \d+ s", run[1])
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
@@ -130,7 +122,8 @@ class TestTrain:
 
     def test_saved_beta_gives_the_table_again(self, run, folder, cache):
         table = pd.read_csv(run[0] / "beta.csv")
-        held_out = prepare(config_of(run[0]), cache_dir=cache, progress=False).held_out
+        config = config_of(run[0])
+        held_out = score(config, load(config), cache_dir=cache, progress=False).held_out
         for form in FORMS:
             beta = BetaNetwork.from_pretrained(run[0] / form / "beta")
             with torch.no_grad():
@@ -176,36 +169,54 @@ class TestTrain:
 
 
 def config_of(out: Path) -> RealConfig:
-    saved = json.loads((out / "config.json").read_text())
-    settings = {name: saved[name] for name in RealConfig.__dataclass_fields__}
-    return RealConfig(**{**settings, "data": tuple(settings["data"]), "chat": tuple(settings["chat"])})
+    return read_settings(out / "config.json", RealConfig(), "train")
 
 
+@pytest.mark.slow
 class TestResume:
-    @pytest.mark.parametrize("moment", ["reference", "stage 2, standard"])
+    @pytest.mark.parametrize("moment", ["stage1", "standard"])
     def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, moment):
-        process = command(folder, tmp_path / "cache", "--out", str(tmp_path / "out"))
-        seen = ""
-        while moment not in seen and process.poll() is None:
-            seen += process.stderr.read(1)
-        assert process.poll() is None, "ended before it could be killed"
+        """Killed when the folder of a stage appears: in the middle of its first steps."""
+        process = start(folder, tmp_path / "cache", tmp_path / "out")
+        while not (tmp_path / "out" / moment).exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (tmp_path / "out" / "report.html").exists()
-        again = command(folder, tmp_path / "cache", "--out", str(tmp_path / "out"))
-        _, errors = again.communicate(timeout=300)
+        again = start(folder, tmp_path / "cache", tmp_path / "out")
+        _, errors = again.communicate(timeout=1200)
         assert again.returncode == 0, errors
         for name in ("beta", "held_out", "entropy", "answers"):
             assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
 
+    def test_killed_in_the_reference_pass(self, run, folder, tmp_path):
+        process = start(folder, tmp_path / "cache", tmp_path / "out")
+        while not list((tmp_path / "cache").rglob("*")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "out" / "stage1").exists()
+        again = start(folder, tmp_path / "cache", tmp_path / "out")
+        _, errors = again.communicate(timeout=1200)
+        assert again.returncode == 0, errors
+        for name in ("beta", "held_out", "entropy", "answers"):
+            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
 
+    def test_its_settings_given_back_repeat_it(self, run, cache, tmp_path):
+        line = [*DPOVIZ, "train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]
+        finish(line, DPOVIZ_CACHE=cache)
+        for name in ("beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "config.json"):
+            assert (tmp_path / "out" / name).read_bytes() == (run[0] / name).read_bytes(), name
+
+
+@pytest.mark.slow
 class TestProcesses:
     def test_two_processes_leave_what_one_leaves(self, run, folder, cache, tmp_path):
         """The reference pass is kept from the run of one; everything after it is done by two."""
-        source = ["--model", folder / "model", "--data", folder / "pairs.jsonl", "--out", tmp_path / "out"]
-        printed = processes.finish(
-            processes.command(2, "-m", "dpoviz", "train", *source, *SMALL), DPOVIZ_CACHE=str(cache)
-        )
+        line = command(2, "-m", "dpoviz", "train", *source(folder, tmp_path / "out"), *options())
+        printed = finish(line, DPOVIZ_CACHE=cache)
         assert printed.count("reward accuracy on held-out pairs") == 1  # one of them speaks
         for name in ("beta", "history", "held_out"):
             one, two = (pd.read_csv(place / f"{name}.csv") for place in (run[0], tmp_path / "out"))
@@ -217,13 +228,14 @@ class TestProcesses:
         }
 
     def test_a_command_for_one_process_says_so(self, tmp_path):
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        line = processes.command(2, "-m", "dpoviz", "demo", "--fast", "--out", tmp_path)
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+        line = command(2, "-m", "dpoviz", "demo", "--fast", "--out", tmp_path / "out")
+        done = subprocess.run(line, capture_output=True, text=True, env=environment())
         assert done.returncode != 0
-        assert "got 2 processes; expected one" in done.stderr
+        assert "processes: got 2, expected one" in done.stderr
+        assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 class TestOtherCommands:
     def test_report_makes_the_same_page_again(self, run, capsys):
         out = run[0]
@@ -238,18 +250,15 @@ class TestOtherCommands:
 
     def test_reference_alone(self, folder, cache, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
-        options = ["--entropy-samples", "3", "--max-length", "96", "--max-new-tokens", "12", "--score-batch", "4"]
-        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(tmp_path)]
-        assert main(["reference", *source, *options]) == 0
+        few = ["--entropy-samples", "3", "--max-length", "96", "--max-new-tokens", "12", "--eval-batch-size", "4"]
+        assert main(["reference", *source(folder, tmp_path), *few]) == 0
         assert "first_token" in capsys.readouterr().out
         assert (tmp_path / "entropy.png").stat().st_size > 10_000
 
     def test_full_weights_and_a_rule(self, folder, cache, tmp_path, monkeypatch):
         monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
-        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(tmp_path / "o")]
-        options = ["--stage1-steps", "2", "--stage2-steps", "2", "--batch-size", "4", "--max-length", "96"]
-        options += ["--max-new-tokens", "12", "--entropy-samples", "3", "--score-batch", "4", "--lora-rank", "0"]
-        assert main(["train", *source, *options, "--rule", "entropy"]) == 0
+        few = options(**{"stage1-steps": 2, "stage2-steps": 2, "lora-rank": 0})
+        assert main(["train", *source(folder, tmp_path / "o"), *few, "--rule", "entropy"]) == 0
         moved = AutoModelForCausalLM.from_pretrained(tmp_path / "o" / "inverse" / "policy", trust_remote_code=False)
         base = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False)
         assert any(not torch.equal(a, b) for a, b in zip(moved.parameters(), base.parameters(), strict=True))
@@ -269,34 +278,31 @@ class TestBadInput:
             (["--max-length", "100000"], "100000"),
             (["--max-new-tokens", "100000"], "100000"),
             (["--columns", "prompt"], "columns"),
-            (["--s0", "-1"], "s0|beta"),
+            (["--initial-scale", "-1"], "initial_scale: got -1"),
             (["--batch-size", "500"], "500"),
             (["--pairs-per-task", "0"], "pairs_per_task"),
             (["--seed", "-1"], "seed"),
             (["--chat", "poetry"], "poetry"),
             (["--chat", "math"], "chat template"),
             (["--preset", "none"], "none"),
-            (["--strength", "0.5"], "rule 'network' has none"),
+            (["--strength", "0.5"], "rule 'network' has no"),
         ],
     )
     def test_refused(self, folder, tmp_path, capsys, monkeypatch, changed, message):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         out = tmp_path / "out"
-        source = {"--model": str(folder / "model"), "--data": str(folder / "pairs.jsonl"), "--out": str(out)}
-        source["--max-length"] = "96"
-        source |= dict(zip(changed[::2], changed[1::2], strict=True))
-        begin = time.perf_counter()
-        assert main(["train", *(word for option in source.items() for word in option)]) == 2
-        assert time.perf_counter() - begin < 20
-        error = capsys.readouterr().err
+        given = {"--model": str(folder / "model"), "--data": str(folder / "pairs.jsonl"), "--out": str(out)}
+        given |= {"--max-length": "96"} | dict(zip(changed[::2], changed[1::2], strict=True))
+        assert main(["train", *(word for option in given.items() for word in option)]) == 2
+        error = flat(capsys.readouterr().err)
         assert re.search(message, error), error
-        assert error.startswith("dpoviz: ")
+        assert "Traceback" not in error
         assert not out.exists()
 
+    @pytest.mark.slow
     def test_another_run_in_the_folder(self, run, folder, capsys):
-        source = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--out", str(run[0])]
-        assert main(["train", *source]) == 2
-        assert "other settings" in capsys.readouterr().err
+        assert main(["train", *source(folder, run[0]), *options(**{"lora-rank": 3})]) == 2
+        assert "lora_rank is 2 there and 3 here" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("DPOVIZ_DATA" not in os.environ, reason="DPOVIZ_DATA: no folder of real pairs is named")

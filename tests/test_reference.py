@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.worlds import REFERENCE_SETTINGS as SETTINGS
+from helpers.worlds import TEXTS as ROWS
+from helpers.worlds import text_pairs as pairs
 
 import dpoviz.lm.reference as module
 from dpoviz.lm import cache as journal
@@ -15,23 +18,6 @@ from dpoviz.lm import entropy
 from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.reference import default_cache_dir, reference_pass
 from dpoviz.lm.scoring import score_answers
-
-SETTINGS = {"max_length": 16, "max_new_tokens": 4, "entropy_samples": 4, "batch_size": 2, "progress": False}
-# prompts and answers of many lengths, in no order, so that sorted batches have to be put back
-ROWS = [
-    ("a b c d e", "f g", "h"),
-    ("b", "c", "d e f g h i"),
-    ("a b c d e", "i", "j k l"),
-    ("c d", "e f g h", "i"),
-    ("b c d e f g h", "a", "b c"),
-]
-
-
-def pairs(rows=ROWS):
-    return Dataset.from_list(
-        [{"prompt": p, "chosen": c, "rejected": r, "task": "t", "group": None, "line": i + 1}
-         for i, (p, c, r) in enumerate(rows)]
-    )  # fmt: skip
 
 
 @pytest.fixture

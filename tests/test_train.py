@@ -13,6 +13,7 @@ from helpers.worlds import (
     PAD,
     SMALL,
     TASKS,
+    VOCABULARY,
     Killed,
     by_hand,
     dies_at,
@@ -488,3 +489,68 @@ def test_a_fused_optimizer_takes_the_same_steps(world, monkeypatch):
         found += [weights(policy), history["loss"].to_numpy()]
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def gpt2(make_model):
+    """GPT-2 with dropout 0.1 wherever it has some, and pairs that it has scored without."""
+    rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    model = make_model("gpt2", dtype=torch.float32, vocab=VOCABULARY, eos=EOS, **rates)
+    return model, small_pairs(model), small_pairs(model, n=9, seed=1)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # a name that is to go
+class TestDropout:
+    """By default the policy trains as the reference is scored: without."""
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_first_loss_is_log_2_and_training_that_of_the_model_without(self, gpt2, make_model, checkpointing):
+        """At the reference h = 0 exactly but for rounding; every later step agrees with a model that has none."""
+        config = TrainConfig.around(0.1, "inverse", **{**SMALL, "log_every": 1})
+        start = copy.deepcopy(gpt2[0])
+        if checkpointing:
+            start.gradient_checkpointing_enable({"use_reentrant": False})
+        policy, history = run(gpt2, config, ConstantBeta(10.0), stage=1, start=start)
+        assert history["loss"][0] == pytest.approx(np.log(2), abs=1e-6)
+        without = make_model("gpt2", dtype=torch.float32, vocab=VOCABULARY, eos=EOS, resid_pdrop=0, embd_pdrop=0,
+                             attn_pdrop=0)  # fmt: skip
+        without.load_state_dict(gpt2[0].state_dict())
+        plain, expected = run(gpt2, config, ConstantBeta(10.0), stage=1, start=without)
+        # checkpointing computes the same numbers again
+        assert history["loss"].to_numpy() == pytest.approx(expected["loss"].to_numpy(), rel=1e-5)
+        assert torch.allclose(weights(policy), weights(plain), atol=1e-5)
+        assert history["grad_norm/policy"].to_numpy() == pytest.approx(
+            expected["grad_norm/policy"].to_numpy(), rel=1e-3
+        )
+
+    def test_where_it_is_asked_for_the_first_loss_differs(self, gpt2):
+        config = TrainConfig.around(0.1, "inverse", **SMALL, dropout=True)
+        _, history = run(gpt2, config, ConstantBeta(10.0), stage=1)
+        assert abs(history["loss"][0] - np.log(2)) > 1e-3
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_gradients_are_those_without_and_the_modes_come_back(self, gpt2, checkpointing):
+        model = copy.deepcopy(gpt2[0])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        tokens, recomputed = torch.tensor([[5, 6, 7, 8]]), []
+        model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+        found = []
+        for own in (model, gpt2[0]):
+            with module.training_mode(own, dropout=False):
+                own(tokens, labels=tokens, use_cache=False).loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in own.parameters()]))
+            own.zero_grad(set_to_none=True)
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+        assert len(recomputed) == 1 + checkpointing  # it acted: the layer ran once more in the backward pass
+        assert all(part.training for part in model.modules())
+        assert not any(part.training for part in gpt2[0].modules())
+
+
+def test_no_bars_where_nobody_watches(world, capfd):
+    reference, pairs, held_out = world
+    config = TrainConfig.around(0.1, "inverse", **SMALL)
+    common = {"stage": 1, "pad_id": PAD, "eos_id": EOS, "held_out": held_out, "reference": reference}
+    train(copy.deepcopy(reference), ConstantBeta(10.0), pairs, config, **common, progress=True)
+    assert capfd.readouterr().err == ""

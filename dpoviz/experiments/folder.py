@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -82,12 +83,26 @@ def locked_run(out: Path, command: str, config: object, *, shared: bool = False)
     """
     settings = {"command": command, **asdict(config)}
     require_same_config(out, settings)
-    main = processes().is_main_process
+    main, fresh = processes().is_main_process, not (out / "config.json").exists()
     processes().wait_for_everyone()  # all have seen that the folder is free
     with lock_folder(out) if main and not shared else nullcontext():
-        if main:
-            write_config(out, settings)
-        yield
+        try:
+            if main:
+                write_config(out, settings)
+            yield
+        except (ValueError, OSError, ImportError):
+            if main and fresh:
+                _leave_nothing(out)
+            raise
+
+
+_OWN = {"config.json", ".lock", ".lock-owner"}
+
+
+def _leave_nothing(out: Path) -> None:
+    """Free a folder in which a run was refused before it made anything: other settings may follow."""
+    if out.is_dir() and {path.name for path in out.iterdir()} <= _OWN:
+        shutil.rmtree(out)
 
 
 def environment() -> dict[str, object]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Settings = TypeVar("Settings")
 
@@ -48,6 +49,7 @@ def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
     own = {f.name: getattr(default, f.name) for f in fields(default)}
     groups = {name: value for name, value in own.items() if is_dataclass(value)}
     inside = {f.name: group for group, value in groups.items() for f in fields(value)}
+    types_ = get_type_hints(type(default))
     changes: dict[str, Any] = {}
     nested: dict[str, dict[str, object]] = {}
     for name, value in given.items():
@@ -56,7 +58,7 @@ def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
                 raise ValueError(f"{name}: got {value!r}, expected settings by name")
             nested.setdefault(name, {}).update(value)
         elif name in own:
-            changes[name] = _like(name, value, own[name])
+            changes[name] = _like(name, value, types_[name])
         elif name in inside:
             nested.setdefault(inside[name], {})[name] = value
         else:
@@ -66,19 +68,28 @@ def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
     return replace(default, **changes)
 
 
-def _like(name: str, value: object, default: object) -> object:
-    """Return a value from a file in the type of the default; a file has lists for tuples."""
-    if isinstance(default, tuple):
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list):
-            raise ValueError(f"{name}: got {value!r}, expected a list")
-        return tuple(values)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    plain = (bool, int, float, str)
-    if isinstance(default, plain) and type(value) is not type(default):
-        raise ValueError(f"{name}: got {value!r}, expected a {type(default).__name__}")
-    return value
+def _like(name: str, value: object, expected: Any) -> object:
+    """Return a value from a file in a type; a file has lists for tuples, and YAML reads 1e-4 as text."""
+    options = get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+    if value is None and types.NoneType in options:
+        return None
+    (kind,) = (option for option in options if option is not types.NoneType)
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple | str):
+        return tuple(_like(name, one, inner[0]) for one in ([value] if isinstance(value, str) else value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {_like(name, key, inner[0]): _like(name, one, inner[1]) for key, one in value.items()}
+    if origin is Literal and value in inner:
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(kind, type) and origin is None and type(value) is kind:
+        return value
+    shown = {tuple: "a list", Mapping: "pairs of names", Literal: f"one of {', '.join(map(str, inner))}"}
+    raise ValueError(f"{name}: got {value!r}, expected {shown.get(origin, f'a value of type {kind.__name__}')}")
 
 
 def parse(

@@ -1,6 +1,7 @@
 """Command lines of programs and of dpoviz, in one process or several, and running them to their end."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,8 @@ def begin(line, **more):
 def python(code, **more):
     """Run a program of Python's in a process of its own, and return its output."""
     return finish([sys.executable, "-c", code], **more)
+
+
+def flat(text):
+    """A message on one line, without the box that the parser of options draws around its own."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())

@@ -1,13 +1,16 @@
 """A tiny language model and scored pairs of made-up tokens, and a run of the loop on them."""
 
 import copy
+import warnings
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpoviz.beta import BetaNetwork
+from dpoviz.experiments.config import WorldConfig
 from dpoviz.training.batch import ANSWER_ENTROPY
 from dpoviz.training.config import RULES, TrainConfig
 from dpoviz.training.loop import train
@@ -28,6 +31,20 @@ SMALL = {
     "policy_learning_rate": 1e-3,
 }
 RULES_AND_FORMS = [(name, form) for name, info in RULES.items() for form in info.forms]
+
+
+CONFIG = TrainConfig.around(0.1, "inverse", **SMALL)
+COMMON = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "progress": False}
+TINY_WORLD = WorldConfig(demonstrations=300, hidden_size=8, layers=1, problems=12, samples=4, entropy_samples=2)
+REFERENCE_SETTINGS = {"max_length": 16, "max_new_tokens": 4, "entropy_samples": 4, "batch_size": 2, "progress": False}
+# prompts and answers of many lengths, in no order, so that sorted batches have to be put back
+TEXTS = [
+    ("a b c d e", "f g", "h"),
+    ("b", "c", "d e f g h i"),
+    ("a b c d e", "i", "j k l"),
+    ("c d", "e f g h", "i"),
+    ("b c d e f g h", "a", "b c"),
+]
 
 
 def small_model(seed=0):
@@ -143,3 +160,19 @@ def dies_at(module, step, end=_raise_killed):
 
     module.register_forward_pre_hook(until_killed)
     return module
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=8, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+        return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def text_pairs(rows=TEXTS):
+    return Dataset.from_list(
+        [{"prompt": p, "chosen": c, "rejected": r, "task": "t", "group": None, "line": i + 1}
+         for i, (p, c, r) in enumerate(rows)]
+    )  # fmt: skip

@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from helpers.worlds import SMALL, weights
-from test_checkpoint import adapted
-from test_damage import TINY_WORLD
+from helpers.worlds import SMALL, TINY_WORLD, adapted, weights
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.data import tasks
