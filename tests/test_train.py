@@ -183,7 +183,7 @@ class TestHistory:
         models = probes.Models(policy, reference, PAD, EOS)
         found = probes.sampled_kl(models, [prompt] * 4000, ["math"] * 4000, max_new_tokens=1, seed=0)
         with torch.no_grad():
-            p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
+            p, q = (m(torch.tensor([prompt], device=m.device)).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
         exact = (p.exp() * (p - q)).sum().item()
         assert abs(found["kl"] - exact) < 4 * found["kl_se"]
         assert found["kl_se"] < 0.1 * exact  # the control: an estimate this sharp would miss a wrong formula
@@ -351,7 +351,8 @@ class TestAdapters:
                 ).history
             )  # fmt: skip
         assert histories[0]["kl"].dropna().iloc[-1] > 1e-4
-        pd.testing.assert_frame_equal(*histories)
+        # a GPU adds in an order of its own, so that the last digits of two runs may differ there
+        pd.testing.assert_frame_equal(*histories, rtol=1e-4 if torch.cuda.is_available() else 1e-12)
 
     def test_checkpoint_holds_what_learns_and_resumes(self, world, adapted, tmp_path):
         reference, pairs, _ = world

@@ -573,7 +573,7 @@ def _in_turn(
     seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
     memory, result = {}, {}
     order = random.Random(0)
-    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=said is None):
+    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=hidden(said is not None)):
         for who, call in order.sample(list(calls.items()), len(calls)):
             if turn <= repeats:
                 gc.collect()

@@ -32,6 +32,7 @@ from dpoviz.data.tasks import Problem
 from dpoviz.data.tasks import reward as task_reward
 from dpoviz.lm.forward import context_length
 from dpoviz.lm.packing import Tokens, by_length
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.scoring import score_both
 from dpoviz.lm.trial import evaluating
 
@@ -128,7 +129,7 @@ def sample_retilted(
     found: list[_Drawn | None] = [None] * (len(prompts) * k)
     with (
         evaluating(policy), evaluating(reference), torch.no_grad(),
-        tqdm(total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc="sampling answers", unit="prompt", disable=hidden(progress)) as bar,
     ):  # fmt: skip
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
             places = [row * k + i for row in rows for i in range(k)]
@@ -334,7 +335,7 @@ def retilt_table(
         raise ValueError(f"a: got {factors}, expected different numbers, at least one")
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     rows = []
-    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=not progress)):
+    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=hidden(progress))):
         drawn = sample_retilted(
             policy,
             reference,
