@@ -139,7 +139,7 @@ def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
     try:
         numbers = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {type(values).__name__} that are no numbers, expected (N,) numbers") from None
+        raise ValueError(f"{name}: got {type(values).__name__} without numbers, expected (N,) numbers") from None
     if numbers.ndim != 1 or len(numbers) == 0:
         raise ValueError(f"{name}: got shape {numbers.shape}, expected (N,), at least one")
     if not np.isfinite(numbers).all():
@@ -152,12 +152,12 @@ def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
     columns = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"{', '.join(lengths)}: got {list(lengths.values())} rows, expected as many of each")
+        raise ValueError(f"{', '.join(lengths)}: got {list(lengths.values())} rows, expected the same number of each")
     frame = pd.DataFrame(columns)
     for name in ("prompt", "task"):
         if frame[name].isna().any():
             rows = np.flatnonzero(frame[name].isna())
-            raise ValueError(f"{name}: got nothing in rows {rows[:10].tolist()}, expected a {name} for each")
+            raise ValueError(f"{name}: got missing values in rows {rows[:10].tolist()}, expected a {name} for each")
     if (frame["task"] == POOLED).any():
         raise ValueError(f"task: got {POOLED!r}, which names the pooled row; expected another name")
     return frame
@@ -202,7 +202,7 @@ def _slopes(name: str, sums: pd.DataFrame, resamples: int, seed: int, *, per: st
 
 
 class GainBound(NamedTuple):
-    """How much more reward any beta(task) could earn than one beta for all tasks, at equal small KL; 0.1 means 10 %.
+    """The bound on the extra reward of any beta(task) over one beta for all tasks, at equal small KL; 0.1 means 10 %.
 
     Attributes:
         bound: the estimate, corrected for the spread that noise adds to the slopes.
@@ -269,7 +269,7 @@ def gain_bound(
     mean = (v @ b) / v.sum()
     if len(b) == 1:
         return GainBound(plain, plain, plain, plain)
-    if mean <= 0:  # a relative gain over a mean of 0 or less is not defined, whatever the size of the pattern
+    if mean <= 0:  # a gain relative to 0 or less is not defined, for any size of the pattern
         return GainBound(plain, 0.0, math.inf, plain)
     noise = np.random.default_rng(seed).standard_normal((resamples, len(b))) * se
     # the pattern b̄ + c·(b − b̄): c = 1 is the observed one, at c = 0 all tasks are equal
@@ -383,7 +383,7 @@ def allocate(
     gains = np.maximum(slope, 0)
     if price is None:
         if not gains.any():
-            raise ValueError(f"table: got slopes {slope.tolist()}, expected one above 0 for the budget to go to")
+            raise ValueError(f"table: got slopes {slope.tolist()}, expected one above 0, to spend the budget on")
         price = math.sqrt(shares @ (v * gains**2) / (2 * kl))
     a = gains / price
     found = pd.DataFrame({"task": rows["task"].to_numpy(), "slope": slope, "a": a, "kl": a**2 * v / 2})

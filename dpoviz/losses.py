@@ -224,14 +224,14 @@ def gradients_on_beta(out: TotalLoss, beta: Tensor) -> dict[str, Tensor]:
         ValueError: `beta` is not the tensor that `total_loss` got, or does not require a gradient.
     """
     if not beta.requires_grad:
-        raise ValueError("beta: requires no gradient, expected the differentiable tensor given to total_loss")
+        raise ValueError("beta: requires no gradient, expected the differentiable tensor that total_loss got")
     pulls = {}
     for name, term in out.terms.items():
         gradient = None
         if term.requires_grad:
             (gradient,) = torch.autograd.grad(term, beta, retain_graph=True, allow_unused=True)
         if gradient is None and name == "dpo":
-            raise ValueError("beta: not a part of out, expected the very tensor that total_loss was given")
+            raise ValueError("beta: not a part of out, expected the same tensor object that total_loss got")
         pulls[name] = torch.zeros_like(beta) if gradient is None else len(beta) * gradient
     if "smoothness" in pulls:
         pulls["smoothness"] = pulls["smoothness"] + 2 * out.squared_gradients / beta.detach()

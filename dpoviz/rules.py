@@ -151,7 +151,7 @@ class BetaDPO(Rule):
         h = _rows("h", observation.h, len(observation.x))
         filters = self.keep < 1
         if filters and len(h) < 2:
-            raise ValueError("h: got 1 pair, expected at least 2, which have a spread; or set keep=1")
+            raise ValueError("h: got 1 pair, expected at least 2, for a spread; or set keep=1")
         if self.training:
             self.mean.lerp_(h.mean().to(self.mean.dtype), 1 - self.momentum)
             if filters:

@@ -342,7 +342,7 @@ def solve_beta(
     rewards = rewards.detach()
     if not per_prompt:
         if isinstance(epsilon, Tensor):
-            raise ValueError("epsilon: got a tensor, expected one number; per_prompt=True takes a budget for each")
+            raise ValueError("epsilon: got a tensor, expected one number; per_prompt=True accepts a budget per prompt")
         budget = float(_per_prompt("epsilon", epsilon, 1, also=(0.0,)))
         return _multiplier(ref_logps, rewards, budget, _prompt_weights(prompt_probs, prompts))
     if prompt_probs is not None:
@@ -407,7 +407,7 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
     _require_logps("ref_logps", ref_logps)
     prompts, answers = ref_logps.shape
     if answers < 2:
-        raise ValueError("ref_logps: got 1 answer per prompt, expected at least 2, to compare")
+        raise ValueError("ref_logps: got 1 answer per prompt, expected at least 2")
     _require_finite("preference_logits", preference_logits, (prompts, answers, answers))
     # P(y ≻ y') = 1 − P(y' ≻ y), up to the rounding of differences
     wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())

@@ -85,9 +85,9 @@ def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -
 class BetaDPOTrainer(DPOTrainer):
     """TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
 
-        L = mean of TRL's losses with s(x) for its beta, + L_range + L_smooth + L_entropy
+        L = L_TRL(s(x)·h) + L_range + L_smooth + L_entropy
 
-    The loss of each pair is TRL's, with s(x) in place of TRL's one beta. Rewards, margins and the other loss types
+    L_TRL is TRL's loss with s(x) in place of its one beta. Rewards, margins and the other loss types
     follow, except "aot" and "aot_unpaired", which sort the batch before multiplying by beta. The regularisers (the
     derivation, §5) are added if beta is trainable. Logged in addition to TRL's numbers: beta/<task>, and loss/<term>
     for each regulariser.
@@ -132,7 +132,7 @@ class BetaDPOTrainer(DPOTrainer):
             raise ValueError(f"args.loss_type: got {sorting[0]!r}, which sorts pairs apart from their beta; expected "
                              "another, or a ConstantBeta")  # fmt: skip
         if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
-            raise ValueError("args.fp16: expected bf16 or float32 under DeepSpeed, which scales the loss out of sight")
+            raise ValueError("args.fp16: got float16, expected bf16 or float32: DeepSpeed scales the loss internally")
         beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # of the main process
         if self.learns:
             self.beta_optimizer = adamw(beta, config.beta_learning_rate)
@@ -143,7 +143,7 @@ class BetaDPOTrainer(DPOTrainer):
         config, entropy = self.config, None
         if config.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
-                raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
+                raise ValueError("config.alpha: got None, expected a number; a stream's mean entropy is unknown")
             entropy = train_dataset["ref_entropy"][:]
         known = config.alpha is not None or entropy is not None
         weights = config.regularization(config.alpha_for(entropy) if known else None)
@@ -194,7 +194,7 @@ class BetaDPOTrainer(DPOTrainer):
         if found and self.accelerator.num_processes > 1 and not dataset.cache_files:
             raise ValueError(
                 f"{name}_dataset: is in memory; with args.precompute_ref_log_probs and several processes expected one "
-                "on disk, by save_to_disk and load_from_disk, beside which they share what TRL computes"
+                "on disk, where they share the file that TRL writes beside it; use save_to_disk and load_from_disk"
             )
         return super()._precompute_ref_logps(dataset.remove_columns(ours) if ours else dataset, name, batch_size)
 
