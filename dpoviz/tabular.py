@@ -223,13 +223,12 @@ def dual(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    """Return the dual function: for each multiplier, an upper bound on the reward within the KL budget (the derivation,
-    §2).
+    """Return the dual function, an upper bound on the reward within the KL budget (the derivation, §2).
 
         g(β) = max_π L(π, β) = E_x[β·log Z(x) + β·ε]
 
-    It is convex in beta, with slope ε − E_x[KL(π*_β‖π_ref)]. With (X,) multipliers and budgets it is the dual of the
-    problem with one constraint per prompt.
+    It is a bound for every multiplier beta, and convex in beta, with slope ε − E_x[KL(π*_β‖π_ref)].
+    With (X,) multipliers and budgets it is the dual of the problem with one constraint per prompt.
 
     Args:
         ref_logps: (X, Y), nats.
@@ -308,11 +307,11 @@ def solve_beta(
 ) -> float | Tensor:
     """Return the multiplier of a KL budget: the price at which the optimal policy spends it (the derivation, §1-2).
 
-        E_x[KL(π*_β‖π_ref)] = ε,    or per prompt KL(π*_β(x)(·|x)‖π_ref(·|x)) = ε(x)
+        E_x[KL(π*_β‖π_ref)] = ε,    or KL(π*_β(·|x)‖π_ref(·|x)) = ε(x) per prompt
 
-    One budget for the mean over prompts, E_x[KL] ≤ ε, has one multiplier. One budget per prompt, KL(π(·|x)‖π_ref(·|x))
-    ≤ ε(x), has one multiplier per prompt: L = E_x[E_π[r] − β(x)·(KL − ε(x))] is §2 applied to each prompt, and this
-    β(x) is the derivation's input-dependent beta. Prompts do not interact in it, so `prompt_probs` plays no part.
+    One budget for the mean over prompts, E_x[KL] ≤ ε, has one multiplier. One budget per prompt, KL(x) ≤ ε(x), has one
+    multiplier per prompt: L = E_x[E_π[r] − β(x)·(KL(x) − ε(x))] is §2 applied to each prompt, and this β(x) is the
+    derivation's input-dependent beta. Prompts do not interact in it, so `prompt_probs` plays no part.
 
     The KL of π*_β falls strictly, from the KL of the greedy policy (the reference restricted to the best answers) to 0,
     as beta grows. For ε above 0 and below the greedy policy's KL the multiplier is therefore positive and unique; it
@@ -478,10 +477,10 @@ def population_loss(
 
         L = E_{x~d} E_{y,y'~π_ref, y≠y'}[−p·log σ(s·h) − (1 − p)·log σ(−s·h)],    p = P(y ≻ y'|x)
 
-    Here h = log π(y|x)/π_ref(y|x) − log π(y'|x)/π_ref(y'|x). In the "inverse" form, which the derivation prints, s =
-    1/β(x); in the "standard" form (Rafailov et al. 2023, arXiv:2305.18290, eq. 7) s = β(x). The two answers are sampled
-    independently from the reference, conditional on being different: a pair of equal answers compares nothing and would
-    add log 2 for every policy.
+    Here h = log π(y|x)/π_ref(y|x) − log π(y'|x)/π_ref(y'|x). The "inverse" form, which the derivation prints, has
+    s = 1/β(x). The "standard" form has s = β(x) (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). The two answers are
+    sampled independently from the reference, conditional on being different: a pair of equal answers compares nothing
+    and would add log 2 for every policy.
 
     Because every pair occurs, exactly one policy minimises the loss. If the preferences are Bradley-Terry, that policy
     has s·h = logit p for every pair. Other preferences, such as cyclic ones, cannot be fitted exactly by any policy.
@@ -673,11 +672,11 @@ def tilt_moments(ref_logps: Tensor, h: Tensor, rewards: Tensor, a: float | Tenso
 
         ∂E[r]/∂a = Cov_a(r, h),    ∂KL(π_a‖π_ref)/∂a = a·Var_a(h)
 
-    Both are exact, per prompt, for any h and any a. One more nat of KL therefore earns b_a(x)/a(x), where b_a =
-    Cov_a/Var_a is the slope. At the allocation with the highest mean reward for its mean KL, this quotient is the same
-    price λ for all prompts: a(x) = b_a(x)/λ. The condition is exact if the moments are taken under the best policy
-    itself. It is necessary but not sufficient. With moments under the reference it holds to first order in a: b_a = b_0
-    + a·(κ(r, h, h) − b_0·κ(h, h, h))/Var(h) + O(a²), where κ are the third joint cumulants.
+    Both are exact, per prompt, for any h and any a. One more nat of KL therefore earns b_a(x)/a(x), where
+    b_a = Cov_a/Var_a is the slope. At the allocation with the highest mean reward for its mean KL, this quotient is the
+    same price λ for all prompts: a(x) = b_a(x)/λ. The condition is exact if the moments are taken under the best policy
+    itself. It is necessary but not sufficient. With moments under the reference it holds to first order in a, because
+    b_a = b_0 + a·(κ(r, h, h) − b_0·κ(h, h, h))/Var(h) + O(a²), where κ are the third joint cumulants.
 
     Args:
         ref_logps: (X, Y), nats.
@@ -824,7 +823,7 @@ def best_tilt(
 
         maximise E_x[E_{π_a}[r]] subject to E_x[KL(π_a‖π_ref)] ≤ budget, over a ≥ 0
 
-    The constraint a ≥ 0 holds because beta is positive. The optimiser is sequential quadratic programming (scipy's
+    The constraint a ≥ 0 stands for a positive beta. The optimiser is sequential quadratic programming (scipy's
     SLSQP) with exact gradients. It knows the true reward and uses no formula for a. If the reward is not concave in a,
     the result is the best of the local optima found from two starts.
 
@@ -941,7 +940,7 @@ def sample_tasks(kinds: Sequence[Task], *, prompts: int, answers: int, generator
         generator: the random generator.
 
     Raises:
-        ValueError: there is no task, a task's number is out of range, or there are fewer than 1 prompt or 2 answers.
+        ValueError: there is no task, a setting of a task is out of range, or there is no prompt, or fewer than 2 answers.
     """
     if len(kinds) == 0 or prompts < 1 or answers < 2:
         raise ValueError(
