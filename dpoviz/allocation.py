@@ -233,8 +233,8 @@ def gain_bound(
 
         √(E[v·b₊²]·E[v]) / E[v·b] − 1
 
-    Here b is the slope, b₊ = max(b, 0) and v = Var(h). E is the mean over tasks, weighted by their prompts. If all b ≥
-    0 this is √(1 + CV²(b)) − 1, where CV is the standard deviation of b over its mean, both weighted by v. The bound
+    Here b is the slope, b₊ = max(b, 0) and v = Var(h). E is the mean over tasks, weighted by their prompts. If no b is
+    below 0, this is √(1 + CV²(b)) − 1, where CV is the standard deviation of b over its mean, weighted by v. The bound
     follows from the Cauchy-Schwarz inequality, and a = b₊/λ attains it (`allocate`). A negative slope counts as 0:
     because beta is positive, the best choice is to stay at the reference. If E[v·b] ≤ 0, one constant gains nothing,
     and the bound is inf.

@@ -123,7 +123,7 @@ class BetaDPO(Rule):
         beta0: β₀, beta of a batch whose mean margin equals the moving average.
         a: how strongly beta follows h; 0 makes beta constant.
         momentum: m, from 0 to below 1.
-        keep: fraction of the pairs to keep, rounded down to whole pairs; 1 turns the filter off.
+        keep: fraction of the pairs to keep, rounded down, but at least one pair; 1 turns the filter off.
         seed: random seed of the filter.
 
     Raises:
