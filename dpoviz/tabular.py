@@ -940,7 +940,7 @@ def sample_tasks(kinds: Sequence[Task], *, prompts: int, answers: int, generator
         generator: the random generator.
 
     Raises:
-        ValueError: there is no task or no prompt, a setting of a task is out of range, or there are fewer than 2 answers.
+        ValueError: no task, no prompt or fewer than 2 answers, or a setting of a task is out of range.
     """
     if len(kinds) == 0 or prompts < 1 or answers < 2:
         raise ValueError(
