@@ -29,7 +29,7 @@ OWN = ("prompt_ids", "chosen_ids", "rejected_ids", "line", "file")
 RENAMED = (*FIELDS, "group", "system", "tools")
 """Names that --columns may assign."""
 
-# --- column names ---------------------------------------------------------------------------------------------------
+# --- column names ----------------------------------------------------------------------------------------------------
 
 ANSWERS = (
     ("chosen", "rejected"),
@@ -329,7 +329,7 @@ class Reader:
         return value.strip() and value if isinstance(value, str) else ""
 
     def _given_prompt(self, row: dict[str, Any], whole: bool) -> Any:
-        """Remove the prompt from a row and return it: a text, a chat, or None if no column or only `whole` chats hold it."""
+        """Remove the prompt from a row and return it: a text, a chat, or None if no column holds it."""
         there = [name for name in row if _means(name, PROMPT_WORDS | {"prompt"}) and not _empty(row[name])]
         if "prompt" in row and (_empty(row["prompt"]) <= (not there)):
             own = self._chat(row.pop("prompt"))
@@ -713,7 +713,7 @@ def _require_two(chosen: Sequence, rejected: Sequence, identical: bool) -> None:
         )
 
 
-_BOUNDARY = regex.compile(r"\b", regex.WORD)  # Unicode word boundaries: none inside 3.50 or don't, one between two ideographs
+_BOUNDARY = regex.compile(r"\b", regex.WORD)  # Unicode's: none inside 3.50 or don't, one between ideographs
 
 
 def _boundary(text: str, at: int) -> int:
