@@ -98,7 +98,7 @@ def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | Non
 
 
 def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> dict[str, object]:
-    if "attention_mask" in signature(model.forward).parameters:  # without it, `transformers` warns if the padding token occurs
+    if "attention_mask" in signature(model.forward).parameters:  # else padding tokens cause a warning
         more["attention_mask"] = torch.ones_like(ids)
     return model(input_ids=ids, use_cache=False, **more)
 
