@@ -87,7 +87,7 @@ class _Recorder(LogitsProcessor):
             self.logps.append(self.last.gather(-1, tokens[:, None]).squeeze(-1))
 
     def scores(self, lengths: Tensor) -> AnswerScores:
-        """Return the scores of (B, K) answers, given their lengths; tokens after the end of an answer are not counted."""
+        """Return the scores of (B, K) answers, given their lengths; tokens after an answer's end do not count."""
         counted = torch.arange(len(self.logps), device=lengths.device)[:, None] < lengths.flatten()
         logps, entropies = (torch.stack(values).double() for values in (self.logps, self.entropies))  # (steps, B * K)
         return AnswerScores(
@@ -225,7 +225,7 @@ def _way(model: PreTrainedModel, longest: int) -> _Way:
 
 
 def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
-    """Return the largest relative error of the distributions sampled from, after a long, a medium and a short prompt."""
+    """Return the largest relative error of the sampling distributions after a long, a medium and a short prompt."""
     steps = max(1, min(_STEPS, longest - 3))
     prompts = random_tokens(model, [max(1, longest - steps), max(1, (longest - steps) // 2), min(3, longest - steps)])
     k, worst = 2, 0.0
