@@ -235,7 +235,7 @@ def _error(model: PreTrainedModel, road: Road, size: Size, seed: int) -> float:
     """Return the largest relative error of the logits over positions in long and short answers."""
     prompts, answers = _texts(model, road, size, seed)
     k = len(answers[0])
-    room = len(prompts[0]) + sum(len(answer) - 1 for answer in answers[0])  # only the long prompt's block: the short ones get their own row
+    room = len(prompts[0]) + sum(len(answer) - 1 for answer in answers[0])  # so the short ones get their own row
     if road.shared:
         if road is Road.SHARED_IN_CONTEXT:
             room = min(room, size.widest)
