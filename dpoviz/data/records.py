@@ -399,7 +399,7 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
         ValueError: `held_out` is not between 0 and 1, or a task has only one group.
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out: got {held_out}, expected a share between 0 and 1")
+        raise ValueError(f"held_out: got {held_out}, expected a fraction between 0 and 1")
     group = _components(pairs)
     of_task: dict[str, list[int]] = {}
     tasks = pairs["task"][:]

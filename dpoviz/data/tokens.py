@@ -149,8 +149,8 @@ def end_id(pairs: Dataset) -> int:
     if len(first) > 1:
         rows = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
         raise ValueError(
-            f"pairs: got answers that end with different tokens ({rows}), expected one that answers can be drawn up "
-            "to; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers bring the same end"
+            f"pairs: got answers that end with different tokens ({rows}), expected one at which sampled answers "
+            "can stop; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers end alike"
         )
     return next(iter(first))
 

