@@ -190,7 +190,7 @@ class TestPrefixBatch:
             ([], [], "prompts, answers: got 0 and 0"),
             ([[3]], [[[4]], [[4]]], "prompts, answers: got 1 and 2"),
             ([[3], [3]], [[[4]], [[4], [5]]], r"answers: got \[1, 2\] per prompt, expected the same number"),
-            ([[3]], [[]], r"answers: got \[0\] a prompt"),
+            ([[3]], [[]], r"answers: got \[0\] per prompt"),
             ([[3], []], [[[4]], [[4]]], r"prompts: empty in rows \[1\]"),
             ([[3], [3]], [[[4]], [[]]], r"answers: empty in rows \[1\]"),
         ],
