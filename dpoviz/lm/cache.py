@@ -271,15 +271,30 @@ def _write_batch(path: Path, batch: Mapping[str, Any]) -> None:
 
 
 def code_digest(module: str) -> str:
-    """Hash the source of a dpoviz module and of all dpoviz modules that it imports, directly or indirectly.
+    """Hash the code of a dpoviz module and of all dpoviz modules that it imports, directly or indirectly.
+
+    Docstrings, comments and layout do not count.
 
     Args:
         module: full name, as in ``__name__``.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, source in sorted(sources(module).items()):
-        digest.update(f"{name}\n{source}".encode())
+        digest.update(f"{name}\n{_code(source)}".encode())
     return digest.hexdigest()
+
+
+@cache
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 @cache
