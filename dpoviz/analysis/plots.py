@@ -238,7 +238,7 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     _one_form(history, ["form", "seed", "stage", "step", f"grad/dpo/{task}"], name="history")
     rows = history[history["stage"] == 2]
     if rows.empty:
-        raise ValueError("history: no rows with stage 2, expected some: beta does not learn in stage 1")
+        raise ValueError("history: no rows with stage 2, expected some: beta is not trained in stage 1")
     columns = {term: f"grad/{term}/{task}" for term in TERM_COLORS}
     columns = {term: column for term, column in columns.items() if column in rows and rows[column].notna().any()}
     ax = open_axes(ax)
