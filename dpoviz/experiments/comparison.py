@@ -117,7 +117,7 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
     """Compare each variant with the constants of the same world at the same learning rate, seed by seed.
 
     Args:
-        table: what `gather` returned.
+        table: the table of `gather`.
 
     Returns:
         A row per contender (variant), noise, seed and task ("all" among them), with columns
@@ -161,7 +161,7 @@ def effects(found: pd.DataFrame, measure: str = "above") -> pd.DataFrame:
     """Return the mean of a difference over the seeds, by variant, noise and task.
 
     Args:
-        found: what `differences` returned.
+        found: the table of `differences`.
         measure: one of the columns of differences in `found`.
 
     Returns:
