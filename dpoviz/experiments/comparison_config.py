@@ -109,7 +109,7 @@ class CompareConfig:
         if self.seeds < 3 or self.tuning_seeds < 1:
             raise ValueError(f"seeds, tuning_seeds: got {self.seeds}, {self.tuning_seeds}, expected at least 3 and 1")
         if any(not 0 <= share < 0.5 for share in self.noise):
-            raise ValueError(f"noise: got {self.noise}, expected shares from 0 to below 0.5")
+            raise ValueError(f"noise: got {self.noise}, expected fractions from 0 to below 0.5")
         if self.tuning_noise not in self.noise:
             raise ValueError(f"tuning_noise: got {self.tuning_noise}, expected one of {self.noise}")
         for name in ("constants", "scales", "noise", "learning_rates"):
