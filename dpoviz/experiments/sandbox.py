@@ -377,7 +377,7 @@ def set_limits(task):
     for name, value in task["limits"].items():
         try:
             limit = getattr(resource, "RLIMIT_" + name)
-            hard = value + (name == "CPU")  # at the first a signal says that it was the time, at the second it kills
+            hard = value + (name == "CPU")  # the soft limit sends SIGXCPU, which names the cause; the hard one kills
             ours = resource.getrlimit(limit)[1]
             if ours != resource.RLIM_INFINITY:
                 hard = min(hard, ours)
@@ -445,7 +445,7 @@ def serve(asked, say):
 
 def die_with_parent_and_guard(task, say):
     if task["strict"]:
-        return  # isolated: bubblewrap does the first, and nothing needs the second
+        return  # isolated: bubblewrap ends it with its parent, and no guard is needed
     try:
         import ctypes
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: Linux has it
@@ -488,7 +488,7 @@ def verdict(task, say):
             ask.write(json.dumps(request).encode() + b"\n")
             ask.flush()
         except BrokenPipeError:
-            pass  # it is gone; what it said last is still there to read
+            pass  # the program is gone; its last answer can still be read
         line = answers.readline(2**22)
         if not line:
             raise Verdict("ended", "")
@@ -513,7 +513,7 @@ def verdict(task, say):
         return exchange(packed)
 
     import random
-    random.seed(0)  # tests that draw their inputs draw the same for every program
+    random.seed(0)  # tests with random inputs use the same ones for every program
     try:
         exchange({"limits": task["limits"], "strict": task["strict"]})
         say("ready")
@@ -522,7 +522,7 @@ def verdict(task, say):
         except (SyntaxError, ValueError) as error:
             return "tests", described(error)
         exchange({"source": task["source"]})
-        # a number that did not exist before the program was at its end
+        # a number that did not exist before the program reached its end
         number = secrets.token_hex()
         if exchange({"echo": number}) != number:
             raise Verdict("failed", "it answered for itself")
