@@ -52,7 +52,7 @@ class Checkpoint:
                 "give another folder, or delete that one"
             )
         if not (found[-1] / f"random_states_{self.accelerator.process_index}.pkl").is_file():
-            logger.warning("%s is of fewer processes: what this one draws at random starts anew", found[-1])
+            logger.warning("%s was saved by fewer processes: the random state of this one starts anew", found[-1])
         self.accelerator.load_state(str(found[-1]))
         return saved["step"], saved["history"]
 
