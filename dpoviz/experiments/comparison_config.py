@@ -65,7 +65,7 @@ class CompareConfig:
 
     Attributes:
         world: the small world; each seed has its own.
-        contenders: variants to compare; the constant is always among them.
+        contenders: variants to compare; one of them must be the constant.
         constants: scales of the constant, the frontier to beat.
         scales: initial scales of the variants that are swept over the scale; all others start at the first.
         seeds: number of worlds, each with its own runs, numbered from 0.
