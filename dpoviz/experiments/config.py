@@ -116,8 +116,8 @@ class RealConfig:
         data: files, folders, a hub name or a preset's name.
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
         preset: the layout of a known public set, for a file of it.
-        task: the task of all pairs, where they name none.
-        columns: other people's column names, to ours, as question=prompt.
+        task: the task of all pairs, if they name none.
+        columns: columns of the data to rename to ours, such as question=prompt.
         ignore_columns: columns to ignore although they would change the prompt.
         chat: tasks whose plain prompts become a user's message.
         pairs_per_task: the largest number of pairs per task, sampled by the seed; None: all.
@@ -231,8 +231,8 @@ class BenchConfig:
         data: files, folders, a hub name or a preset's name; none: pairs and model of the small world of `dpoviz demo`.
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
         preset: the layout of a known public set, for a file of it.
-        task: the task of all pairs, where they name none.
-        columns: other people's column names, to ours, as question=prompt.
+        task: the task of all pairs, if they name none.
+        columns: columns of the data to rename to ours, such as question=prompt.
         chat: tasks whose plain prompts become a user's message.
         pairs_per_task: the largest number of pairs per task, sampled by the seed; None: all.
         max_length: limit of the prompt and one answer together, in tokens.
