@@ -331,7 +331,9 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
         at = float(_GRID[terms["sum"].argmin()])
         for line in rest:
             line.set_xdata([at, at])
-        says.set_text(f"rest at β = {at:.2f}\nαH = {alpha * ref_entropy:.2f}")
+        ends = {float(_GRID[0]): "no rest: runs off to 0", float(_GRID[-1]): "no rest: runs off to ∞"}
+        rests = ends.get(at, f"rest at β = {at:.2f}")  # least at an end of the grid: it falls on beyond it
+        says.set_text(f"{rests}\nαH = {alpha * ref_entropy:.2f}")
 
     controls = {
         "form": widgets.ToggleButtons(options=["inverse", "standard"], description="form"),
@@ -360,7 +362,7 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
         style = {"marker": "o", "linestyle": "", "markersize": 3.5, "alpha": 0.6, "color": color, "label": task}
         dots[task] = [ax.plot([], [], **style)[0] for ax in (left, right)]
     (line,) = left.plot([], [], color=_GREY, linewidth=1, label="αH")
-    right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1)
+    right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1, linestyle="--")
     _plain_log(right, [0.03, 0.1, 0.3, 1, 3])
     for ax in (left, right):
         ax.set_yscale("log")
@@ -383,7 +385,12 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
     late = {"continuous_update": False}  # each change is a training run: wait until the slider is released
     controls = {
         "lambda_smoothness": _slider("λ2 (gradient penalty)", defaults["lambda_smoothness"], 0, 1, 0.02, **late),
-        "lambda_entropy": _slider("λ3 (entropy)", defaults["lambda_entropy"], 0, 2, 0.05, **late),
+        "lambda_entropy": widgets.SelectionSlider(
+            options=(0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),  # a log slider has no 0
+            value=defaults["lambda_entropy"],
+            description="λ3 (entropy)",
+            **(_WIDE | late),
+        ),
         "alpha": _slider("α", defaults["alpha"], 0.05, 0.5, 0.01, **late),
     }
     return Explorer(figure, update, controls)
