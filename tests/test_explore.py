@@ -310,7 +310,6 @@ class TestTermCurves:
         at = explorer.figure.axes[0].lines[-1].get_xdata()[0]
         assert at == pytest.approx(expected, rel=0.02)  # one step of the grid
 
-
     @pytest.mark.parametrize(("form", "end"), [("inverse", "0"), ("standard", "∞")])
     def test_says_that_nothing_stops_a_sure_pair(self, form, end):
         explorer = explore.term_curves()
