@@ -505,6 +505,13 @@ class TestPlotBetaGradients:
         total = rows.query("stage == 2")[[f"grad/{term}/math" for term in left]].sum(axis=1)
         assert lines(ax)["sum"][1] == pytest.approx(list(total), rel=1e-12)
 
+    def test_a_term_without_a_color_is_grey_and_part_of_the_sum(self):
+        rows = history().assign(**{"grad/new/math": 3.0})
+        drawn = {line.get_label(): line for line in plots.plot_beta_gradients(rows, task="math").get_lines()}
+        total = rows.query("stage == 2")[[f"grad/{term}/math" for term in (*TERMS, "new")]].sum(axis=1)
+        assert drawn["new"].get_color() not in plots.TERM_COLORS.values()
+        assert list(drawn["sum"].get_ydata()) == pytest.approx(list(total), rel=1e-12)
+
     def test_a_task_that_no_batch_held_has_no_line(self):
         rows = history()
         rows.loc[:, [c for c in rows if c.startswith("grad/") and c.endswith("/math")]] = np.nan

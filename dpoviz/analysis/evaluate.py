@@ -1,4 +1,7 @@
-"""Evaluate a policy: its true reward, its distance from the reference, and the calibration of its margins."""
+"""Evaluate a finished policy: its true reward, its KL from the reference, and the calibration of its margins.
+
+`dpoviz.training.probes` has the KL that is sampled during training.
+"""
 
 from __future__ import annotations
 

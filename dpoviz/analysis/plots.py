@@ -226,8 +226,9 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     column, and no line.
 
     Args:
-        history: the history of `train`, of one form, with columns grad/<term>/<task> for "dpo" and the terms of
-            `TERM_COLORS` that were switched on. A positive pull lowers beta under gradient descent.
+        history: the history of `train`, of one form, with a column grad/<term>/<task> for "dpo" and each term that was
+            switched on; a term without a color in `TERM_COLORS` is grey. A positive pull lowers beta under gradient
+            descent.
         task: the task whose beta is shown.
         ax: where to draw; None: on a new figure.
         **artist_kws: passed to `Axes.plot`.
@@ -239,12 +240,14 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     rows = history[history["stage"] == 2]
     if rows.empty:
         raise ValueError("history: no rows with stage 2, expected some: beta is not trained in stage 1")
-    columns = {term: f"grad/{term}/{task}" for term in TERM_COLORS}
-    columns = {term: column for term, column in columns.items() if column in rows and rows[column].notna().any()}
+    terms = [name.split("/")[1] for name in rows if name.startswith("grad/")]
+    terms = [term for term in dict.fromkeys(terms) if f"grad/{term}/{task}" in rows]
+    terms = [term for term in TERM_COLORS if term in terms] + [term for term in terms if term not in TERM_COLORS]
+    columns = {term: f"grad/{term}/{task}" for term in terms if rows[f"grad/{term}/{task}"].notna().any()}
     ax = open_axes(ax)
     ax.axhline(0, color=GREY, linewidth=0.8, label="_zero")
     for term, column in columns.items():
-        _lines(ax, rows, column, label=term, **{"color": TERM_COLORS[term], "linewidth": 1.4} | artist_kws)
+        _lines(ax, rows, column, label=term, **{"color": TERM_COLORS.get(term, GREY), "linewidth": 1.4} | artist_kws)
     total = rows.assign(sum=rows[list(columns.values())].sum(axis=1, skipna=False, min_count=1))
     style = {"color": "black", "linewidth": 1.4, "linestyle": (0, (4, 2))}
     _lines(ax, total, "sum", label="sum", **style | artist_kws)

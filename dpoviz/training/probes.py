@@ -1,4 +1,7 @@
-"""Measurements of a policy on scored pairs: log-ratios, accuracy, beta by task, sampled KL."""
+"""Measurements of a policy during training: log-ratios, accuracy, beta by task, sampled KL.
+
+`dpoviz.analysis.evaluate` measures a finished policy, with more samples; `dpoviz.tabular.kl` is exact.
+"""
 
 from __future__ import annotations
 
