@@ -80,6 +80,8 @@ class Rule(nn.Module):
     form: ClassVar[Form | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     settings: ClassVar[tuple[str, ...]] = ()
+    epsilon: float  # of a rule that needs "direction"
+    every: int  # of a rule that needs "kl"
 
     @property
     def trainable(self) -> bool:
@@ -131,6 +133,9 @@ class BetaDPO(Rule):
 
     form = "standard"
     settings = ("beta0", "a", "momentum", "keep", "seed")
+    mean: Tensor
+    spread: Tensor
+    step: Tensor
 
     def __init__(
         self, beta0: float, *, a: float = 0.6, momentum: float = 0.9, keep: float = 0.8, seed: int = 0
@@ -197,6 +202,7 @@ class EpsilonDPO(Rule):
     form = "standard"
     needs = frozenset({"direction"})
     settings = ("beta0", "epsilon")
+    current: Tensor
 
     def __init__(self, beta0: float, *, epsilon: float = 0.01) -> None:
         super().__init__()
@@ -299,6 +305,8 @@ class LSC(Rule):
 
     form = "standard"
     settings = ("beta0", "eta", "target", "start")
+    current: Tensor
+    started: Tensor
 
     def __init__(self, beta0: float, *, eta: float = 0.1, target: float = 0.4, start: float = 0.4) -> None:
         super().__init__()
@@ -345,6 +353,7 @@ class DualKL(Rule):
     form = "standard"
     needs = frozenset({"kl"})
     settings = ("beta0", "target", "tasks", "every", "horizon")
+    current: Tensor
 
     def __init__(
         self,
@@ -440,6 +449,8 @@ class LookupBeta(Rule):
     """
 
     settings = ("digest",)
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, x: Tensor, beta: Tensor) -> None:
         super().__init__()
