@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -56,7 +56,8 @@ class Models(NamedTuple):
                 f"reference: got the policy itself, a {type(self.policy).__name__} without an adapter to turn off; "
                 "expected a copy of it from before training, or a PEFT model"
             )
-        return self.policy.disable_adapter()
+        policy: Any = self.policy  # a PeftModel
+        return policy.disable_adapter()
 
 
 class HeldOut(NamedTuple):
