@@ -29,8 +29,8 @@ _LEVEL = 0.95
 
 
 def reward_per_nat(
-    h: Sequence[float],
-    reward: Sequence[float],
+    h: Sequence[float] | np.ndarray,
+    reward: Sequence[float] | np.ndarray,
     *,
     prompt: Sequence[object],
     task: Sequence[object],
@@ -85,7 +85,7 @@ def reward_per_nat(
 
 
 def reward_per_nat_of_pairs(
-    h: Sequence[float],
+    h: Sequence[float] | np.ndarray,
     *,
     task: Sequence[object],
     prompt: Sequence[object] | None = None,

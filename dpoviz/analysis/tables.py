@@ -9,7 +9,7 @@ import csv
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,7 @@ class TensorLike(Protocol):
     def detach(self) -> TensorLike: ...
 
 
-Numbers = TensorLike | Sequence[float] | np.ndarray | pd.Series
+Numbers: TypeAlias = TensorLike | Sequence[float] | np.ndarray | pd.Series
 
 
 def beta_table(
@@ -79,7 +79,7 @@ def beta_table(
     _require_no_pooled(task)
     beta = _numbers("beta", beta, len(prompt))
     _require_rows("beta", beta > 0, "not positive", "numbers above 0")
-    columns = {"form": form, "seed": seed, "task": task, "prompt": prompt}
+    columns: dict[str, Any] = {"form": form, "seed": seed, "task": task, "prompt": prompt}
     columns |= {"beta": beta, "scale": [scale(float(value), form) for value in beta]}
     for name, values in (("ref_entropy", ref_entropy), ("ref_entropy_se", ref_entropy_se)):
         columns[name] = _numbers(name, values, len(prompt))
@@ -91,13 +91,14 @@ def beta_table(
 
 def _numbers(name: str, values: Numbers, n: int) -> np.ndarray:
     """Return values as a float64 array (n,), or raise a ValueError."""
-    if hasattr(values, "detach"):  # a tensor, perhaps on a graph, on another device, or in bfloat16
-        values = values.detach().cpu().double().numpy()
-    values = np.array(values, dtype=np.float64)
-    if values.shape != (n,):
-        raise ValueError(f"{name}: got shape {values.shape}, expected ({n},), one number per prompt")
-    _require_rows(name, np.isfinite(values), "not finite", "finite numbers")
-    return values
+    given: Any = values
+    if hasattr(given, "detach"):  # a tensor, perhaps on a graph, on another device, or in bfloat16
+        given = given.detach().cpu().double().numpy()
+    found = np.array(given, dtype=np.float64)
+    if found.shape != (n,):
+        raise ValueError(f"{name}: got shape {found.shape}, expected ({n},), one number per prompt")
+    _require_rows(name, np.isfinite(found), "not finite", "finite numbers")
+    return found
 
 
 def _require_rows(name: str, holds: np.ndarray, got: str, expected: str) -> None:

@@ -239,7 +239,14 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-_FUNCTIONS: dict[str, Callable[..., Any]] = {"abs": abs, "len": len, "max": max, "min": min, "sorted": sorted, "sum": sum}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": abs,
+    "len": len,
+    "max": max,
+    "min": min,
+    "sorted": sorted,
+    "sum": sum,
+}
 _MAX_CHARS, _MAX_STEPS, _MAX_INT, _MAX_LIST = 200, 2_000, 10**9, 1_000
 
 

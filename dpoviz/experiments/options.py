@@ -7,9 +7,12 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def read_settings(path: Path, default: Settings, command: str) -> Settings:
@@ -98,7 +101,7 @@ def parse(
     """Parse the command line by the fields of a dataclass and its docstring; exit with help or usage errors."""
     import tyro
 
-    more = {} if default is None else {"default": default}
+    more: dict[str, Any] = {} if default is None else {"default": default}
     text = " ".join(description.split())
     return tyro.cli(cls, args=_split_pairs(arguments), prog=prog, description=text, **more)
 

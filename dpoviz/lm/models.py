@@ -510,7 +510,8 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM")
+    scaling: Any = alpha  # peft's own annotation is int, and it divides what it is given by r
+    settings = LoraConfig(r=rank, lora_alpha=scaling, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
         torch.manual_seed(seed)

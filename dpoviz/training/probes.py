@@ -23,7 +23,6 @@ from dpoviz.lm.scoring import score_answers
 from dpoviz.lm.trial import evaluating
 from dpoviz.rules import PromptRule, Rule
 
-
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 
