@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -130,7 +130,7 @@ def reward_per_nat_of_pairs(
     return _slopes("h", sums, resamples, seed, per="answers")
 
 
-def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
+def _numbers(name: str, values: Any) -> np.ndarray:
     """(N,) float64 of a list, an array, a column or a tensor; all finite, N ≥ 1."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
@@ -146,7 +146,7 @@ def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
     return numbers
 
 
-def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+def _frame(columns: Mapping[str, Any]) -> pd.DataFrame:
     columns = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:

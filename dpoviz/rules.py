@@ -248,7 +248,7 @@ class MallowsPO(Rule):
     needs = frozenset({"answer_entropy"})
     settings = ("beta0", "c", "sign")
 
-    def __init__(self, beta0: float, *, c: float, sign: int = 1) -> None:
+    def __init__(self, beta0: float, *, c: float, sign: float = 1) -> None:
         super().__init__()
         require_positive("beta0", beta0)
         require_positive("c", c)

@@ -110,7 +110,7 @@ class BetaDPOTrainer(DPOTrainer):
 
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    _signature_columns: list[str]
+    _signature_columns: Any  # None until it is first asked for
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -87,6 +88,10 @@ def beta_table(
     table = pd.DataFrame(columns)
     _require_once(table)
     return table
+
+
+def _mean_of_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return values[rows].mean(axis=1)
 
 
 def _numbers(name: str, values: Numbers, n: int) -> np.ndarray:
@@ -343,9 +348,7 @@ def summarize_estimators(table: pd.DataFrame, *, n_boot: int = 2000, seed: int =
         groups = {task: group.to_numpy() for task, group in of_estimator.groupby("task", sort=False)["entropy"]}
         resampled = {}
         for task, values in groups.items():
-            resampled[task] = bootstrap(
-                lambda prompts, values=values: values[prompts].mean(axis=1), len(values), resamples=n_boot, rng=rng
-            )
+            resampled[task] = bootstrap(partial(_mean_of_rows, values), len(values), resamples=n_boot, rng=rng)
         order = sorted(groups, key=lambda task: groups[task].mean())
         shared = {"order": " < ".join(order), "order_share": order_share([resampled[task] for task in order])}
         for task, values in groups.items():

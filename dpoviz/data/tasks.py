@@ -496,7 +496,7 @@ def preference_probability(task: str, reward_a: float, reward_b: float) -> float
     return 1.0 / (1.0 + math.exp(-logit))
 
 
-def label_pairs(problem: Problem, answers: Sequence[str], n: int, rng: random.Random) -> list[dict[str, object]]:
+def label_pairs(problem: Problem, answers: Sequence[str], n: int, rng: random.Random) -> list[dict[str, Any]]:
     """Labelled pairs out of answers to one problem.
 
     Only answers of different reward are paired, each text once, empty ones never: a labeller who sees no

@@ -50,7 +50,7 @@ def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
         ValueError: a name that does not exist, or a value of another type.
     """
     own = {f.name: getattr(default, f.name) for f in fields(default)}
-    groups = {name: value for name, value in own.items() if is_dataclass(value)}
+    groups: dict[str, Any] = {name: value for name, value in own.items() if is_dataclass(value)}
     inside = {f.name: group for group, value in groups.items() for f in fields(value)}
     types_ = get_type_hints(type(default))
     changes: dict[str, Any] = {}

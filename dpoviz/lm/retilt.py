@@ -148,7 +148,8 @@ def sample_retilted(
         [[getattr(own, name) for own in found[start : start + k]] for start in range(0, len(found), k)]
         for name in _Drawn._fields
     ]
-    return Retilted(*columns, [sum(answer[-1] != eos_id for answer in own) for own in columns[0]])
+    truncated = [sum(answer[-1] != eos_id for answer in own) for own in columns[0]]
+    return Retilted._make([*columns, truncated])
 
 
 def _factors(a: float | Sequence[float] | Tensor, prompts: int) -> list[float]:
