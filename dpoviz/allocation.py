@@ -1,13 +1,13 @@
 """Reward per nat: how far each task should go, how much any beta(x) could gain, and the beta to train with.
 
-A trained policy defines h(x, y) = log π(y|x)/π_ref(y|x). Of the policies π_a ∝ π_ref·exp(a(x)·h) the best for a mean
-KL has the slope b_a(x) = Cov(r, h|x)/Var(h|x), the reward per nat of h, proportional to a(x): a(x) = b_a(x)/λ, with
-one price λ of KL for all prompts. That is exact with the slope under π_a itself, and holds to first order in a with
-the slope under the reference (`dpoviz.tabular.tilt_moments`). Here the slopes are estimated from scored answers or
-from preference pairs, of any model.
+A trained policy defines h(x, y) = log π(y|x)/π_ref(y|x). Consider the policies π_a ∝ π_ref·exp(a(x)·h). The one with
+the highest reward at a given mean KL has a(x) = b_a(x)/λ. Here b_a(x) = Cov(r, h|x)/Var(h|x) is the slope of the reward
+on h, the reward per nat, and λ is one price of KL for all prompts. This is exact if the slope is taken under π_a
+itself; with the slope under the reference it holds to first order in a (`dpoviz.tabular.tilt_moments`). This module
+estimates the slopes from scored answers or from preference pairs, for any model.
 
-The answers decide which slope it is: drawn from the reference, b of a small step away from it; drawn from the policy,
-b at a = 1, where all b equal to λ means that nothing is to be gained.
+The answers decide which slope is estimated. Answers sampled from the reference give b for a small step away from it.
+Answers sampled from the policy give b at a = 1; if all of these equal λ, nothing can be gained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pandas as pd
 from dpoviz.forms import Form, scale
 
 POOLED = "all"
-"""The task of the row that pools all tasks."""
+"""The name, in the column `task`, of the row that pools all tasks."""
 
 _LEVEL = 0.95
 
@@ -37,31 +37,32 @@ def reward_per_nat(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Estimate the slope of the reward on h by task, from scored answers.
+    """Estimate the slope of the reward on h for each task, from scored answers.
 
         b = E_x[Cov(r, h|x)] / E_x[Var(h|x)]
 
-    Covariance and variance are taken within each prompt (with m − 1, so unbiased), and averaged over prompts, which
-    weigh alike. What differs between prompts, such as how hard they are, plays no part, and constants per prompt in h
-    or reward change nothing.
+    Covariance and variance are computed within each prompt (with m − 1 for m answers, so unbiased) and averaged over
+    prompts with equal weights. Differences between prompts, such as their difficulty, therefore do not matter: adding
+    a constant per prompt to h or to the reward changes nothing.
 
     Args:
         h: (N,) log π(y|x) − log π_ref(y|x) of each answer, nats.
-        reward: (N,) its reward: a verifier's, a judge's, a reward model's; one unit for all tasks.
-        prompt: (N,) which prompt it answers; at least two answers per prompt.
-        task: (N,) the task of its prompt.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        reward: (N,) reward of each answer, from a verifier, a judge or a reward model; one unit for all tasks.
+        prompt: (N,) the prompt of each answer; at least two answers per prompt.
+        task: (N,) the task of each answer's prompt.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
 
     Returns:
-        A row per task in the order of appearance, and one of task "all" that pools the prompts: slope (units of the
-        reward per nat), se, low, high, variance (E_x[Var(h|x)], nats²), prompts, answers. The interval is the 95 %
-        percentile bootstrap over prompts: it covers which prompts were drawn and which answers to them, for this one
-        policy. It does not cover another training, and is too short below about 10 prompts; with one prompt it is nan.
+        One row per task, in order of appearance, and one row with the task "all" that pools the prompts. Columns: task,
+        slope (units of the reward per nat), se, low, high, variance (E_x[Var(h|x)], nats²), prompts, answers. The
+        interval is the 95 % percentile bootstrap over prompts. It covers the choice of prompts and of their answers,
+        for this one policy, but not variation between training runs. It is too short below about 10 prompts; with one
+        prompt it is nan.
 
     Raises:
-        ValueError: columns that differ in length or hold numbers that are not finite; a prompt in two tasks or with
-            one answer; a task in which h does not vary; a task of the name "all".
+        ValueError: the columns differ in length or contain non-finite numbers; a prompt is in two tasks or has only one
+            answer; h does not vary in a task; a task is called "all".
     """
     h, reward = _numbers("h", h), _numbers("reward", reward)
     frame = _frame({"h": h, "reward": reward, "prompt": prompt, "task": task})
@@ -92,26 +93,27 @@ def reward_per_nat_of_pairs(
     resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Estimate the slope by task from held-out preference pairs alone, in win-rate units.
+    """Estimate the slope for each task from held-out preference pairs alone, in win rate per nat.
 
         b = ½·E[h] / E[h²],    h of chosen against rejected
 
-    It is Cov(u, h|x)/Var(h|x) for the utility u(x, y) = P(y is preferred to y'), where both answers of a pair, y and
-    y', are independent draws from one distribution: each of E[h] = 4·E_x[Cov(u, h|x)] and E[h²] = 2·E_x[Var(h|x)].
-    With pairs chosen in another way it is the slope on that distribution of pairs. The policy must not have trained
-    on the pairs: on those that it has, the slope says how well it knows them by heart.
+    If both answers y and y' of a pair are independent samples from the same distribution, this is Cov(u, h|x)/Var(h|x)
+    for the utility u(x, y) = P(y is preferred to y'), because E[h] = 4·E_x[Cov(u, h|x)] and E[h²] = 2·E_x[Var(h|x)]. If
+    pairs are chosen in another way, it is the slope on that distribution of pairs. The policy must not have been
+    trained on these pairs: on its training pairs the slope measures memorisation.
 
     Args:
-        h: (N,) of each pair, chosen against rejected, nats (`dpoviz.losses.log_ratio_difference`).
-        task: (N,) its task.
-        prompt: (N,) its prompt, or anything whose pairs belong together; None takes the pairs to be independent.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        h: (N,) h of each pair, chosen against rejected, nats (`dpoviz.losses.log_ratio_difference`).
+        task: (N,) the task of each pair.
+        prompt: (N,) the prompt of each pair, or any label of pairs that belong together; None treats the pairs as
+            independent.
+        resamples: number of bootstrap resamples.
+        seed: random seed of the bootstrap.
 
     Returns:
-        As `reward_per_nat`; slope in win rate per nat, variance ½·E[h²], prompts (of pairs where `prompt` is None),
-        answers two per pair. Prompts weigh by their pairs. The interval covers which prompts were drawn, not another
-        training.
+        As `reward_per_nat`, with slope in win rate per nat, variance ½·E[h²], prompts (the number of pairs if `prompt`
+        is None), and two answers per pair. Prompts are weighted by their number of pairs. The interval covers the
+        choice of prompts, not variation between training runs.
 
     Raises:
         ValueError: as `reward_per_nat`.
@@ -131,13 +133,13 @@ def reward_per_nat_of_pairs(
 
 
 def _numbers(name: str, values: Any) -> np.ndarray:
-    """(N,) float64 of a list, an array, a column or a tensor; all finite, N ≥ 1."""
+    """Return a list, array, column or tensor as (N,) float64; all numbers must be finite, and N at least 1."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
     try:
         numbers = np.asarray(values, dtype=float)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}: got {type(values).__name__} that are no numbers, expected (N,) numbers") from None
+        raise ValueError(f"{name}: got {type(values).__name__} without numbers, expected (N,) numbers") from None
     if numbers.ndim != 1 or len(numbers) == 0:
         raise ValueError(f"{name}: got shape {numbers.shape}, expected (N,), at least one")
     if not np.isfinite(numbers).all():
@@ -150,12 +152,12 @@ def _frame(columns: Mapping[str, Any]) -> pd.DataFrame:
     columns = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"{', '.join(lengths)}: got {list(lengths.values())} rows, expected as many of each")
+        raise ValueError(f"{', '.join(lengths)}: got {list(lengths.values())} rows, expected the same number of each")
     frame = pd.DataFrame(columns)
     for name in ("prompt", "task"):
         if frame[name].isna().any():
             rows = np.flatnonzero(frame[name].isna())
-            raise ValueError(f"{name}: got nothing in rows {rows[:10].tolist()}, expected a {name} for each")
+            raise ValueError(f"{name}: got missing values in rows {rows[:10].tolist()}, expected a {name} for each")
     if (frame["task"] == POOLED).any():
         raise ValueError(f"task: got {POOLED!r}, which names the pooled row; expected another name")
     return frame
@@ -166,11 +168,13 @@ def _some(names: Sequence[object]) -> str:
 
 
 def _slopes(name: str, sums: pd.DataFrame, resamples: int, seed: int, *, per: str | None = None) -> pd.DataFrame:
-    """Ratios of sums over prompts, by task and pooled, with a bootstrap over the prompts (one of `sums` per row)."""
+    """Return ratios of sums over prompts, by task and pooled, with a bootstrap over prompts; `sums` has one row per
+    prompt.
+    """
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 100:
         raise ValueError(f"resamples: got {resamples!r}, expected an integer of at least 100")
     parts = {task: part for task, part in sums.groupby("task", sort=False)}
-    # tasks are strata: how many prompts each has is not random
+    # tasks are strata: the number of prompts of each is not random
     drawn = {}
     for number, (task, part) in enumerate(parts.items()):
         if not part["bottom"].sum() > 0:
@@ -189,7 +193,7 @@ def _slopes(name: str, sums: pd.DataFrame, resamples: int, seed: int, *, per: st
         if min(counts) > 1:
             with np.errstate(divide="ignore", invalid="ignore"):
                 slopes = drawn[task][:, 0] / drawn[task][:, 1]
-            slopes = slopes[np.isfinite(slopes)]  # a resample of prompts on which h does not vary has none
+            slopes = slopes[np.isfinite(slopes)]  # a resample in which h does not vary has no slope
             row["se"] = slopes.std(ddof=1)
             row["low"], row["high"] = np.quantile(slopes, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
         row["variance"] = bottom / (part[per].sum() / 2 if per else len(part))
@@ -198,13 +202,13 @@ def _slopes(name: str, sums: pd.DataFrame, resamples: int, seed: int, *, per: st
 
 
 class GainBound(NamedTuple):
-    """How much more reward any beta(task) could earn than one beta for all, at equal small KL; 0.1 is 10 %.
+    """The bound on the extra reward of any beta(task) over one beta for all tasks, at equal small KL; 0.1 means 10 %.
 
     Attributes:
-        bound: the estimate, with what the noise of the slopes adds to their spread taken off.
+        bound: the estimate, corrected for the spread that noise adds to the slopes.
         low: lower end of the 95 % interval.
-        high: upper end.
-        plain: the formula at the slopes as they stand; too large on average, by the noise.
+        high: upper end of the 95 % interval.
+        plain: the formula without the correction; too large on average, because of the noise.
     """
 
     bound: float
@@ -225,32 +229,35 @@ class GainBound(NamedTuple):
 def gain_bound(
     table: pd.DataFrame, *, weight: Mapping[object, float] | None = None, resamples: int = 4000, seed: int = 0
 ) -> GainBound:
-    """Bound what any beta(task) gains over the best constant at equal KL, to leading order in KL.
+    """Bound what any beta(task) could gain over the best constant beta at equal KL, to leading order in KL.
 
-        √(E[v·b₊²]·E[v]) / E[v·b] − 1 = √(1 + CV²(b)) − 1 where all b ≥ 0
+        √(E[v·b₊²]·E[v]) / E[v·b] − 1
 
-    with b the slope, v = Var(h), b₊ = max(b, 0), CV the standard deviation of b over its mean, both weighted by v,
-    and E over tasks, each with the weight of its prompts. It is the Cauchy-Schwarz inequality, and what a = b₊/λ
-    reaches (`allocate`). A negative slope counts as 0 because beta is positive: nothing is better than to stay. Where
-    E[v·b] ≤ 0 one constant gains nothing, and the bound is inf.
+    Here b is the slope, b₊ = max(b, 0) and v = Var(h). E is the mean over tasks, weighted by their prompts. If no b is
+    below 0, this is √(1 + CV²(b)) − 1, where CV is the standard deviation of b over its mean, weighted by v. The bound
+    follows from the Cauchy-Schwarz inequality, and a = b₊/λ attains it (`allocate`). A negative slope counts as 0:
+    because beta is positive, the best choice is to stay at the reference. If E[v·b] ≤ 0, one constant gains nothing,
+    and the bound is inf.
 
-    It bounds re-tilting of this policy, so any beta(x) of which h differs from it by a factor per task only; at KL of
-    a nat or more an allocation may pass it by a little, because the next order in KL is left out. A beta that differs
-    within tasks could gain more.
+    The bound holds for re-tilting this policy, and so for any beta(x) whose h differs from this policy's by one factor
+    per task. At a KL of a nat or more an allocation may exceed it slightly, because higher orders in KL are left out. A
+    beta that varies within tasks could gain more.
 
-    The interval holds the pattern of the slopes fixed and moves its size: it contains the sizes under which a spread
-    as large, or as small, as the one seen is not unusual (2.5 % at each end), given normal errors `se`. Where the
-    slopes do not differ significantly it begins at 0; where one constant gains nothing it is 0 to inf. In simulated
-    worlds of 15 and 60 prompts per task it covered 93 to 99 %, but 86 to 88 % with a slope below 0.
+    The interval keeps the pattern of the slopes (their deviations from the mean) and varies its size. It contains the
+    bounds for those sizes at which a spread as large as the observed one, and one as small, each have a probability of
+    at least 2.5 %, given normal errors `se`. It starts at 0 if the slopes do not differ significantly, and is 0 to inf
+    if one constant gains nothing. In simulated worlds with 15 and 60 prompts per task it covered 93 to 99 %, but 86 to
+    88 % if a slope was below 0.
 
     Args:
-        table: of `reward_per_nat` or `reward_per_nat_of_pairs`, or one with its columns; the row "all" is ignored.
-        weight: by task, the share of prompts that the policy will meet; None takes the column `prompts`.
-        resamples: of the interval.
-        seed: of the interval.
+        table: from `reward_per_nat` or `reward_per_nat_of_pairs`, or any table with their columns; the row "all" is
+            ignored.
+        weight: for each task, the fraction of prompts on which the policy will be used; None uses the column `prompts`.
+        resamples: number of simulations for the interval.
+        seed: random seed of the simulations.
 
     Raises:
-        ValueError: missing columns, no task, standard errors that are not there, weights that do not fit.
+        ValueError: columns, tasks or standard errors are missing, or the weights do not fit the tasks.
     """
     rows = _rows(table, ("slope", "se", "variance", "prompts"))
     if not (rows["se"] >= 0).all():
@@ -262,10 +269,10 @@ def gain_bound(
     mean = (v @ b) / v.sum()
     if len(b) == 1:
         return GainBound(plain, plain, plain, plain)
-    if mean <= 0:  # nothing to be relative to, whatever the size of the pattern
+    if mean <= 0:  # a gain relative to 0 or less is not defined, for any size of the pattern
         return GainBound(plain, 0.0, math.inf, plain)
     noise = np.random.default_rng(seed).standard_normal((resamples, len(b))) * se
-    # the pattern b̄ + c·(b − b̄): c = 1 is what was seen, c = 0 is that all tasks are alike
+    # the pattern b̄ + c·(b − b̄): c = 1 is the observed one, at c = 0 all tasks are equal
     sizes = np.concatenate([np.linspace(0, 1, 41), np.geomspace(1, 8, 31)[1:]])
     seen = _cosine(b, v)
     spread = np.stack([_cosine(mean + c * (b - mean) + noise, v) for c in sizes])  # (sizes, resamples)
@@ -281,10 +288,10 @@ def gain_bound(
 
 
 def _cosine(b: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """E[v·b]/√(E[v]·E[v·b₊²]), what the best constant earns of the optimum; (..., tasks) → (...), at least 0."""
+    """Return E[v·b]/√(E[v]·E[v·b₊²]), the best constant's fraction of the optimum: (..., tasks) → (...), at least 0."""
     best = np.sqrt(v.sum() * (v * np.maximum(b, 0) ** 2).sum(-1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # where no task gains anything, nothing is lost by one constant either
+        # if no task gains anything, one constant loses nothing either
         return np.where(best > 0, (v * b).sum(-1).clip(min=0) / best, 1.0)
 
 
@@ -330,33 +337,36 @@ def allocate(
     shrink: bool = False,
     weight: Mapping[object, float] | None = None,
 ) -> pd.DataFrame:
-    """Return how far each task should go: a = b₊/λ, and the beta to train with.
+    """Return how far each task should go from the reference, and the beta to train with.
 
-    The price λ is given, or follows from a budget of mean KL ε: λ = √(E[v·b₊²]/(2ε)). To first order the KL of a task
-    is then a²·v/2. At KL of tenths of a nat and more, measure the KL that comes of it and scale all a by one number.
+        a = b₊/λ,    λ = √(E[v·b₊²]/(2ε))
 
-    A run that has converged fits s·h whatever s is; so to go a times as far as a run with the scale s, train with
-    s/a: beta/a in the standard form, beta·a in the inverse one. Early in training, with margins s·h well below a nat,
-    h grows with s instead, and this is the wrong way round; `dpoviz.lm.retilt` needs no retraining and no such
-    condition.
+    The price λ is given directly, or follows from ε, a budget of mean KL. To first order the KL of a task is then
+    a²·v/2. At a KL of tenths of a nat or more, measure the actual KL and scale all a by one number.
+
+    A converged run fits s·h to the same logits whatever s is. To go a times as far as a run with scale s, train with
+    s/a: that is beta/a in the standard form and beta·a in the inverse form. Early in training, while margins s·h are
+    well below 1, h grows with s instead, and this advice is the wrong way round. `dpoviz.lm.retilt` needs neither
+    retraining nor convergence.
 
     Args:
-        table: of `reward_per_nat` or `reward_per_nat_of_pairs`; for factors per prompt, one made with task = prompt.
-        kl: budget of mean KL, nats.
-        price: λ, units of the reward per nat. Give one of the two.
-        beta: that the policy was trained with, for the column `beta`.
-        form: of that training, "inverse" or "standard"; goes with `beta`.
-        shrink: draw noisy slopes towards the pooled one first (empirical Bayes: by se² over se² and the spread of the
-            slopes beyond their noise). Costs little where tasks differ and saves a loss where they do not.
-        weight: as `gain_bound`.
+        table: from `reward_per_nat` or `reward_per_nat_of_pairs`; for factors per prompt, computed with task = prompt.
+        kl: ε, the budget of mean KL, nats. Give either `kl` or `price`.
+        price: λ, units of the reward per nat.
+        beta: the beta with which the policy was trained, for the column `beta`.
+        form: the form of that training, "inverse" or "standard"; required with `beta`.
+        shrink: first shrink noisy slopes towards the pooled slope (empirical Bayes): the deviation of each is
+            multiplied by τ²/(τ² + se²), where τ² is the variance of the slopes beyond their noise. This costs little if
+            tasks differ and avoids a loss if they do not.
+        weight: as in `gain_bound`.
 
     Returns:
-        A row per task: task, slope (as used), a, kl (first order, nats), and beta where it was asked for: with a = 0,
-        which is to stay at the reference, inf (standard) or 0 (inverse).
+        One row per task: task, slope (as used), a, kl (first order, nats), and beta if it was requested. a = 0 means to
+        stay at the reference: beta is then inf (standard) or 0 (inverse).
 
     Raises:
-        ValueError: neither or both of kl and price, or not positive; beta without form or the other way round; no
-            task with a positive slope for a budget to go to; as `gain_bound`.
+        ValueError: as `gain_bound`; `kl` and `price` are both given or both missing, or not positive; `beta` or `form`
+            is given without the other; no task has a positive slope on which to spend a budget.
     """
     if (kl is None) == (price is None):
         raise ValueError(f"kl, price: got {kl!r} and {price!r}, expected one of the two")
@@ -373,7 +383,7 @@ def allocate(
     gains = np.maximum(slope, 0)
     if price is None:
         if not gains.any():
-            raise ValueError(f"table: got slopes {slope.tolist()}, expected one above 0 for the budget to go to")
+            raise ValueError(f"table: got slopes {slope.tolist()}, expected one above 0, to spend the budget on")
         price = math.sqrt(shares @ (v * gains**2) / (2 * kl))
     a = gains / price
     found = pd.DataFrame({"task": rows["task"].to_numpy(), "slope": slope, "a": a, "kl": a**2 * v / 2})
@@ -385,7 +395,7 @@ def allocate(
 
 
 def _shrunk(slope: np.ndarray, se: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Slopes drawn towards their v-weighted mean, by their share of noise (DerSimonian and Laird 1986)."""
+    """Return the slopes, shrunk towards their v-weighted mean by the noise in each (DerSimonian and Laird 1986)."""
     if not (se >= 0).all():
         raise ValueError("table: got no standard errors, expected them for shrink=True; it takes 2 prompts per task")
     if len(slope) == 1 or not (se > 0).all():

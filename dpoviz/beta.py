@@ -1,7 +1,7 @@
-r""":math:`\beta` as a function of the prompt: four of them, all called alike, saved and loaded alike.
+"""β as a function of the prompt: four kinds with the same interface.
 
-A beta may see the prompt and what the reference makes of it, never the answers: if it saw them, :math:`Z(x)`
-would no longer cancel between chosen and rejected (the derivation, §4.1).
+A beta may depend on the prompt and on what the reference computes from it, but never on the answers. If it did, the
+normaliser Z(x) would no longer cancel between the chosen and the rejected answer (the derivation, §4.1).
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from torch import Tensor, nn
 
 from dpoviz.validation import require_features, require_positive, rows_where, task_index
 
-_LOG_BOUND = 20.0  # beta / beta0 stays in e^±20: far beyond any use, and far inside float32
+_LOG_BOUND = 20.0  # beta / beta0 stays within e^±20: beyond any useful value, and well inside float32's range
 
 
 def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
-    """beta0·exp(log_ratio), log_ratio held smoothly within ±20; exactly beta0 where it is 0."""
+    """Return beta0·exp(20·tanh(log_ratio/20)): log_ratio bounded smoothly by ±20, and exactly beta0 at 0."""
     return beta0 * torch.exp(_LOG_BOUND * torch.tanh(log_ratio / _LOG_BOUND))
 
 
 class Beta(nn.Module, PyTorchModelHubMixin):
-    """A function of the prompt, called as ``beta(x, *, task=None, ref_entropy=None) -> (B,)``.
+    """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,).
 
-    Saved by `save_pretrained(folder)` (safetensors and config.json) and `push_to_hub`; loaded, in evaluation
-    mode, by `from_pretrained(folder or hub name)`.
+    Save it with `save_pretrained(folder)` (safetensors and config.json) or `push_to_hub`. Load it, in evaluation mode,
+    with `from_pretrained(folder or hub name)`.
     """
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
-        """Beta at each prompt.
+        """Return beta at each prompt.
 
         Args:
-            x: (B, D) features of the prompts, from the frozen reference: they are expected to carry no
-                gradient.
+            x: (B, D) features of the prompts, from the frozen reference; expected to carry no gradient.
             task: the task of each row; only `TaskBeta` reads it.
             ref_entropy: (B,) entropy of the reference at each prompt; only `EntropyBeta` reads it.
 
@@ -46,8 +45,7 @@ class Beta(nn.Module, PyTorchModelHubMixin):
             (B,), positive and finite.
 
         Raises:
-            ValueError: `x` is not floating (B, D) and finite, or what this beta reads is missing or
-                malformed.
+            ValueError: `x` is not floating (B, D) and finite, or an input that this beta reads is missing or malformed.
         """
         raise NotImplementedError
 
@@ -57,15 +55,15 @@ class Beta(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> Beta:
-        # the mixin's own default would leave weights that the file lacks at their start, without a word
+        # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
         return super()._from_pretrained(strict=strict, **kwargs)
 
 
 class ConstantBeta(Beta):
-    """One beta for every prompt: what DPO does without any of this.
+    """One fixed beta for every prompt, as in plain DPO.
 
     Args:
-        beta0: the positive number.
+        beta0: a positive number.
 
     Raises:
         ValueError: `beta0` is not a positive finite number.
@@ -80,20 +78,20 @@ class ConstantBeta(Beta):
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
         require_features(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)  # half has neither the range nor the digits
+        dtype = torch.promote_types(x.dtype, torch.float32)  # half precision has too little range and precision
         return torch.full((len(x),), self.beta0, dtype=dtype, device=x.device)
 
 
 class TaskBeta(Beta):
-    """One free positive number for each task type, learned; beta0 for all of them at the start.
+    """One trainable positive beta per task.
 
     Args:
-        tasks: the names, in the order that integer tasks count in.
-        beta0: where every task starts.
+        tasks: the names; integer tasks are positions in this list.
+        beta0: initial beta of every task.
 
     Raises:
-        ValueError: `tasks` is empty, repeats a name or is no list or tuple of names; `beta0` is not a
-            positive finite number.
+        ValueError: `tasks` is not a list or tuple of different names, or is empty; `beta0` is not a positive finite
+            number.
     """
 
     def __init__(self, tasks: Sequence[str], beta0: float) -> None:
@@ -115,18 +113,19 @@ class TaskBeta(Beta):
 
 
 class EntropyBeta(Beta):
-    r""":math:`\beta(x) = \mathrm{clip}(\alpha H(\pi_{ref}(\cdot|x)), \beta_{min}, \beta_{max})`, nothing
-    learned.
+    """A beta proportional to the reference's entropy and clipped to a range; nothing is trainable.
 
-    What the entropy term (the derivation, §5.1.3) would have on its own.
+        β(x) = clip(α·H(π_ref(·|x)), β_min, β_max)
+
+    Within the range, this is the beta at which the entropy term (the derivation, §5.1.3) is 0.
 
     Args:
         alpha: beta per unit of entropy.
-        beta_min: the lower end.
-        beta_max: the upper end.
+        beta_min: the lower end of the range.
+        beta_max: the upper end of the range.
 
     Raises:
-        ValueError: `alpha` is not a positive finite number, or not 0 < beta_min < beta_max < inf.
+        ValueError: `alpha` is not a positive finite number, or 0 < beta_min < beta_max < inf does not hold.
     """
 
     def __init__(self, alpha: float, beta_min: float, beta_max: float) -> None:
@@ -152,7 +151,7 @@ class EntropyBeta(Beta):
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation that takes the running statistics for a batch of one row, which has no variance."""
+    """Batch normalisation that uses the running statistics for a batch of one row, which has no variance."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -165,26 +164,27 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class BetaNetwork(Beta):
-    r""":math:`\beta(x) = \beta_0 e^{f(x)}`, f a small network on the prompt's features.
+    """A small network f on the prompt's features that gives log β, up to a constant.
 
-    The last layer of f starts at zero, so that beta is exactly beta0 at every prompt at the first step (the
-    derivation, §6.4): stage 2 starts where a fixed beta left off. Hidden layers are smooth (SiLU), because
-    the gradient penalty differentiates beta twice. f is bounded smoothly by ±20, which keeps beta positive
-    and finite.
+        β(x) = β₀·exp(20·tanh(f(x)/20)) ≈ β₀·exp(f(x))
 
-    In training mode batch norm (§6.3) makes beta(x_i) depend on the other rows of the batch; in evaluation
-    mode it does not. A batch of one row in training mode takes the running statistics, which
-    `fit_running_statistics` sets at once.
+    The bound of ±20 on the exponent is smooth and keeps beta positive and finite. The last layer of f starts at zero,
+    so beta is exactly β₀ at every prompt at the first step (the derivation, §6.4): stage 2 starts where a fixed beta
+    ended. Hidden layers are smooth (SiLU), because training on the gradient penalty differentiates beta twice.
+
+    In training mode, batch norm (§6.3) makes β(x_i) depend on the other rows of the batch; in evaluation mode it does
+    not. A batch of one row uses the running statistics even in training mode. `fit_running_statistics` sets them
+    exactly.
 
     Args:
         in_features: D, the width of the features.
-        beta0: beta at the start.
+        beta0: β₀, beta at the start.
         hidden: widths of the hidden layers; () makes f linear.
         batch_norm: normalise the features and each hidden layer over the batch.
 
     Raises:
-        ValueError: `in_features` or a width in `hidden` is not a positive integer, `beta0` not a positive
-            finite number.
+        ValueError: `in_features` or a width in `hidden` is not a positive integer, or `beta0` is not a positive finite
+            number.
     """
 
     def __init__(
@@ -221,15 +221,14 @@ class BetaNetwork(Beta):
     def fit_running_statistics(self, x: Tensor) -> None:
         """Set the running statistics to those of `x`, layer by layer.
 
-        The features never change while the network trains, so the statistics of all prompts can be had
-        exactly: beta in evaluation mode then is what training mode gives for `x` as one batch, and does not
-        lag behind.
+        The features do not change during training, so the statistics over all prompts can be computed exactly. Beta in
+        evaluation mode then equals beta in training mode with `x` as one batch, and does not lag behind the weights.
 
         Args:
             x: (N, D) the features of all prompts, N at least 2.
 
         Raises:
-            ValueError: `x` is not floating (N, D) and finite, or has a single row.
+            ValueError: `x` is not floating (N, D) and finite, or has only one row.
         """
         require_features(x, self.in_features)
         if len(x) < 2:
@@ -238,7 +237,7 @@ class BetaNetwork(Beta):
         for layer in self.layers:
             if isinstance(layer, _BatchNorm):
                 layer.running_mean.copy_(z.mean(dim=0))
-                # the population variance, which training mode divides by; PyTorch stores the sample variance
+                # training mode divides by the population variance, but PyTorch would store the sample variance
                 layer.running_var.copy_(z.var(dim=0, unbiased=False))
                 z = layer.by_running_statistics(z)
             else:

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Importing this loads no torch."""
+"""The command line: parse, call, print. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `dpoviz`; return the exit status."""
-    # set before torch is imported: threads that spin while they wait starve a busy machine
+    # set before torch is imported: threads that spin while waiting slow down a busy machine
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, RecursionError) as error:
         print(f"dpoviz: {error}", file=sys.stderr)
         return 2
-    except SystemExit as end:  # help, or a usage error that the parser has printed
+    except SystemExit as end:  # after --help, or a usage error that the parser has printed
         return int(end.code or 0)
     except KeyboardInterrupt as stop:
-        again = "; the same command goes on from where it was" if command.resumes else ""
+        again = "; the same command resumes the run" if command.resumes else ""
         print(f"\ndpoviz: stopped{again}", file=sys.stderr)
         return stop.args[0] if stop.args else 130
 
@@ -92,7 +92,7 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
 
 
 def _parse(name: str, command: Command, arguments: list[str]) -> object:
-    """Read the settings' file, then the options over it."""
+    """Return the settings of the --config file, if any, overridden by the options."""
     prog = f"dpoviz {name}"
     settings: Any = command.settings("--fast" in arguments)
     if settings is None:
@@ -115,7 +115,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> object:
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that is read before the others."""
+    """Return the value of an option that must be known before the others are parsed; None if it is not given."""
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
             return arguments[i + 1]
@@ -125,7 +125,7 @@ def _value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def _one_seed(found: Any, default: Any) -> Any:
-    """Let another seed of the demo stand for its world too, unless the world has one of its own."""
+    """Use --seed of the demo for its world too, unless the world is given a seed of its own."""
     if not isinstance(found, DemoConfig):
         return found
     before, seed = default.training.seed, found.training.seed
@@ -138,63 +138,63 @@ def _one_seed(found: Any, default: Any) -> Any:
 class _Demo:
     settings: Annotated[DemoConfig, arg(name="")]
     out: Path = Path("dpoviz-demo")
-    """folder that the results go to."""
+    """folder to which the results are written."""
     config: Path | None = None
-    """YAML or JSON file of settings, such as the config.json of a run; options stand above it."""
+    """YAML or JSON file of settings, such as the config.json of a run; options override it."""
 
 
 @dataclass(frozen=True)
 class _Train:
     settings: Annotated[RealConfig, arg(name="")]
     out: Path = Path("dpoviz-run")
-    """folder that the results go to."""
+    """folder to which the results are written."""
     config: Path | None = None
-    """YAML or JSON file of settings, such as the config.json of a run; options stand above it."""
+    """YAML or JSON file of settings, such as the config.json of a run; options override it."""
 
 
 @dataclass(frozen=True)
 class _Reference(_Train):
     out: Path = Path("dpoviz-reference")
-    """folder that the results go to."""
+    """folder to which the results are written."""
 
 
 @dataclass(frozen=True)
 class _Report:
     folder: Positional[Path]
-    """folder of a finished run: what --out was."""
+    """folder of a finished run, its --out."""
 
 
 @dataclass(frozen=True)
 class _Compare:
     settings: Annotated[CompareConfig, arg(name="")]
     out: Path = Path("dpoviz-compare")
-    """folder that the results go to."""
+    """folder to which the results are written."""
     config: Path | None = None
-    """YAML or JSON file of settings, such as the config.json of a comparison; options stand above it."""
+    """YAML or JSON file of settings, such as the config.json of a comparison; options override it."""
     fast: bool = False
-    """a tiny version for a first look, whose numbers say nothing."""
+    """run a tiny version for a first look; its numbers mean nothing."""
     workers: int | None = None
-    """processes; None: one for each core."""
+    """number of processes; None: one per core."""
     only: int | None = None
-    """run this row of jobs.csv and no other."""
+    """run only this row of the table of jobs."""
 
 
 @dataclass(frozen=True)
 class _Sample:
     settings: Annotated[SampleConfig, arg(name="")]
     out: Path = Path("pairs.jsonl")
-    """file that the pairs go to."""
+    """file to which the pairs are written."""
     config: Path | None = None
-    """YAML or JSON file of settings; options stand above it."""
+    """YAML or JSON file of settings; options override it."""
 
 
 @dataclass(frozen=True)
 class _Bench:
     settings: Annotated[BenchConfig, arg(name="")]
     out: Path = Path("dpoviz-bench")
-    """folder that the tables go to."""
+    """folder to which the tables are written."""
     config: Path | None = None
-    """YAML or JSON file of settings; options stand above it."""
+    """YAML or JSON file of settings; options override it."""
 
 
 def _demo(given: _Demo) -> None:
@@ -260,7 +260,7 @@ def _compare(given: _Compare) -> None:
     with locked_run(given.out, "compare", config, shared=True):
         compare(config, given.out, cache_dir=default_cache_dir(), only=given.only, workers=given.workers)
     if given.only is not None:
-        print(f"row {given.only} is done; without --only, all rows are gathered")
+        print(f"row {given.only} is done; run without --only to gather all rows")
         return
     found = write_comparison(config, given.out)
     print(f"\nreward above the constants' at the same KL, mean over noise and tasks, {config.seeds} seeds\n")
@@ -318,7 +318,7 @@ def _say_time(config: RealConfig, loaded: Loaded, *, variants: int) -> None:
 
     parts = estimate_seconds(config, loaded, variants=variants)
     shown = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items())
-    print(f"about {_minutes(sum(parts.values()))} if nothing is kept from an earlier run: {shown}", flush=True)
+    print(f"about {_minutes(sum(parts.values()))} if nothing is cached from an earlier run: {shown}", flush=True)
 
 
 def _minutes(seconds: float) -> str:
@@ -358,7 +358,15 @@ def _say_where(out: Path) -> None:
 
 
 class Command(NamedTuple):
-    """A command: one line of help, its options, its default settings (given --fast), what it does."""
+    """A command.
+
+    Attributes:
+        line: one line of help.
+        options: the dataclass of its options.
+        settings: maps --fast to the default settings; None for a command without settings.
+        run: executes it.
+        resumes: whether the same command resumes an interrupted run.
+    """
 
     line: str
     options: type
@@ -374,15 +382,15 @@ COMMANDS = {
         lambda fast: DemoConfig.default(fast=fast),
         _demo,
     ),
-    "train": Command("the same on your model and your pairs", _Train, lambda _: RealConfig(), _train),
+    "train": Command("the same with your model and your pairs", _Train, lambda _: RealConfig(), _train),
     "reference": Command(
         "run the reference alone: its entropy by task and estimator", _Reference, lambda _: RealConfig(), _reference
     ),
     "report": Command(
-        "make the pictures and the report of a finished run again", _Report, lambda _: None, _report, resumes=False
+        "redraw the pictures and the report of a finished run", _Report, lambda _: None, _report, resumes=False
     ),
     "compare": Command(
-        "every rule for β against one constant, in the small world, where the true reward is known",
+        "compare every rule for β with one constant, in the small world, where the true reward is known",
         _Compare,
         lambda fast: CompareConfig.fast() if fast else CompareConfig(),
         _compare,
@@ -391,7 +399,7 @@ COMMANDS = {
         "sample preference pairs from a model, labelled by programs", _Sample, lambda _: SampleConfig(), _sample
     ),
     "bench": Command(
-        "time a training step, the reference's pass and sampling, a peer and us side by side",
+        "time a training step, scoring by the reference, and sampling, each against a peer",
         _Bench,
         lambda _: BenchConfig(),
         _bench,

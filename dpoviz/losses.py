@@ -1,9 +1,8 @@
-r"""The DPO loss in its two readings of beta, and the total objective: the only home of the formula.
+"""The DPO loss in both readings of β, and the total objective: the only home of the formula.
 
-With :math:`h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}` the loss of
-a pair is :math:`-\log\sigma(s(x) h)`. The two forms differ in s alone: the derivation (§4.2, §5) prints
-:math:`s = 1/\beta(x)`, the ``"inverse"`` form; Rafailov et al. 2023 (arXiv:2305.18290, eq. 7) have :math:`s =
-\beta(x)`, the ``"standard"`` form.
+For a pair with h = log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x) the loss is −log σ(s(x)·h). The two forms
+differ only in s. The "inverse" form has s = 1/β(x), as the derivation prints it (§4.2, §5). The "standard" form has
+s = β(x), as in Rafailov et al. 2023 (arXiv:2305.18290, eq. 7).
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ def log_ratio_difference(
     ref_chosen_logps: Tensor,
     ref_rejected_logps: Tensor,
 ) -> Tensor:
-    r"""h: how much more the policy prefers chosen to rejected than the reference does.
+    """Return h: how much more the policy prefers the chosen answer than the reference does.
 
-    .. math:: h = \log\frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log\frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
+        h = log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x)
 
     Args:
-        policy_chosen_logps: (B,) :math:`\log\pi(y_w|x)`, summed over the completion, in nats.
-        policy_rejected_logps: (B,) :math:`\log\pi(y_l|x)`.
-        ref_chosen_logps: (B,) :math:`\log\pi_{ref}(y_w|x)`; carries no gradient.
-        ref_rejected_logps: (B,) :math:`\log\pi_{ref}(y_l|x)`; carries no gradient.
+        policy_chosen_logps: (B,) log π(y_w|x), summed over the answer's tokens, in nats.
+        policy_rejected_logps: (B,) log π(y_l|x), likewise.
+        ref_chosen_logps: (B,) log π_ref(y_w|x); receives no gradient.
+        ref_rejected_logps: (B,) log π_ref(y_l|x); receives no gradient.
 
     Returns:
         (B,) in nats.
 
     Raises:
-        ValueError: not four floating tensors of one shape (B,), or non-finite rows.
+        ValueError: the four are not finite floating tensors of the same shape (B,).
     """
     require_rows("policy_chosen_logps", policy_chosen_logps)
     batch = len(policy_chosen_logps)
@@ -52,7 +51,7 @@ def log_ratio_difference(
 
 
 class DPOOutput(NamedTuple):
-    """What `dpo_loss` returns, one number per pair.
+    """The loss and the rewards of each pair, as `dpo_loss` returns them.
 
     Attributes:
         losses: (B,) in nats, differentiable.
@@ -66,7 +65,7 @@ class DPOOutput(NamedTuple):
 
     @property
     def margins(self) -> Tensor:
-        """(B,) chosen minus rejected reward, detached: s·h; -logsigmoid of it is `losses`, up to rounding."""
+        """(B,) chosen minus rejected reward, s·h, detached; `losses` is −log σ of it, up to rounding."""
         return self.chosen_rewards - self.rejected_rewards
 
 
@@ -79,29 +78,29 @@ def dpo_loss(
     *,
     form: Form,
 ) -> DPOOutput:
-    r"""The DPO loss of each pair, unreduced, with the beta of its own prompt.
+    """Return the DPO loss of each pair, unreduced, with the beta of the pair's prompt.
 
-    .. math:: \ell = -\log\sigma(s h), \qquad \hat r(y) = s \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}
+        ℓ = −log σ(s·h),    r̂(y) = s·log π(y|x)/π_ref(y|x)
 
-    "inverse", :math:`s = 1/\beta(x)`: the derivation as printed, §4.2 and §5. "standard", :math:`s =
-    \beta(x)`: Rafailov et al. 2023 (arXiv:2305.18290), eq. 7. There is no default: the two read the same
-    number oppositely.
+    In the "inverse" form s = 1/β(x), as the derivation prints it (§4.2, §5). In the "standard" form s = β(x) (Rafailov
+    et al. 2023, arXiv:2305.18290, eq. 7). There is no default, because the same beta means the opposite in the other
+    form.
 
     Args:
-        policy_chosen_logps: (B,) :math:`\log\pi(y_w|x)`, summed over the completion, in nats.
-        policy_rejected_logps: (B,) :math:`\log\pi(y_l|x)`.
-        ref_chosen_logps: (B,) :math:`\log\pi_{ref}(y_w|x)`; carries no gradient.
-        ref_rejected_logps: (B,) :math:`\log\pi_{ref}(y_l|x)`; carries no gradient.
+        policy_chosen_logps: (B,) log π(y_w|x), summed over the answer's tokens, in nats.
+        policy_rejected_logps: (B,) log π(y_l|x), likewise.
+        ref_chosen_logps: (B,) log π_ref(y_w|x); receives no gradient.
+        ref_rejected_logps: (B,) log π_ref(y_l|x); receives no gradient.
         beta: a positive number, or (B,); a tensor receives the gradient.
         form: "inverse" or "standard".
 
     Returns:
-        Losses, and the implicit rewards (which leave out the :math:`\log Z(x)` that the pair has in common).
-        In float32 losses and gradients are finite for |h| up to 1e4 and beta from 1e-6 to 1e6, in both forms.
+        The losses ℓ and the implicit rewards r̂, which leave out the term in log Z(x) that both answers share. In
+        float32, losses and gradients are finite for |h| up to 1e4 and beta from 1e-6 to 1e6, in both forms.
 
     Raises:
-        ValueError: log-probabilities that are not floating (B,) of one size, or not finite; a beta that is
-            neither a positive number nor (B,) of them, (B, 1) included; an unknown form.
+        ValueError: the log-probabilities are not finite floating (B,) of the same size; `beta` is neither a positive
+            number nor (B,) of them ((B, 1) is refused too); the form is unknown.
     """
     h = log_ratio_difference(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     s = scale(beta, form)
@@ -116,14 +115,14 @@ def dpo_loss(
 
 @dataclass(frozen=True)
 class TotalLoss:
-    """The objective of a batch and its parts.
+    """The objective of a batch and its terms.
 
     Attributes:
         total: scalar, the sum of `terms`.
-        terms: the weighted scalar terms: "dpo", and "range", "smoothness", "consistency", "entropy" where they are
-            switched on.
+        terms: the weighted scalar terms: "dpo", and those of "range", "smoothness", "consistency" and "entropy" that
+            are switched on.
         dpo: the losses and rewards of the pairs.
-        squared_gradients: (B,) lambda_smoothness·‖∇β(x_i)‖², detached: the gradient penalty before its mean.
+        squared_gradients: (B,) λ2·‖∇β(x_i)‖², detached: the weighted gradient penalty before its mean.
     """
 
     total: Tensor
@@ -133,13 +132,13 @@ class TotalLoss:
 
 
 class Logps(NamedTuple):
-    """Log-probabilities of a batch of pairs, each (B,), summed over the completion, in nats.
+    """Log-probabilities of a batch of pairs, each (B,), summed over the answer's tokens, in nats.
 
     Attributes:
         policy_chosen: log π(y_w|x).
         policy_rejected: log π(y_l|x).
-        ref_chosen: log π_ref(y_w|x); carries no gradient.
-        ref_rejected: log π_ref(y_l|x); carries no gradient.
+        ref_chosen: log π_ref(y_w|x); receives no gradient.
+        ref_rejected: log π_ref(y_l|x); receives no gradient.
     """
 
     policy_chosen: Tensor
@@ -160,29 +159,30 @@ def total_loss(
     x: Tensor | None = None,
     task: Tensor | Sequence[str] | None = None,
 ) -> TotalLoss:
-    """Return the total objective of a batch (the derivation, §5), each term by itself.
+    """Return the total objective of a batch (the derivation, §5) and each of its terms.
 
         L_total = L_DPO + L_range + L_smooth + L_entropy
 
-    A term is computed only where its weight is above 0.
+    L_smooth is the gradient penalty plus the task consistency. A term is computed only if its weight is above 0.
 
     Args:
-        logps: of policy and reference.
-        beta: (B,) the value of beta at each pair's prompt.
+        logps: log-probabilities under policy and reference.
+        beta: (B,) beta at each pair's prompt.
         form: "inverse" or "standard".
-        regularization: weights of the penalties; None leaves the DPO loss alone.
-        weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves a pair out. None: all alike.
-        ref_entropy: (B,) for the entropy term.
-        beta_fn: the function (B, D) → (B,) that gave `beta`, for the gradient penalty.
-        x: (B, D) the features it read.
+        regularization: the weights of the penalties; None for the DPO loss alone.
+        weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves the pair out. None weighs all pairs
+            equally.
+        ref_entropy: (B,) for the entropy term, in the unit that `alpha` is per.
+        beta_fn: the function (B, D) → (B,) that returned `beta`, for the gradient penalty.
+        x: (B, D) the features that `beta_fn` read.
         task: the task of each row, for the task consistency.
 
     Returns:
-        The sum, its terms, and what `gradients_on_beta` needs.
+        The total, its terms, and what `gradients_on_beta` needs.
 
     Raises:
-        ValueError: a penalty whose inputs are missing; pairs whose weights are negative, or all 0; whatever
-            `dpo_loss` and the penalties refuse.
+        ValueError: an input of a penalty is missing; a pair weight is negative, or all are 0; or an input is refused by
+            `dpo_loss` or a penalty.
     """
     require_rows("beta", beta)
     dpo = dpo_loss(*logps, beta, form=form)
@@ -203,35 +203,36 @@ def total_loss(
 
 
 def gradients_on_beta(out: TotalLoss, beta: Tensor) -> dict[str, Tensor]:
-    r"""What pulls on the beta of each prompt, by term: :math:`B\,\partial L_{term}/\partial\beta(x_i)`.
+    """Return how strongly each term pulls on the beta of each prompt.
 
-    The terms are means over the batch; times B the pull does not shrink with the batch. Gradient descent
-    moves beta against it: a positive pull lowers beta.
+        pull(x_i) = B·∂L_term/∂β(x_i)
 
-    The gradient penalty is a functional of the function and has no derivative in the value of beta at one
-    prompt. Its pull is defined by holding the shape :math:`\nabla\log\beta` fixed and shifting
-    :math:`\log\beta`: as :math:`\|\nabla\beta\|^2 = \beta^2\|\nabla\log\beta\|^2`, the derivative in beta is
-    :math:`2\lambda\|\nabla\beta(x_i)\|^2/\beta(x_i)`.
+    The terms are means over the batch; the factor B keeps the pull independent of the batch size. Gradient descent
+    moves beta against the pull: a positive pull lowers beta.
+
+    The gradient penalty depends on the function β, so it has no derivative in the value of β at a single prompt. Its
+    pull is defined by shifting log β while ∇log β stays fixed. Since ‖∇β‖² = β²·‖∇log β‖², the derivative in β is
+    2·λ2·‖∇β(x_i)‖²/β(x_i).
 
     Args:
-        out: what `total_loss` returned; its graph is kept, so `out.total.backward()` may follow.
-        beta: (B,) the very tensor that `total_loss` was given, requiring a gradient.
+        out: the return value of `total_loss`. Its graph is kept, so `out.total.backward()` may follow.
+        beta: (B,) the same tensor object that `total_loss` got; it must require a gradient.
 
     Returns:
-        A dict with the keys of `out.terms`; each value (B,), detached.
+        A dict with the keys of `out.terms`; each value is (B,), detached.
 
     Raises:
-        ValueError: `beta` is not the tensor that `total_loss` was given, or requires no gradient.
+        ValueError: `beta` is not the tensor that `total_loss` got, or does not require a gradient.
     """
     if not beta.requires_grad:
-        raise ValueError("beta: requires no gradient, expected the differentiable tensor given to total_loss")
+        raise ValueError("beta: requires no gradient, expected the differentiable tensor that total_loss got")
     pulls = {}
     for name, term in out.terms.items():
         gradient = None
         if term.requires_grad:
             (gradient,) = torch.autograd.grad(term, beta, retain_graph=True, allow_unused=True)
         if gradient is None and name == "dpo":
-            raise ValueError("beta: not a part of out, expected the very tensor that total_loss was given")
+            raise ValueError("beta: not a part of out, expected the same tensor object that total_loss got")
         pulls[name] = torch.zeros_like(beta) if gradient is None else len(beta) * gradient
     if "smoothness" in pulls:
         pulls["smoothness"] = pulls["smoothness"] + 2 * out.squared_gradients / beta.detach()

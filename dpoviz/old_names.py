@@ -1,4 +1,4 @@
-"""The module names of dpoviz 0.1, which had no rooms: imports of them still work, with a warning, until 0.3."""
+"""The module names of dpoviz 0.1, before it had sub-packages; importing them works until 0.3, with a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEW_HOMES = {
     "checks": ("learn.checks",),
     "explore": ("learn.sliders",),
 }
-"""Modules of 0.1, and where what they held is now."""
+"""Each module of 0.1, and the modules that now hold its contents."""
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -47,10 +47,10 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _train(*args: object, **kwargs: object) -> object:
-    """Train, and return the history alone, as in 0.1."""
+    """Train, and return only the history, as in 0.1."""
     return import_module("dpoviz.training.loop").train(*args, **kwargs).history
 
 
 def install() -> None:
-    """Let the old names be found, after everything else."""
+    """Register the old names with Python's import system, after all other finders."""
     sys.meta_path.append(_Finder())

@@ -1,4 +1,8 @@
-"""Four penalties that keep β(x) from going where the loss alone would let it, and their weighted sum."""
+"""Four penalties on β(x), and their weighted sum.
+
+The DPO loss alone does not determine β(x). The penalties hold it within a range, make it change little with the prompt
+and little within a task, and tie it to the entropy of the reference.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +24,22 @@ def _require_range(beta_min: float, beta_max: float) -> None:
 
 
 def range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    r"""Mean distance of beta from the range it should stay in (the derivation, §5.1.1).
+    """Return the mean distance of beta from its allowed range (the derivation, §5.1.1).
 
-    .. math:: E_x[\max(0, \beta(x) - \beta_{max}) + \max(0, \beta_{min} - \beta(x))]
+        E_x[max(0, β(x) − β_max) + max(0, β_min − β(x))]
 
-    Zero inside the range; each row outside it is pulled with slope 1/B.
+    The penalty is 0 inside the range. Outside it, the gradient on each row is ±1/B.
 
     Args:
         beta: (B,).
-        beta_min: the lower end, positive.
+        beta_min: the lower end, above 0.
         beta_max: the upper end, above `beta_min`.
 
     Returns:
         A scalar, in the unit of beta.
 
     Raises:
-        ValueError: `beta` is not (B,) and finite, or not 0 < beta_min < beta_max < inf.
+        ValueError: `beta` is not (B,) and finite, or 0 < beta_min < beta_max < inf does not hold.
     """
     require_rows("beta", beta)
     _require_range(beta_min, beta_max)
@@ -44,7 +48,7 @@ def range_penalty(beta: Tensor, beta_min: float, beta_max: float) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put every submodule of `fn` in evaluation mode, and each back in the mode it had."""
+    """Put every submodule of `fn` in evaluation mode, and restore each submodule's mode afterwards."""
     modules = list(fn.modules()) if isinstance(fn, nn.Module) else []
     modes = [module.training for module in modules]
     try:
@@ -57,26 +61,25 @@ def _evaluation_mode(fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
 
 
 def squared_gradient_norms(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    r"""The squared length of the gradient of beta at each prompt: :math:`\|\nabla_x \beta(x_i)\|^2`.
+    """Return the squared norm of the gradient of beta at each prompt, ‖∇_x β(x_i)‖².
 
-    The text x is discrete; the gradient is with respect to the continuous features that beta reads.
+    Text is discrete, so the gradient is taken with respect to the continuous features that beta reads.
 
-    A module is taken in evaluation mode, its deterministic function, and left in the mode it was in. With
-    batch statistics beta(x_i) depends on the other rows too, and one backward pass through the sum over the
-    batch then mixes their gradients into row i; with running statistics rows are independent and the sum
-    gives each its own.
+    A module is evaluated in evaluation mode; its training mode is restored afterwards. With batch statistics β(x_i)
+    would also depend on the other rows, and the gradient of the sum over the batch would mix rows. With running
+    statistics the rows are independent, so one backward pass through the sum gives each row its own gradient.
 
     Args:
-        beta_fn: a module (B, D) → (B,), or a function that treats rows independently. A function that hides a
-            module, such as a lambda, cannot be put in evaluation mode: pass the module itself.
-        x: (B, D) features; no gradient flows into them.
+        beta_fn: a module (B, D) → (B,), or a function that treats rows independently. Pass the module itself: inside a
+            lambda it cannot be put in evaluation mode.
+        x: (B, D) features; receive no gradient.
 
     Returns:
-        (B,), differentiable in the parameters of `beta_fn` where gradients are enabled. Zeros where beta does
-        not depend on x.
+        (B,), differentiable in the parameters of `beta_fn` if gradients are enabled; zeros if beta does not depend on
+        x.
 
     Raises:
-        ValueError: `x` is not (B, D) and floating, or `beta_fn` does not return (B,) finite numbers.
+        ValueError: `x` is not floating (B, D), or `beta_fn` does not return (B,) finite numbers.
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating (B, D)")
@@ -91,12 +94,12 @@ def squared_gradient_norms(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Te
 
 
 def smoothness_penalty(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    r"""Mean squared gradient of beta with respect to the prompt's features (the derivation, §5.1.2).
+    """Return the mean squared gradient of beta with respect to the prompt's features (the derivation, §5.1.2).
 
-    .. math:: E_x[\|\nabla_x \beta(x)\|^2]
+        E_x[‖∇_x β(x)‖²]
 
     Args:
-        beta_fn: as in `squared_gradient_norms`: a module is taken in evaluation mode.
+        beta_fn: a module or function (B, D) → (B,), evaluated as in `squared_gradient_norms`.
         x: (B, D) features.
 
     Returns:
@@ -109,12 +112,13 @@ def smoothness_penalty(beta_fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
 
 
 def task_consistency_penalty(beta: Tensor, task: Tensor | Sequence[str]) -> Tensor:
-    r"""Variance of beta within each task of the batch (the text of the derivation's §5.1.2).
+    """Return the variance of beta within the tasks of the batch (the text of the derivation's §5.1.2).
 
-    .. math:: \frac1B \sum_i \bigl(\beta_i - \bar\beta_{task(i)}\bigr)^2
+        (1/B)·Σ_i (β_i − β̄_task(i))²
 
-    The source asks for a beta that is alike within a task type and free between types; a gradient penalty
-    does not say that, this does. Moving all betas of one task together costs nothing.
+    β̄_t is the mean of beta over the rows of task t. The source asks for a beta that is similar within a task and free
+    to differ between tasks. A gradient penalty does not express that; this penalty does. Moving all betas of a task
+    together costs nothing.
 
     Args:
         beta: (B,).
@@ -134,23 +138,21 @@ def task_consistency_penalty(beta: Tensor, task: Tensor | Sequence[str]) -> Tens
 
 
 def entropy_penalty(beta: Tensor, ref_entropy: Tensor, alpha: float) -> Tensor:
-    r"""Mean squared distance of beta from alpha times the reference's entropy (the derivation, §5.1.3).
+    """Return the mean squared distance of beta from alpha times the reference's entropy (the derivation, §5.1.3).
 
-    .. math:: E_x[(\beta(x) - \alpha H(\pi_{ref}(\cdot|x)))^2]
+        E_x[(β(x) − α·H(π_ref(·|x)))²]
 
     Args:
         beta: (B,).
-        ref_entropy: (B,) entropy of the reference at the prompt, in nats or nats per token; carries no
-            gradient.
-        alpha: beta per unit of entropy, a positive number. Never learned: alpha → 0 and beta → 0 would
-            satisfy the term.
+        ref_entropy: (B,) entropy of the reference at the prompt, in nats or nats per token; receives no gradient.
+        alpha: beta per unit of entropy, a positive number. It is never trained: with α → 0 and β → 0 the penalty would
+            vanish.
 
     Returns:
         A scalar, in squared units of beta.
 
     Raises:
-        ValueError: `beta` or `ref_entropy` is not (B,) and finite, or `alpha` is not a positive finite
-            number.
+        ValueError: `beta` or `ref_entropy` is not (B,) and finite, or `alpha` is not a positive finite number.
     """
     require_rows("beta", beta)
     require_rows("ref_entropy", ref_entropy, len(beta))
@@ -160,19 +162,19 @@ def entropy_penalty(beta: Tensor, ref_entropy: Tensor, alpha: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Regularization:
-    """The weights of the penalties, and what they hold beta to.
+    """The weights of the penalties, and the targets they hold beta to.
 
     Attributes:
         beta_min: lower end of the range.
         beta_max: upper end of the range.
-        alpha: beta per unit of entropy; None where the entropy term is off.
+        alpha: beta per unit of entropy; None if the entropy term is off.
         range: λ1, weight of `range_penalty`.
         smoothness: λ2, weight of `smoothness_penalty`.
         consistency: weight of `task_consistency_penalty`, the other half of the source's λ2 term.
         entropy: λ3, weight of `entropy_penalty`.
 
     Raises:
-        ValueError: a weight that is negative or not finite, a range that is empty, or λ3 > 0 without alpha.
+        ValueError: a weight is negative or not finite, the range is empty, or λ3 > 0 without alpha.
     """
 
     beta_min: float
@@ -196,8 +198,9 @@ class Penalties(NamedTuple):
     """The weighted penalties of a batch.
 
     Attributes:
-        terms: scalars by name, "range", "smoothness", "consistency", "entropy"; those that are switched on.
-        squared_gradients: (B,) λ2·‖∇β(x_i)‖², detached: the gradient penalty before its mean; zeros where it is off.
+        terms: scalars by name: those of "range", "smoothness", "consistency" and "entropy" that are switched on.
+        squared_gradients: (B,) λ2·‖∇β(x_i)‖², detached: the weighted gradient penalty before its mean; zeros if it is
+            off.
     """
 
     terms: dict[str, Tensor]
@@ -213,18 +216,18 @@ def penalties(
     x: Tensor | None = None,
     task: Tensor | Sequence[str] | None = None,
 ) -> Penalties:
-    """Return each penalty times its weight; one whose weight is 0 is not computed.
+    """Return each penalty times its weight; skip those whose weight is 0.
 
     Args:
         beta: (B,) beta at each prompt.
-        weights: of the penalties.
-        ref_entropy: (B,) for the entropy term.
-        beta_fn: the function (B, D) → (B,) that gave `beta`, for the gradient penalty.
-        x: (B, D) the features it read.
+        weights: the weights of the penalties.
+        ref_entropy: (B,) for the entropy term, in the unit that `alpha` is per.
+        beta_fn: the function (B, D) → (B,) that returned `beta`, for the gradient penalty.
+        x: (B, D) the features that `beta_fn` read.
         task: the task of each row, for the task consistency.
 
     Raises:
-        ValueError: a weight above 0 whose inputs are missing; whatever the penalties refuse.
+        ValueError: a weight is above 0 but an input of its penalty is missing, or a penalty refuses its input.
     """
     terms, squared_gradients = {}, torch.zeros_like(beta)
     if weights.range > 0:

@@ -1,10 +1,11 @@
-r"""Rules for beta: the one interface through which the training loop asks for beta of a batch.
+"""Rules for beta: the interface through which the training loop asks for the beta of each pair in a batch.
 
 `PromptRule` is beta as the derivation wants it, a function of the prompt alone. `BetaDPO`, `EpsilonDPO`, `MallowsPO`
-and `LSC` are published rules that look at the answers, or at what the policy makes of them. Their beta is then no
-function of x: the normaliser :math:`Z(x)`, which cancels between chosen and rejected because both have the same beta
-(the derivation, §4.1), no longer does so across the pairs of a prompt, and no single reward function stands behind
-the loss. `DualKL` looks at the KL divergence. `RandomBeta` and `LookupBeta` are controls.
+and `LSC` are published rules that use the answers, or what the policy computes from them, so their beta is not a
+function of x. The normaliser Z(x) cancels between chosen and rejected because both have the same beta (the derivation,
+§4.1). With these rules the pairs of one prompt have different betas, so that Z(x) is not the same for all of them, and
+no single reward function corresponds to the loss. `DualKL` uses the measured KL divergence. `RandomBeta` and
+`LookupBeta` are controls.
 
 The published rules multiply h by beta: they are defined in the standard form.
 """
@@ -26,23 +27,23 @@ from dpoviz.forms import Form
 from dpoviz.validation import require, require_features, require_positive, rows_where, task_index
 
 _REACH = 1000.0
-"""A beta that is multiplied step after step stays within this factor of beta0, far from over- and underflow."""
+"""A beta that is multiplied at every step stays within this factor of beta0, far from overflow and underflow."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a rule may look at in one step, before the policy's update; none of it carries a gradient.
+    """The inputs of a rule in one step, measured before the policy's update; none carries a gradient.
 
     Attributes:
         h: (B,) log-ratio difference of each pair under the policy, in nats.
         x: (B, D) features of the prompts.
         task: the task of each row.
         ref_entropy: (B,) entropy of the reference at each prompt.
-        answer_entropy: (B,) the reference's next-token entropy along each answer over log V, averaged over its tokens
-            and then over the two answers, in [0, 1]; given where "answer_entropy" is in the rule's `needs`.
-        direction: (B,) -1, 0 or 1, what `perturbed_directions` returns; where "direction" is in `needs`.
-        kl: KL(policy ‖ reference) by task in nats, sampled, in the steps in which it was measured; where "kl" is
-            in `needs`.
+        answer_entropy: (B,) next-token entropy of the reference over log V, averaged over the tokens of each answer and
+            then over the two answers, in [0, 1]; given if "answer_entropy" is in the rule's `needs`.
+        direction: (B,) -1, 0 or 1, as `perturbed_directions` returns; given if "direction" is in `needs`.
+        kl: sampled KL(π‖π_ref) of each task, in nats, in the steps in which it was measured; given if "kl" is in
+            `needs`.
     """
 
     h: Tensor
@@ -55,11 +56,12 @@ class Observation:
 
 
 class RuleOutput(NamedTuple):
-    """What a rule gives for a batch.
+    """The betas and weights that a rule returns for a batch.
 
     Attributes:
-        beta: (B,) positive; with a gradient where beta learns.
-        weight: (B,) weight of each pair in the mean of the losses, 0 where a filter drops it; None: all alike.
+        beta: (B,) positive; carries a gradient if the rule is trainable.
+        weight: (B,) weight of each pair in the mean of the losses, 0 for a pair that a filter drops. None weighs all
+            pairs equally.
     """
 
     beta: Tensor
@@ -67,13 +69,14 @@ class RuleOutput(NamedTuple):
 
 
 class Rule(nn.Module):
-    """Called as ``rule(observation) -> RuleOutput``. What it remembers is in buffers, so that a checkpoint holds it.
+    """A rule for beta, called as `rule(observation)`; returns a `RuleOutput`.
 
-    It remembers in training mode alone: in evaluation mode the same batch gets the same answer again.
+    Its state is in buffers, so that a checkpoint contains it. The state changes only in training mode: in evaluation
+    mode the same batch always gives the same output.
 
     Attributes:
-        form: the form that the rule is defined in; None where it is defined in both.
-        needs: what the loop has to measure for it: "answer_entropy", "direction", "kl".
+        form: the form in which the rule is defined; None if it is defined in both.
+        needs: the extra measurements that the loop must make: "answer_entropy", "direction", "kl".
         settings: names of the attributes that `repr` shows.
     """
 
@@ -85,7 +88,7 @@ class Rule(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether it has weights to train."""
+        """True if the rule has trainable parameters."""
         return any(p.requires_grad for p in self.parameters())
 
     def extra_repr(self) -> str:
@@ -96,7 +99,7 @@ class Rule(nn.Module):
 
 
 class PromptRule(Rule):
-    """A `Beta`, which is a function of the prompt alone, as a rule."""
+    """A `Beta`, a function of the prompt alone, as a rule."""
 
     def __init__(self, beta: Beta) -> None:
         super().__init__()
@@ -107,28 +110,27 @@ class PromptRule(Rule):
 
 
 class BetaDPO(Rule):
-    r"""Beta-DPO: one beta a batch, larger where the policy tells the pairs apart more than it did before.
+    """Beta-DPO: one beta per batch, larger when the batch's mean margin exceeds its moving average.
 
-    .. math:: \beta = \max(\beta_0\,[1 + a\,(\bar h - M)],\ 10^{-3}), \qquad
-        M \leftarrow m M + (1 - m)\,\mathrm{mean}(h)
+        β = max(β₀·[1 + a·(h̄ − M)], 10⁻³),    M ← m·M + (1 − m)·mean(h)
 
-    Wu et al. 2024 (arXiv:2407.08639). M starts at 0 and takes the batch in before it is used. With the filter a
-    share `keep` of the pairs is drawn without replacement, by the weights :math:`\exp(-\frac12 ((h - M)/S)^2)`, S
-    the moving average of the standard deviation of h; :math:`\bar h` is then the mean over the kept pairs.
+    Wu et al. 2024 (arXiv:2407.08639). M starts at 0 and is updated with the batch before it is used. With the filter, a
+    fraction `keep` of the pairs is sampled without replacement, with weights exp(−½·((h − M)/S)²), where S is the
+    moving average of the standard deviation of h. h̄ is then the mean over the kept pairs.
 
-    Its public code takes h, as here, without a beta in it. It reports rewards with beta0; those of `dpo_loss` have
-    the beta used. As it sees h, its beta depends on the answers.
+    As in the authors' code, h is not multiplied by beta. That code reports rewards with β₀; those of `dpo_loss` use the
+    actual beta. Beta depends on the answers, through h.
 
     Args:
-        beta0: the beta of a batch like the ones before it.
-        a: how strongly beta follows h; 0 is a constant beta.
-        momentum: m.
-        keep: share of the pairs that is kept, rounded down; 1 is without the filter.
-        seed: the draws of the filter.
+        beta0: β₀, beta of a batch whose mean margin equals the moving average.
+        a: how strongly beta follows h; 0 makes beta constant.
+        momentum: m, from 0 to below 1.
+        keep: fraction of the pairs to keep, rounded down, but at least one pair; 1 turns the filter off.
+        seed: random seed of the filter.
 
     Raises:
-        ValueError: an argument outside its range; in use, an `h` that is not (B,) and finite, or a single pair with
-            the filter on, which has no spread.
+        ValueError: an argument is outside its range. In use: `h` is not (B,) and finite, or the filter is on and the
+            batch is a single pair, which has no spread.
     """
 
     form = "standard"
@@ -144,7 +146,7 @@ class BetaDPO(Rule):
         require_positive("beta0", beta0)
         require("a", a, 0 <= a < math.inf, "a number, at least 0")
         require("momentum", momentum, 0 <= momentum < 1, "a number from 0 to below 1")
-        require("keep", keep, 0 < keep <= 1, "a share above 0, at most 1")
+        require("keep", keep, 0 < keep <= 1, "a fraction above 0, at most 1")
         self.beta0, self.a, self.momentum, self.keep, self.seed = beta0, a, momentum, keep, seed
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("spread", torch.zeros(()))
@@ -154,7 +156,7 @@ class BetaDPO(Rule):
         h = _rows("h", observation.h, len(observation.x))
         filters = self.keep < 1
         if filters and len(h) < 2:
-            raise ValueError("h: got 1 pair, expected at least 2, which have a spread; or set keep=1")
+            raise ValueError("h: got 1 pair, expected at least 2, for a spread; or set keep=1")
         if self.training:
             self.mean.lerp_(h.mean().to(self.mean.dtype), 1 - self.momentum)
             if filters:
@@ -166,37 +168,37 @@ class BetaDPO(Rule):
         return RuleOutput(beta.expand(len(h)).clone(), weight)
 
     def _kept(self, h: Tensor) -> Tensor:
-        """(B,) 1 for a pair that is kept."""
-        # while no batch had a spread, as where the policy is the reference, all pairs are alike
+        """Return (B,) with 1 for each pair to keep and 0 for the others."""
+        # the spread is 0 while the policy equals the reference: all pairs then have the same weight
         distance = (h - self.mean) / self.spread if self.spread > 0 else torch.zeros_like(h)
         bits = hashlib.blake2b(f"{self.seed}/{self.step.item()}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(bits, "little"))
         gumbel = -torch.empty(len(h), dtype=torch.float64).exponential_(generator=generator).log()
-        # the largest of log-weight + Gumbel noise are a draw without replacement, however small the weights
+        # the largest values of log-weight + Gumbel noise are a sample without replacement, however small the weights
         keys = gumbel.to(h.device, h.dtype) - distance.square() / 2
         kept = keys.topk(max(1, int(self.keep * len(h)))).indices
         return torch.zeros_like(h).index_fill_(0, kept, 1.0)
 
 
 class EpsilonDPO(Rule):
-    r"""Epsilon-DPO: a beta for each pair, by where perturbed logits would move it.
+    """Epsilon-DPO: a beta per pair, by the direction in which perturbed logits move the pair's log-ratio.
 
-    .. math:: \beta_i = \frac{\beta_0}{1 + \varepsilon d_i}, \qquad \beta_0 \leftarrow \mathrm{mean}_i\,\beta_i
+        β_i = β₀/(1 + ε·d_i),    β₀ ← mean_i β_i
 
-    Lee et al. 2025 (arXiv:2502.13177). d is 1 where the pair's log-ratio rises strictly from logits that are nearer to
-    the reference to logits that are farther, -1 where it falls strictly, else 0: `dpoviz.perturbed` looks. The new
-    beta0 holds from the next step on. The public code divides beta0 by :math:`1 + \varepsilon\,\mathrm{mean}(d)`
-    instead, which differs by at most :math:`\varepsilon^2` in the first step.
+    Lee et al. 2025 (arXiv:2502.13177). d is 1 if the pair's log-ratio log π(y_w|x) − log π(y_l|x) rises strictly as the
+    policy's logits move away from the reference's, -1 if it falls strictly, and 0 otherwise
+    (`dpoviz.training.observe.perturbed_directions`). The new β₀ is used from the next step on. The authors' code
+    divides β₀ by 1 + ε·mean(d) instead; the relative difference per step is of order ε².
 
-    beta depends on the answers, which d is a property of.
+    Beta depends on the answers, because d does.
 
     Args:
-        beta0: where it starts; held within a factor of 1000 of it.
-        epsilon: size of the perturbation and of a step of beta.
+        beta0: initial β₀; its later values stay within a factor of 1000 of this one.
+        epsilon: ε, the size of the perturbation and of the step of beta.
 
     Raises:
-        ValueError: `beta0` is not a positive finite number or `epsilon` not between 0 and 1; in use, a `direction`
-            that is missing, not (B,), or has other values than -1, 0 and 1.
+        ValueError: `beta0` is not a positive finite number, or `epsilon` is not between 0 and 1. In use: `direction` is
+            missing, not (B,), or has values other than -1, 0 and 1.
     """
 
     form = "standard"
@@ -222,26 +224,26 @@ class EpsilonDPO(Rule):
 
 
 class MallowsPO(Rule):
-    r"""MallowsPO: a beta for each pair, smaller where the reference is less certain along its two answers.
+    """MallowsPO: a beta per pair, smaller where the reference is less certain along the two answers.
 
-    .. math:: \beta_i = \beta_0\,\varphi_i, \qquad \varphi = c\,(-\log H)^{\mathrm{sign}}
+        β_i = β₀·φ_i,    φ = c·(−log H)^sign
 
-    Chen et al. 2024 (arXiv:2405.14953), with one factor on h, as its public code has it: H is the reference's
-    next-token entropy over log V, averaged along each answer and then over the two. `sign=1` is as published: the
-    sign of the derivation's entropy term in the *inverse* form. `sign=-1` is the control in which uncertain pairs get
-    the larger beta. H is held within 0.001 and 0.999,
-    where :math:`-\log H` would be infinite or 0.
+    Chen et al. 2024 (arXiv:2405.14953), with one factor on h, as in the authors' code. H is the reference's next-token
+    entropy over log V, averaged over the tokens of each answer and then over the two answers. `sign=1` is the published
+    rule, which agrees in sign with the derivation's entropy term in the *inverse* form. `sign=-1` is a control:
+    uncertain pairs get the larger beta. H is clipped to [0.001, 0.999], because −log H is infinite at 0 and 0 at 1.
 
-    The paper estimates a property of the prompt by H, but H is taken along the data's answers: beta depends on them.
+    In the paper H estimates a property of the prompt, but it is computed on the answers of the data, so beta depends on
+    them.
 
     Args:
-        beta0: the beta at :math:`\varphi = 1`.
-        c: such that the mean of :math:`\varphi` over the data is 1: see `with_mean`.
+        beta0: β₀, beta at φ = 1.
+        c: the constant that makes the mean of φ over the data 1; `with_mean` computes it.
         sign: 1 or -1.
 
     Raises:
-        ValueError: `beta0` or `c` is not a positive finite number, or another sign; in use, an `answer_entropy` that
-            is missing, not (B,), or outside 0 to 1.
+        ValueError: `beta0` or `c` is not a positive finite number, or `sign` is neither 1 nor -1. In use:
+            `answer_entropy` is missing, not (B,), or outside 0 to 1.
     """
 
     form = "standard"
@@ -257,15 +259,16 @@ class MallowsPO(Rule):
 
     @classmethod
     def with_mean(cls, beta0: float, answer_entropy: Tensor, *, sign: int = 1) -> MallowsPO:
-        """The rule whose mean beta over the data is beta0.
+        """Return the rule whose mean beta over the data is `beta0`.
 
         Args:
-            beta0: the mean.
-            answer_entropy: (N,) of all pairs, as `Observation.answer_entropy`.
+            beta0: the mean of beta.
+            answer_entropy: (N,) `Observation.answer_entropy` of all pairs.
             sign: 1 or -1.
 
         Raises:
-            ValueError: `answer_entropy` is not (N,), or outside 0 to 1; another sign, or a beta0 that is not positive.
+            ValueError: `answer_entropy` is not (N,) or is outside 0 to 1, `sign` is neither 1 nor -1, or `beta0` is not
+                a positive finite number.
         """
         entropy = _rows("answer_entropy", answer_entropy, len(answer_entropy)).double()
         return cls(beta0, c=1 / cls(1.0, c=1.0, sign=sign)._phi(entropy).mean().item(), sign=sign)
@@ -276,7 +279,7 @@ class MallowsPO(Rule):
         )
 
     def _phi(self, entropy: Tensor) -> Tensor:
-        slack = 1e-4  # a sum over a vocabulary in float32 may round past log V
+        slack = 1e-4  # in float32 the entropy, a sum over the vocabulary, may exceed log V by rounding
         if entropy.min() < -slack or entropy.max() > 1 + slack:
             raise ValueError(
                 f"answer_entropy: got {entropy.min():.4g} to {entropy.max():.4g}, expected 0 to 1; divide nats per "
@@ -286,21 +289,21 @@ class MallowsPO(Rule):
 
 
 class LSC(Rule):
-    r"""LSC-DPO: one beta, steered so that the mean margin :math:`\beta\bar h` stays at a target.
+    """LSC-DPO: one beta for all pairs, controlled so that the mean margin β·mean(h) stays at a target.
 
-    .. math:: \beta \leftarrow \beta\,\exp(-\eta\,(\beta\,\mathrm{mean}(h) - z^*))
+        β ← β·exp(−η·(β·mean(h) − z*))
 
-    LSC-DPO (arXiv:2610.07592). beta stays at beta0 until the mean of :math:`\sigma(-\beta h)` has first fallen to
-    `start`; the new beta holds from the next step on. As it sees h, its beta depends on the answers.
+    LSC-DPO (arXiv:2610.07592). Beta stays at `beta0` until the batch mean of σ(−β·h) first falls to `start`. Each new
+    beta is used from the next step on. Beta depends on the answers, through h.
 
     Args:
-        beta0: where it starts; held within a factor of 1000 of it.
-        eta: η, the gain.
+        beta0: initial beta; later values stay within a factor of 1000 of it.
+        eta: η, the gain of the controller.
         target: z*, the mean margin to hold.
-        start: the mean of σ(-βh) at which it sets in; it is a half while the policy is the reference.
+        start: the mean of σ(−β·h) at which control begins; this mean is ½ while the policy equals the reference.
 
     Raises:
-        ValueError: an argument outside its range; in use, an `h` that is not (B,) and finite.
+        ValueError: an argument is outside its range. In use: `h` is not (B,) and finite.
     """
 
     form = "standard"
@@ -330,24 +333,24 @@ class LSC(Rule):
 
 
 class DualKL(Rule):
-    r"""Dual control of the KL divergence: beta rises where the KL is over its budget and falls where it is under.
+    """Dual control of the KL divergence: beta rises while the KL is above its budget and falls while it is below.
 
-    .. math:: \beta \leftarrow \beta\,\Big(1 + \frac{n}{N}\,\mathrm{clip}(\frac{KL}{\varepsilon} - 1,\ -0.2,\ 0.2)\Big)
+        β ← β·(1 + (n/N)·clip(KL/ε − 1, −0.2, 0.2))
 
-    The multiplier of the derivation's §1 and §2, found while training, by the controller of Ziegler et al. 2019
-    (arXiv:1909.08593, §2.2), whose gain of 0.1 a step is N = 10 here. n is the number of steps between two
-    measurements; the new beta holds from the next step on.
+    The rule finds the multiplier of the derivation's §1 and §2 during training. It is the controller of Ziegler et al.
+    2019 (arXiv:1909.08593, §2.2), whose gain of 0.1 per step is N = 10 here. n is the number of steps between two
+    measurements of the KL. Each new beta is used from the next step on.
 
     Args:
-        beta0: where it starts; held within a factor of 1000 of it.
-        target: ε, the budget in nats, of each task or of all.
-        tasks: a beta of its own for each of them; None has one for all, by the mean of the tasks' KL.
-        every: n, steps between two measurements of the KL.
+        beta0: initial beta; later values stay within a factor of 1000 of it.
+        target: ε, the KL budget in nats, of each task or of the mean over tasks.
+        tasks: the tasks, each with its own beta; None for one beta, controlled by the mean of the tasks' KL.
+        every: n, in steps.
         horizon: N, in steps.
 
     Raises:
-        ValueError: an argument outside its range, or n/N of 5 and more, at which beta would reach 0; in use, a task
-            or a measured KL that is missing or not finite.
+        ValueError: an argument is outside its range, or n/N is 5 or more, at which beta could reach 0. In use: a task
+            or a measured KL is missing, or a KL is not finite.
     """
 
     form = "standard"
@@ -386,13 +389,13 @@ class DualKL(Rule):
         return RuleOutput(beta)
 
     def _index(self, task: Sequence[str], batch: int) -> Tensor:
-        """(B,) where each row's beta is."""
+        """Return (B,) the position of each row's beta in `current`."""
         if self.tasks is None:
             return torch.zeros(batch, dtype=torch.int64, device=self.current.device)
         return task_index(task, batch, self.tasks).to(self.current.device)
 
     def _measured(self, kl: Mapping[str, float]) -> Tensor:
-        """The KL that each beta answers for."""
+        """Return the KL that controls each beta."""
         names = self.tasks or tuple(kl)
         missing = [name for name in names if not math.isfinite(kl.get(name, math.nan))]
         if missing or not names:
@@ -402,21 +405,20 @@ class DualKL(Rule):
 
 
 class RandomBeta(Rule):
-    r"""The control with no meaning: a log-normal beta, drawn once for each prompt and the same ever after.
+    """Control: a log-normal beta sampled once per prompt, independent of its content.
 
-    .. math:: \beta(x) = \mathrm{mean}\cdot e^{\mathrm{spread}\,z(x) - \mathrm{spread}^2/2}, \qquad
-        z(x) \sim N(0, 1)
+        β(x) = mean·exp(spread·z(x) − spread²/2),    z(x) ~ N(0, 1)
 
-    z(x) comes from a hash of the prompt's features, so it is alike in every run and on every machine.
+    z(x) is computed from a hash of the prompt's features, so it is the same in every run and on every machine.
 
     Args:
         mean: the mean of beta over prompts.
-        spread: the standard deviation of log beta over prompts.
-        seed: another seed, another draw.
+        spread: the standard deviation of log β over prompts.
+        seed: random seed; each seed gives independent betas.
 
     Raises:
-        ValueError: `mean` is not a positive finite number, `spread` not a finite one, at least 0, or `seed` not an
-            integer, at least 0; in use, an `x` that is not floating (B, D) and finite.
+        ValueError: `mean` is not a positive finite number, `spread` is not finite and at least 0, or `seed` is not an
+            integer of at least 0. In use: `x` is not floating (B, D) and finite.
     """
 
     settings = ("mean", "spread", "seed")
@@ -429,7 +431,7 @@ class RandomBeta(Rule):
         self.mean, self.spread, self.seed = mean, spread, seed
 
     def forward(self, observation: Observation) -> RuleOutput:
-        # 52 bits and a half: the quantile is never taken at 0 or 1
+        # 52 bits plus one half: the quantile function is never called at 0 or 1
         uniform = [((bits >> 11) + 0.5) / 2**52 for bits in _hashes(observation.x, self.seed)]
         z = torch.tensor([NormalDist().inv_cdf(u) for u in uniform], dtype=torch.float64)
         beta = self.mean * torch.exp(self.spread * z - self.spread**2 / 2)
@@ -437,15 +439,15 @@ class RandomBeta(Rule):
 
 
 class LookupBeta(Rule):
-    """A fixed table from prompts to beta, found by their features: another rule's beta, frozen or `shuffled`.
+    """A fixed table of beta by prompt, looked up by the prompt's features: another rule's beta, frozen or `shuffled`.
 
     Args:
-        x: (N, D) features of the prompts; a prompt may be there several times.
-        beta: (N,) positive; alike (to one part in 10⁴) where the prompt is.
+        x: (N, D) features of the prompts; a prompt may occur several times.
+        beta: (N,) positive; equal (to one part in 10⁴) in all rows of the same prompt.
 
     Raises:
-        ValueError: `x` is not floating (N, D) and finite, or `beta` not (N,), positive and finite; one prompt with
-            two betas; in use, a prompt that is not in the table.
+        ValueError: `x` is not floating (N, D) and finite, `beta` is not (N,), positive and finite, or one prompt has
+            two betas. In use: a prompt is not in the table.
     """
 
     settings = ("digest",)
@@ -461,23 +463,25 @@ class LookupBeta(Rule):
 
     @property
     def digest(self) -> str:
-        """What `repr` shows of the table: 16 hexadecimal digits of all of it."""
+        """16 hexadecimal digits that identify the table's content; `repr` shows them."""
         whole = repr([self.keys.tolist(), self.values.tolist()]).encode()
         return hashlib.blake2b(whole, digest_size=8).hexdigest()
 
     @classmethod
     def shuffled(cls, x: Tensor, beta: Tensor, task: Sequence[str], *, within_task: bool, seed: int) -> LookupBeta:
-        """The same betas over the same prompts, dealt out anew: their distribution stays, their meaning goes.
+        """Return a control: the same betas on the same prompts, permuted at random.
+
+        The distribution of beta stays the same; its relation to the prompts is lost.
 
         Args:
-            x: (N, D) as for the class.
-            beta: (N,) as for the class.
+            x: (N, D) features of the prompts, as in the class.
+            beta: (N,) as in the class.
             task: the task of each row.
-            within_task: deal within each task, so that the distribution of beta by task stays too.
-            seed: the deal.
+            within_task: permute within each task, so that the distribution of beta in each task stays the same too.
+            seed: random seed of the permutation.
 
         Raises:
-            ValueError: as the class, or `task` does not have N entries.
+            ValueError: as in the class, or `task` does not have N entries.
         """
         require("task", f"{len(task)} entries", len(task) == len(x), f"{len(x)}, one per row of x")
         rows = list(_first_rows(x, beta).values())
@@ -497,9 +501,9 @@ class LookupBeta(Rule):
 
 
 def _rows(name: str, values: Tensor | None, batch: int) -> Tensor:
-    """One finite number a row, in float32 or better, without a gradient."""
+    """Return `values` as (B,) finite numbers in at least float32, detached."""
     if values is None:
-        raise ValueError(f"{name}: got None, expected shape ({batch},): this rule looks at it")
+        raise ValueError(f"{name}: got None, expected shape ({batch},): this rule needs it")
     if values.shape != (batch,) or batch == 0:
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected ({batch},), one per row of x, B ≥ 1")
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
@@ -513,9 +517,9 @@ def _hold(beta: Tensor, beta0: float) -> Tensor:
 
 
 def _hashes(x: Tensor, seed: int = 0) -> list[int]:
-    """63 bits of each row's features, alike in every run; equal features have equal bits."""
+    """Return 63 hash bits of each row of features: the same in every run, and equal for equal features."""
     require_features(x)
-    # -0.0 equals 0.0 but has other bytes; the sum has none of it
+    # -0.0 equals 0.0 but has other bytes; adding 0.0 turns it into 0.0
     rows = (x.detach().cpu().float() + 0.0).numpy()
     salt = seed.to_bytes(16, "little")
     bits = (hashlib.blake2b(row.tobytes(), digest_size=8, salt=salt).digest() for row in rows)
@@ -523,7 +527,7 @@ def _hashes(x: Tensor, seed: int = 0) -> list[int]:
 
 
 def _first_rows(x: Tensor, beta: Tensor) -> dict[int, int]:
-    """Each prompt's hash, and the first row that it is in."""
+    """Return the first row of each prompt, by the prompt's hash."""
     keys = _hashes(x)
     beta = _rows("beta", beta, len(x))
     if not (beta > 0).all():
@@ -531,7 +535,7 @@ def _first_rows(x: Tensor, beta: Tensor) -> dict[int, int]:
     first: dict[int, int] = {}
     for row, key in enumerate(keys):
         before = first.setdefault(key, row)
-        # a network rounds the same prompt differently in different batches
+        # a network's beta of the same prompt differs by rounding between batches
         if not math.isclose(beta[row], beta[before], rel_tol=1e-4):
-            raise ValueError(f"beta: rows {before} and {row} are one prompt with two betas, expected one beta a prompt")
+            raise ValueError(f"beta: rows {before} and {row} are one prompt with two betas, expected one per prompt")
     return first

@@ -1,12 +1,13 @@
-r"""The exact world: finitely many prompts and answers, policies and rewards as tables.
+"""The exact world: finitely many prompts and answers, with policies and rewards as tables.
 
-Each quantity of the derivation has a closed form here, and each sentence about beta can be computed. Rows are
-prompts x (X of them), columns are answers y (Y of them). Policies are tables of log-probabilities, each row
-normalised; :math:`\pi_{ref}` gives every answer a probability above 0. Tensors are float64 on the CPU, and
-refused otherwise: a float32 table hides in its rounding what is to be checked here. Expectations over prompts
-are weighted by `prompt_probs` (X,), the derivation's input distribution d; None weighs all prompts alike.
+Every quantity of the derivation has a closed form here, so every statement about β can be checked by computing it.
+Rows are prompts x (X of them), columns are answers y (Y of them). Policies are tables of log-probabilities with
+normalised rows, in nats; π_ref gives every answer a probability above 0. Tensors must be float64 on the CPU: float32
+rounding would hide what is to be checked. Expectations over prompts are weighted by `prompt_probs` (X,), the
+derivation's input distribution d; None is the uniform distribution.
 
-beta is one positive number for all prompts, or (X,), one for each. (X, 1) is refused: it would broadcast.
+`beta` is one positive number for all prompts, or (X,) with one per prompt. (X, 1) is refused, because it would
+broadcast.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from torch import Tensor
 from dpoviz.forms import Form, scale
 from dpoviz.validation import rows_where
 
-# rounding of a float64 log_softmax is 1e-15; rows normalised in float32 miss by 1e-7
+# a float64 log_softmax is normalised to about 1e-15; rows normalised in float32 are off by about 1e-7
 _NORMALISED = 1e-9
 
 
 def _require_table(name: str, values: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Refuse anything but a float64 table without nan, of the shape expected; None takes any (X, Y)."""
+    """Refuse anything but a float64 table without nan, of the expected shape; None accepts any (X, Y)."""
     if not isinstance(values, Tensor) or values.dtype != torch.float64:
         got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"{name}: got {got}, expected a torch.float64 tensor")
@@ -48,7 +49,7 @@ def _require_finite(name: str, values: Tensor, shape: tuple[int, ...] | None = N
 
 
 def _require_logps(name: str, logps: Tensor, shape: tuple[int, ...] | None = None, *, support: bool = True) -> None:
-    """Refuse rows that are not normalised; with `support`, those with a probability of 0 too."""
+    """Refuse rows that are not normalised; with `support`, also rows that contain a probability of 0."""
     (_require_finite if support else _require_table)(name, logps, shape)
     mass = logps.detach().logsumexp(1)
     wrong = ~(mass.abs() <= _NORMALISED)
@@ -65,7 +66,7 @@ def _require_rewards(ref_logps: Tensor, rewards: Tensor) -> None:
 
 
 def _per_prompt(name: str, value: float | Tensor, prompts: int, *, also: tuple[float, ...] = ()) -> Tensor:
-    """A positive finite number, or (X,) of them, as (X,); the values `also` are taken as well."""
+    """Return a positive finite number, or (X,) of them, as (X,); the values in `also` are accepted too."""
     if isinstance(value, Tensor):
         _require_table(name, value, (prompts,))
         values = value
@@ -98,39 +99,39 @@ def _prompt_weights(prompt_probs: Tensor | None, prompts: int) -> Tensor:
 
 
 def _tilt(rewards: Tensor, beta: Tensor) -> Tensor:
-    """(r − max r)/beta (X, Y): 0 at a prompt's best answers for any beta, 0 and inf included."""
+    """Return (r − max r)/β as (X, Y): 0 at a prompt's best answers for every beta, including 0 and inf."""
     best = rewards.amax(1, keepdim=True)
-    # where beta is 0 the quotient is -inf, and 0/0 at the best answers
+    # for beta = 0 the quotient is -inf, and it would be 0/0 at the best answers
     return torch.where(rewards == best, 0.0, (rewards - best) / beta[:, None])
 
 
 def _log_mean_exp(ref_logps: Tensor, tilt: Tensor) -> Tensor:
-    r""":math:`\log\sum_y \pi_{ref}(y)\exp(tilt(y))` (X,), for a tilt of at most 0."""
-    # for a large beta the sum is nearly 1, and beta times the rounding of its log would be large
+    """Return log Σ_y π_ref(y)·exp(tilt(y)) as (X,), for a tilt of at most 0."""
+    # for a large beta the sum is nearly 1; multiplied by beta, the rounding error of its log would be large
     near = torch.log1p((ref_logps.exp() * torch.expm1(tilt)).sum(1))
     return torch.where(tilt.amin(1) > -1, near, torch.logsumexp(ref_logps + tilt, 1))
 
 
 def optimal_policy(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
-    r"""The policy with the best reward at the price beta per nat of KL (the derivation, §3.1).
+    """Return the policy that maximises E[r] − β·KL at each prompt (the derivation, §3.1).
 
-    .. math:: \pi^*(y|x) = \pi_{ref}(y|x) \exp(r(x, y)/\beta(x)) / Z(x)
+        π*(y|x) = π_ref(y|x)·exp(r(x, y)/β(x)) / Z(x)
 
-    The only minimiser of `kl_regularized_objective` while beta > 0. The limits are taken as well: inf gives
-    the reference, 0 gives the reference restricted to the answers of the highest reward (exact ties
-    together), which are the policies that `solve_beta` means by those multipliers.
+    For β > 0 it is the only minimiser of `kl_regularized_objective`. Both limits are accepted: inf gives the reference,
+    and 0 gives the reference restricted to the answers with the highest reward (all of them, if exactly tied). These
+    are the policies that `solve_beta` means when it returns inf or 0.
 
     Args:
-        ref_logps: (X, Y) :math:`\log\pi_{ref}(y|x)`, nats.
+        ref_logps: (X, Y) log π_ref(y|x), nats.
         rewards: (X, Y).
         beta: a number or (X,), from 0 to inf, both included; in units of the reward per nat.
 
     Returns:
-        (X, Y) :math:`\log\pi^*(y|x)`, nats; -inf where the probability is 0.
+        (X, Y) log π*(y|x), nats; -inf for a probability of 0.
 
     Raises:
-        ValueError: tables that are not float64, finite and of one shape; rows of `ref_logps` that are not
-            normalised; a negative beta or one of another shape.
+        ValueError: the tables are not float64, finite and of the same shape; rows of `ref_logps` are not normalised;
+            beta is negative or of another shape.
     """
     _require_rewards(ref_logps, rewards)
     beta = _per_prompt("beta", beta, len(ref_logps), also=(0.0, math.inf))
@@ -138,9 +139,9 @@ def optimal_policy(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> 
 
 
 def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
-    r"""What normalises the optimal policy (the derivation, §3.1).
+    """Return the logarithm of the optimal policy's normaliser (the derivation, §3.1).
 
-    .. math:: \log Z(x) = \log \sum_y \pi_{ref}(y|x) \exp(r(x, y)/\beta(x))
+        log Z(x) = log Σ_y π_ref(y|x)·exp(r(x, y)/β(x))
 
     Args:
         ref_logps: (X, Y), nats.
@@ -151,7 +152,7 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> T
         (X,) nats.
 
     Raises:
-        ValueError: as `optimal_policy`; a beta of 0 or inf.
+        ValueError: as `optimal_policy`, or beta is 0 or inf.
     """
     _require_rewards(ref_logps, rewards)
     beta = _per_prompt("beta", beta, len(ref_logps))
@@ -159,23 +160,23 @@ def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> T
 
 
 def kl(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    r"""How far a policy is from the reference, prompt by prompt (the derivation, §1).
+    """Return the KL divergence of a policy from the reference, per prompt (the derivation, §1).
 
-    .. math:: D_{KL}(\pi(\cdot|x) \| \pi_{ref}(\cdot|x)) = \sum_y \pi(y|x) \log\frac{\pi(y|x)}{\pi_{ref}(y|x)}
+        KL(π(·|x)‖π_ref(·|x)) = Σ_y π(y|x)·log π(y|x)/π_ref(y|x)
 
     Args:
-        policy_logps: (X, Y), nats; -inf is a probability of 0, and adds nothing.
+        policy_logps: (X, Y), nats; -inf is a probability of 0 and adds nothing.
         ref_logps: (X, Y), nats.
 
     Returns:
         (X,) nats, differentiable.
 
     Raises:
-        ValueError: tables that are not float64 and of one shape, or rows that are not normalised.
+        ValueError: the tables are not float64 and of the same shape, or rows are not normalised.
     """
     _require_logps("ref_logps", ref_logps)
     _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape), support=False)
-    # masked before the product: 0 times -inf is nan, in the value and in the gradient
+    # masked before the product, because 0·(−inf) is nan, in the value and in the gradient
     logratios = (policy_logps - ref_logps).masked_fill(policy_logps == -math.inf, 0.0)
     return (policy_logps.exp() * logratios).sum(1)
 
@@ -188,12 +189,12 @@ def kl_regularized_objective(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    r"""The cost that the optimal policy minimises: minus the Lagrangian of §2, but for the constant beta·ε.
+    """Return the cost that the optimal policy minimises: minus the Lagrangian of §2, without the constant β·ε.
 
-    .. math:: E_{x \sim d}\bigl[-E_{y \sim \pi}[r(x, y)] + \beta(x) D_{KL}(\pi \| \pi_{ref})\bigr]
+        E_{x~d}[−E_{y~π}[r(x, y)] + β(x)·KL(π(·|x)‖π_ref(·|x))]
 
-    The derivation prints it in §3.2 under the name of the DPO loss, which it is not: it needs the reward, and
-    answers of the policy; the DPO loss needs neither.
+    The derivation calls it the DPO loss in §3.2. It is not: it needs the reward and answers sampled from the policy,
+    and the DPO loss needs neither.
 
     Args:
         policy_logps: (X, Y), nats; -inf is a probability of 0.
@@ -203,10 +204,10 @@ def kl_regularized_objective(
         prompt_probs: (X,), or None for the uniform distribution.
 
     Returns:
-        A scalar in units of the reward, differentiable. Its least value is :math:`-E_x[\beta\log Z]`.
+        A scalar in units of the reward, differentiable. Its minimum over policies is −E_x[β·log Z].
 
     Raises:
-        ValueError: as `optimal_policy` and `kl`; a beta of 0 or inf; `prompt_probs` that are no distribution.
+        ValueError: as `optimal_policy` and `kl`; beta is 0 or inf; `prompt_probs` is not a distribution.
     """
     _require_rewards(ref_logps, rewards)
     beta = _per_prompt("beta", beta, len(ref_logps))
@@ -222,40 +223,40 @@ def dual(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    r"""An upper bound on the reward within the KL budget, one for each multiplier (the derivation, §2).
+    """Return the dual function, an upper bound on the reward within the KL budget (the derivation, §2).
 
-    .. math:: g(\beta) = \max_\pi L(\pi, \beta) = E_x\bigl[\beta \log Z(x) + \beta\epsilon\bigr]
+        g(β) = max_π L(π, β) = E_x[β·log Z(x) + β·ε]
 
-    Convex in beta, with the slope :math:`\epsilon - E_x[D_{KL}(\pi^*_\beta\|\pi_{ref})]`. With (X,) multipliers
-    and budgets it is the dual of the problem with one constraint for each prompt.
+    It is a bound for every multiplier beta, and convex in beta, with slope ε − E_x[KL(π*_β‖π_ref)].
+    With (X,) multipliers and budgets it is the dual of the problem with one constraint per prompt.
 
     Args:
         ref_logps: (X, Y), nats.
         rewards: (X, Y).
         beta: a number or (X,), finite and at least 0.
-        epsilon: the budget, nats: a number or (X,), finite and at least 0.
+        epsilon: ε, the budget in nats: a number or (X,), finite and at least 0.
         prompt_probs: (X,), or None for the uniform distribution.
 
     Returns:
         A scalar in units of the reward.
 
     Raises:
-        ValueError: as `optimal_policy`; an infinite beta; a negative or infinite budget; `prompt_probs` that
-            are no distribution.
+        ValueError: as `optimal_policy`; beta is infinite; the budget is negative or infinite; `prompt_probs` is not
+            a distribution.
     """
     _require_rewards(ref_logps, rewards)
     beta = _per_prompt("beta", beta, len(ref_logps), also=(0.0,))
     epsilon = _per_prompt("epsilon", epsilon, len(ref_logps), also=(0.0,))
-    # beta·log Z, whose limit at 0 is the highest reward
+    # max r + β·log E_ref[e^tilt] is β·log Z, with its limit max r at β = 0
     value = rewards.amax(1) + beta * (_log_mean_exp(ref_logps, _tilt(rewards, beta)) + epsilon)
     return (_prompt_weights(prompt_probs, len(ref_logps)) * value).sum()
 
 
 def _kl_of_tilt(ref_logps: Tensor, gaps: Tensor, inverse_beta: float) -> Tensor:
-    r"""KL of :math:`\pi_{ref}\exp(gaps/\beta)/Z` to the reference (X,), to relative precision when tiny.
+    """Return the KL of π_ref·exp(gaps/β)/Z from the reference as (X,), accurate in relative terms even when tiny.
 
-    With v the tilt, centred so that :math:`E_{ref}[v] = 0`, it is :math:`E_\pi[v] - \log E_{ref}[e^v]`. Both
-    parts are of the order v², and the linear parts, which would drown them in rounding, are left out.
+    Let v be the tilt gaps/β, centred so that E_ref[v] = 0. Then KL = E_π[v] − log E_ref[e^v]. Both terms are of order
+    v². Their linear parts are omitted, because rounding of those would swamp the result.
     """
     tilt = inverse_beta * gaps
     probs = ref_logps.exp()
@@ -270,7 +271,7 @@ def _kl_of_tilt(ref_logps: Tensor, gaps: Tensor, inverse_beta: float) -> Tensor:
 
 
 def _solve_inverse_beta(kl_at: Callable[[float], float], epsilon: float) -> float:
-    """The 1/beta at which `kl_at`, which rises from 0 to above epsilon > 0, is epsilon."""
+    """Return the 1/β at which `kl_at` equals epsilon > 0; `kl_at` must increase from 0 to above epsilon."""
     high = 1.0
     while kl_at(high) < epsilon:
         high *= 10
@@ -284,7 +285,7 @@ def _solve_inverse_beta(kl_at: Callable[[float], float], epsilon: float) -> floa
 def _multiplier(ref_logps: Tensor, rewards: Tensor, epsilon: float, prompt_probs: Tensor) -> float:
     gaps = rewards - rewards.amax(1, keepdim=True)
     greedy_kl = -torch.logsumexp(ref_logps.masked_fill(gaps < 0, -math.inf), 1)  # (X,)
-    greedy_kl = greedy_kl.masked_fill((gaps == 0).all(1), 0.0)  # a rounding above 0 would have a price
+    greedy_kl = greedy_kl.masked_fill((gaps == 0).all(1), 0.0)  # rounding above 0 would give a multiplier
     if epsilon >= float((prompt_probs * greedy_kl).sum()):
         return 0.0
     if epsilon == 0:
@@ -304,43 +305,43 @@ def solve_beta(
     per_prompt: bool = False,
     prompt_probs: Tensor | None = None,
 ) -> float | Tensor:
-    r"""The multiplier of a KL budget: the price of KL at which the best policy spends it (the derivation, §1-2).
+    """Return the multiplier of a KL budget: the price at which the optimal policy spends it (the derivation, §1-2).
 
-    One budget for all, :math:`E_x[D_{KL}] \le \epsilon`, has one multiplier. One budget for each prompt,
-    :math:`D_{KL}(\pi(\cdot|x)\|\pi_{ref}(\cdot|x)) \le \epsilon(x)`, has a multiplier for each prompt:
-    :math:`L = E_x[E_\pi[r] - \beta(x)(D_{KL} - \epsilon(x))]` is §2 prompt by prompt, and this
-    :math:`\beta(x)` is the derivation's input-dependent beta. Prompts do not mix in it, so that `prompt_probs`
-    plays no part.
+        E_x[KL(π*_β‖π_ref)] = ε,    or KL(π*_β(·|x)‖π_ref(·|x)) = ε(x) per prompt
 
-    For :math:`0 < \epsilon <` the KL of the greedy policy (the reference restricted to the best answers) the
-    multiplier is positive and unique, because :math:`D_{KL}(\pi^*_\beta)` falls strictly from that KL to 0 as
-    beta grows; it is where `dual` is least. A larger budget is not spent, and its multiplier is 0, as
-    is that of any budget where all answers earn alike. For :math:`\epsilon = 0` no finite multiplier exists (the
-    constraint has no interior, and Slater's condition fails): inf.
+    One budget for the mean over prompts, E_x[KL] ≤ ε, has one multiplier. One budget per prompt, KL(x) ≤ ε(x), has one
+    multiplier per prompt: L = E_x[E_π[r] − β(x)·(KL(x) − ε(x))] is §2 applied to each prompt, and this β(x) is the
+    derivation's input-dependent beta. Prompts do not interact in it, so `prompt_probs` plays no part.
+
+    The KL of π*_β falls strictly, from the KL of the greedy policy (the reference restricted to the best answers) to 0,
+    as beta grows. For ε above 0 and below the greedy policy's KL the multiplier is therefore positive and unique; it
+    minimises `dual`. A larger budget is not used up: its multiplier is 0. So is the multiplier of any budget if all
+    answers have the same reward. For ε = 0 there is otherwise no finite multiplier (the constraint has no interior, so
+    Slater's condition fails), and the result is inf.
 
     Args:
         ref_logps: (X, Y), nats.
-        rewards: (X, Y); which answers are best is decided by exact equality.
-        epsilon: the budget in nats, finite and at least 0: a number; with `per_prompt` a number or (X,).
-        per_prompt: one constraint for each prompt instead of one for their mean.
+        rewards: (X, Y); best answers are found by exact equality.
+        epsilon: ε, the budget in nats, finite and at least 0: a number; with `per_prompt` a number or (X,).
+        per_prompt: one constraint per prompt, instead of one for the mean over prompts.
         prompt_probs: (X,) for the mean, or None for the uniform distribution.
 
     Returns:
-        A float; with `per_prompt` (X,). From 0 to inf, in units of the reward per nat. The optimal policy has
-        the KL :math:`\epsilon` to 1e-10 nats.
+        A float, or (X,) with `per_prompt`; from 0 to inf, in units of the reward per nat. For a positive finite result
+        the KL of the optimal policy is ε, to 1e-10 nats.
 
     Raises:
-        ValueError: as `optimal_policy`; a negative or infinite budget; (X,) budgets without `per_prompt`,
-            `prompt_probs` with it.
+        ValueError: as `optimal_policy`; the budget is negative or infinite; budgets (X,) come without `per_prompt`, or
+            `prompt_probs` comes with it.
     """
     _require_rewards(ref_logps, rewards)
     prompts = len(ref_logps)
-    # the solver takes sums over pi_ref to be exactly 1
+    # the solver assumes that π_ref sums to exactly 1
     ref_logps = torch.log_softmax(ref_logps.detach(), 1)
     rewards = rewards.detach()
     if not per_prompt:
         if isinstance(epsilon, Tensor):
-            raise ValueError("epsilon: got a tensor, expected one number; per_prompt=True takes a budget for each")
+            raise ValueError("epsilon: got a tensor, expected one number; per_prompt=True accepts a budget per prompt")
         budget = float(_per_prompt("epsilon", epsilon, 1, also=(0.0,)))
         return _multiplier(ref_logps, rewards, budget, _prompt_weights(prompt_probs, prompts))
     if prompt_probs is not None:
@@ -355,25 +356,25 @@ def solve_beta(
 
 
 def implicit_reward(policy_logps: Tensor, ref_logps: Tensor, beta: float | Tensor) -> Tensor:
-    r"""The reward that a policy is optimal for, up to a constant per prompt (the derivation, §3.1 solved for r).
+    """Return the reward for which a policy is optimal, up to a constant per prompt (the derivation, §3.1 solved for r).
 
-    .. math:: \beta(x) \log\frac{\pi(y|x)}{\pi_{ref}(y|x)} = r(x, y) - \beta(x) \log Z(x)
+        β(x)·log π(y|x)/π_ref(y|x) = r(x, y) − β(x)·log Z(x)
 
-    Of two answers to one prompt the last term cancels, because beta and Z depend on x alone:
-    :math:`r_w - r_l = \beta h` (Rafailov et al. 2023, arXiv:2305.18290, eq. 5). §4.1 of the derivation prints
-    it without beta and without the reference, and there it does not hold.
+    In the difference between two answers to the same prompt the last term cancels, because β and Z depend on x alone:
+    r_w − r_l = β·h (Rafailov et al. 2023, arXiv:2305.18290, eq. 5). §4.1 of the derivation prints this equation without
+    beta and without the reference; in that form it does not hold.
 
     Args:
         policy_logps: (X, Y), nats, finite.
         ref_logps: (X, Y), nats.
-        beta: a positive number or (X,): the price of KL, in both forms of the loss.
+        beta: a positive number or (X,): the price of KL, whichever form the loss has.
 
     Returns:
         (X, Y) in units of the reward.
 
     Raises:
-        ValueError: tables that are not float64, finite, normalised and of one shape; a beta that is not
-            positive and finite, or of another shape.
+        ValueError: the tables are not float64, finite, normalised and of the same shape; beta is not positive and
+            finite, or is of another shape.
     """
     _require_logps("ref_logps", ref_logps)
     _require_logps("policy_logps", policy_logps, tuple(ref_logps.shape))
@@ -382,17 +383,17 @@ def implicit_reward(policy_logps: Tensor, ref_logps: Tensor, beta: float | Tenso
 
 
 def bradley_terry(rewards: Tensor) -> Tensor:
-    r"""Preferences that follow a reward: the logit of the probability that y beats y'.
+    """Return the logits of Bradley-Terry preferences for a reward.
 
-    .. math:: P(y \succ y'|x) = \sigma(r(x, y) - r(x, y'))
+        P(y ≻ y'|x) = σ(r(x, y) − r(x, y'))
 
-    For labels of another reliability multiply the rewards: a factor above 1 makes them surer.
+    To model labels of another reliability, multiply the rewards: a factor above 1 makes the labels more certain.
 
     Args:
         rewards: (X, Y).
 
     Returns:
-        (X, Y, Y) logits, [x, y, y'], antisymmetric. Adding f(x) to the reward changes nothing.
+        (X, Y, Y) logit of P(y ≻ y'|x) at [x, y, y'], antisymmetric; unchanged if f(x) is added to the reward.
 
     Raises:
         ValueError: `rewards` is not a finite float64 (X, Y).
@@ -405,9 +406,9 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
     _require_logps("ref_logps", ref_logps)
     prompts, answers = ref_logps.shape
     if answers < 2:
-        raise ValueError("ref_logps: got 1 answer per prompt, expected at least 2, to compare")
+        raise ValueError("ref_logps: got 1 answer per prompt, expected at least 2")
     _require_finite("preference_logits", preference_logits, (prompts, answers, answers))
-    # y beats y' as often as y' is beaten by y, up to the rounding of differences
+    # P(y ≻ y') = 1 − P(y' ≻ y), up to the rounding of differences
     wrong = (preference_logits + preference_logits.mT).abs() > 1e-9 * (1 + preference_logits.abs())
     if wrong.any():
         raise ValueError(
@@ -417,10 +418,10 @@ def _require_preferences(ref_logps: Tensor, preference_logits: Tensor) -> None:
 
 
 def _pair_logps(ref_logps: Tensor, preference_logits: Tensor) -> Tensor:
-    r"""Log-probability (X, Y, Y) that a labelled pair of a prompt is (chosen, rejected); -inf on the diagonal.
+    """Return the log-probability (X, Y, Y) that a labelled pair at x is (chosen, rejected); -inf on the diagonal.
 
-    Both answers are drawn from :math:`\pi_{ref}`, a pair of equal ones is drawn again, and the label decides:
-    :math:`2\,w(y, y')\,P(y \succ y')`, w being the probability of the pair in this order.
+    Both answers are sampled from π_ref until they differ, and the label decides which is chosen. The probability is
+    2·w(y, y')·P(y ≻ y'), where w is the probability of sampling the pair in this order.
     """
     same = torch.eye(ref_logps.shape[1], dtype=torch.bool)
     both = (ref_logps[:, :, None] + ref_logps[:, None, :]).masked_fill(same, -math.inf)
@@ -428,13 +429,13 @@ def _pair_logps(ref_logps: Tensor, preference_logits: Tensor) -> Tensor:
 
 
 class _World(NamedTuple):
-    """What the loss and its gradients are made of, checked.
+    """The checked tables from which the loss and its gradients are computed.
 
     Attributes:
-        probs: (X, Y, Y) of prompt, chosen and rejected together; sums to 1.
-        h: (X, Y, Y).
+        probs: (X, Y, Y) joint probability of prompt, chosen and rejected; sums to 1.
+        h: (X, Y, Y), nats.
         beta: (X,).
-        scale: (X,) what multiplies h.
+        scale: (X,) s, the factor on h.
     """
 
     probs: Tensor
@@ -472,26 +473,23 @@ def population_loss(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    r"""The DPO loss of infinitely many pairs (the derivation, §4.2 and §5).
+    """Return the DPO loss in the limit of infinitely many pairs (the derivation, §4.2 and §5).
 
-    .. math:: L = E_{x \sim d}\, E_{y, y' \sim \pi_{ref},\, y \ne y'}
-        \bigl[-p \log\sigma(s h) - (1 - p) \log\sigma(-s h)\bigr], \qquad p = P(y \succ y'|x)
+        L = E_{x~d} E_{y,y'~π_ref, y≠y'}[−p·log σ(s·h) − (1 − p)·log σ(−s·h)],    p = P(y ≻ y'|x)
 
-    with :math:`h = \log\frac{\pi(y)}{\pi_{ref}(y)} - \log\frac{\pi(y')}{\pi_{ref}(y')}` and s = 1/beta(x) in
-    the "inverse" form, which the derivation prints, or s = beta(x) in the "standard" one (Rafailov et al. 2023,
-    arXiv:2305.18290, eq. 7). The two answers are drawn independently from the reference on condition that they
-    differ: equal ones have nothing to compare, and would add log 2 whatever the policy.
+    Here h = log π(y|x)/π_ref(y|x) − log π(y'|x)/π_ref(y'|x). The "inverse" form, which the derivation prints, has
+    s = 1/β(x). The "standard" form has s = β(x) (Rafailov et al. 2023, arXiv:2305.18290, eq. 7). The two answers are
+    sampled independently from the reference, conditional on being different: a pair of equal answers compares nothing
+    and would add log 2 for every policy.
 
-    The loss has one minimiser among policies, as every pair occurs. Where the preferences are Bradley-Terry,
-    that one has :math:`s h = \mathrm{logit}\,p` for every pair at once; for other preferences (y beats y'
-    beats y'' beats y, say) no policy has. beta is not determined by it: the least value is the same for every
-    beta.
+    Because every pair occurs, exactly one policy minimises the loss. If the preferences are Bradley-Terry, that policy
+    has s·h = logit p for every pair. Other preferences, such as cyclic ones, cannot be fitted exactly by any policy.
+    The loss does not determine beta: its minimum over policies is the same for every beta.
 
     Args:
         policy_logps: (X, Y), nats, finite.
-        ref_logps: (X, Y), nats; carries no gradient.
-        preference_logits: (X, Y, Y), [x, y, y'] the logit of the probability that y beats y'; antisymmetric,
-            finite.
+        ref_logps: (X, Y), nats; receives no gradient.
+        preference_logits: (X, Y, Y) logit of P(y ≻ y'|x) at [x, y, y'], antisymmetric and finite.
         beta: a positive number or (X,); a tensor receives the gradient.
         form: "inverse" or "standard"; there is no default.
         prompt_probs: (X,), or None for the uniform distribution.
@@ -500,10 +498,9 @@ def population_loss(
         A scalar in nats, differentiable.
 
     Raises:
-        ValueError: tables that are not float64, finite and of these shapes; rows of log-probabilities that
-            are not normalised; fewer than two answers; preferences that are not antisymmetric; a beta that is
-            not positive and finite, or of another shape; an unknown form; `prompt_probs` that are no
-            distribution.
+        ValueError: the tables are not float64, finite and of these shapes; rows of log-probabilities are not
+            normalised; there are fewer than two answers; the preferences are not antisymmetric; beta is not positive
+            and finite, or is of another shape; the form is unknown; `prompt_probs` is not a distribution.
     """
     world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
     return -(world.probs * F.logsigmoid(world.scale[:, None, None] * world.h)).sum()
@@ -518,28 +515,15 @@ def population_gradient_on_policy(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    r"""The gradient of `population_loss` on the logits of the policy, in closed form.
+    """Return the gradient of `population_loss` with respect to the policy's logits, in closed form.
 
-    .. math:: \frac{\partial L}{\partial \theta(x, y)}
-        = -E\bigl[s\,\sigma(\hat r_l - \hat r_w)\,(1[y = y_w] - 1[y = y_l])\bigr],
-        \qquad \hat r = s\log\frac{\pi}{\pi_{ref}}
+        ∂L/∂θ(x, y) = −d(x)·E[s·σ(r̂_l − r̂_w)·(1[y = y_w] − 1[y = y_l]) | x],    r̂ = s·log π/π_ref
 
-    for :math:`\pi = \mathrm{softmax}(\theta)`: the weight of Rafailov et al. 2023 (arXiv:2305.18290, §4), large
-    where the pair is ranked wrongly.
-
-    Args:
-        policy_logps: as `population_loss`.
-        ref_logps: as `population_loss`.
-        preference_logits: as `population_loss`.
-        beta: as `population_loss`.
-        form: as `population_loss`.
-        prompt_probs: as `population_loss`.
+    The policy is π = softmax(θ). The weight σ(r̂_l − r̂_w) is that of Rafailov et al. 2023 (arXiv:2305.18290, §4),
+    large for pairs that are ranked incorrectly. Arguments and errors are those of `population_loss`.
 
     Returns:
         (X, Y), detached; each row sums to 0.
-
-    Raises:
-        ValueError: as `population_loss`.
     """
     with torch.no_grad():
         world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
@@ -557,27 +541,16 @@ def population_gradient_on_beta(
     *,
     prompt_probs: Tensor | None = None,
 ) -> Tensor:
-    r"""The gradient of `population_loss` on beta(x), in closed form.
+    """Return the gradient of `population_loss` with respect to β(x), in closed form.
 
-    .. math:: \frac{\partial L}{\partial \beta(x)} = -d(x)\,s'(\beta)\,E[\sigma(-s h)\,h \mid x]
-        = d(x)\,s'(\beta)\,E[(\sigma(s h) - p)\,h \mid x], \qquad s' = 1 \text{ or } -1/\beta^2
+        ∂L/∂β(x) = −d(x)·s'(β)·E[σ(−s·h)·h | x] = d(x)·s'(β)·E[(σ(s·h) − p)·h | x]
 
-    with h of (chosen, rejected) in the first and of (y, y') in the second. A pair ranked rightly (h > 0) pulls
-    s up, one ranked wrongly pulls it down.
-
-    Args:
-        policy_logps: as `population_loss`.
-        ref_logps: as `population_loss`.
-        preference_logits: as `population_loss`.
-        beta: as `population_loss`.
-        form: as `population_loss`.
-        prompt_probs: as `population_loss`.
+    s' = 1 in the standard form and −1/β² in the inverse form. In the first expression h is that of (chosen, rejected),
+    in the second that of (y, y'). A pair that is ranked correctly (h > 0) pulls s up; one that is ranked incorrectly
+    pulls it down. Arguments and errors are those of `population_loss`.
 
     Returns:
-        (X,), detached. Where beta is one number, the derivative in it is their sum.
-
-    Raises:
-        ValueError: as `population_loss`.
+        (X,), detached. If beta is one number, the derivative with respect to it is the sum.
     """
     with torch.no_grad():
         world = _world(policy_logps, ref_logps, preference_logits, beta, form, prompt_probs)
@@ -586,12 +559,12 @@ def population_gradient_on_beta(
 
 
 class Pairs(NamedTuple):
-    """Labelled pairs as `sample_pairs` draws them, indices into the tables.
+    """Labelled pairs from `sample_pairs`, as indices into the tables.
 
     Attributes:
         prompt: (B,) int64.
-        chosen: (B,) int64, the answer preferred.
-        rejected: (B,) int64, another answer to the same prompt.
+        chosen: (B,) int64, the preferred answer.
+        rejected: (B,) int64, the other answer to the same prompt.
     """
 
     prompt: Tensor
@@ -607,23 +580,23 @@ def sample_pairs(
     generator: torch.Generator,
     prompt_probs: Tensor | None = None,
 ) -> Pairs:
-    r"""Draw the pairs over which `population_loss` is the expectation, with hard labels.
+    """Sample labelled pairs from the distribution over which `population_loss` is the expectation.
 
-    A prompt from `prompt_probs`, two different answers from :math:`\pi_{ref}(\cdot|x)`, and a label by the
+    Each pair is a prompt from `prompt_probs`, two different answers from π_ref(·|x), and a label sampled from the
     preference.
 
     Args:
         ref_logps: (X, Y), nats.
         preference_logits: (X, Y, Y) logits, antisymmetric, as in `population_loss`.
-        count: how many pairs, at least 1.
-        generator: makes the draw repeatable.
+        count: number of pairs, at least 1.
+        generator: the random generator.
         prompt_probs: (X,), or None for the uniform distribution.
 
     Returns:
-        `count` pairs, independent of each other.
+        `count` independent pairs.
 
     Raises:
-        ValueError: as `population_loss`; a `count` that is no positive integer.
+        ValueError: as `population_loss`, or `count` is not a positive integer.
     """
     _require_preferences(ref_logps, preference_logits)
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -634,11 +607,11 @@ def sample_pairs(
     return Pairs(*torch.unravel_index(drawn, probs.shape))
 
 
-# -- re-tilting: which beta(x) is right, and how much could any beta(x) gain ----------------------------------
+# -- re-tilting: the best beta(x), and how much any beta(x) could gain ----------------------------------------
 
 
 def _tilt_factors(name: str, value: float | Tensor, prompts: int) -> Tensor:
-    """A finite number, or (X,) of them, of any sign, as (X,)."""
+    """Return a finite number of any sign, or (X,) of them, as (X,)."""
     if isinstance(value, Tensor):
         _require_finite(name, value, (prompts,))
         return value
@@ -648,25 +621,25 @@ def _tilt_factors(name: str, value: float | Tensor, prompts: int) -> Tensor:
 
 
 def tilted_policy(ref_logps: Tensor, h: Tensor, a: float | Tensor) -> Tensor:
-    """Return the policy that goes a(x) times as far from the reference as h says.
+    """Return the policy that goes a(x) times as far from the reference, in the direction of h.
 
         π_a(y|x) = π_ref(y|x)·exp(a(x)·h(x, y)) / Z_a(x)
 
-    With h = log π/π_ref of a trained policy, a = 1 is that policy and a = 0 the reference. With h = ẑ, the logits
-    that a policy fits to its labels, it is the policy of a converged run in the standard form with beta = 1/a:
-    s·h = ẑ whatever s is. With h = r it is `optimal_policy` at beta = 1/a.
+    If h = log π/π_ref of a trained policy, a = 1 is that policy and a = 0 is the reference. If h = ẑ, the logits that a
+    policy fits to its labels, it is the policy of a converged run in the standard form with β = 1/a, since s·h = ẑ for
+    every s. If h = r, it is `optimal_policy` at β = 1/a.
 
     Args:
         ref_logps: (X, Y) log π_ref(y|x), nats.
-        h: (X, Y) the direction, nats; a constant per prompt changes nothing.
-        a: a finite number or (X,), of any sign; no positive beta gives a negative one.
+        h: (X, Y) the direction, nats; adding a constant per prompt changes nothing.
+        a: a finite number or (X,), of any sign; a negative one does not correspond to any positive beta.
 
     Returns:
         (X, Y) log π_a(y|x), nats.
 
     Raises:
-        ValueError: tables that are not float64, finite and of one shape; rows of `ref_logps` that are not
-            normalised; an `a` that is not finite or has another shape.
+        ValueError: the tables are not float64, finite and of the same shape; rows of `ref_logps` are not normalised;
+            `a` is not finite or has another shape.
     """
     _require_logps("ref_logps", ref_logps)
     _require_finite("h", h, tuple(ref_logps.shape))
@@ -674,7 +647,7 @@ def tilted_policy(ref_logps: Tensor, h: Tensor, a: float | Tensor) -> Tensor:
 
 
 class TiltMoments(NamedTuple):
-    """Moments of a tilted policy, one number per prompt.
+    """Moments of a tilted policy, per prompt.
 
     Attributes:
         reward: (X,) E[r].
@@ -695,15 +668,15 @@ class TiltMoments(NamedTuple):
 
 
 def tilt_moments(ref_logps: Tensor, h: Tensor, rewards: Tensor, a: float | Tensor) -> TiltMoments:
-    """Return the reward and KL of a tilted policy, and how both change with a.
+    """Return the reward and the KL of a tilted policy, and the moments that give their derivatives in a.
 
         ∂E[r]/∂a = Cov_a(r, h),    ∂KL(π_a‖π_ref)/∂a = a·Var_a(h)
 
-    Both are exact, per prompt, for any h and any a. So one more nat of KL earns b_a(x)/a(x) with the slope
-    b_a = Cov_a/Var_a, and where the mean reward is best for its mean KL that quotient is one price λ for all
-    prompts: a(x) = b_a(x)/λ. This is exact with the moments taken under the best policy itself, and a condition
-    that the best policy meets, not one that only it meets. With moments under the reference it holds to first order
-    in a: b_a = b_0 + a·(κ(r, h, h) − b_0·κ(h, h, h))/Var(h) + O(a²), κ the third joint cumulants.
+    Both are exact, per prompt, for any h and any a. One more nat of KL therefore earns b_a(x)/a(x), where
+    b_a = Cov_a/Var_a is the slope. At the allocation with the highest mean reward for its mean KL, this quotient is the
+    same price λ for all prompts: a(x) = b_a(x)/λ. The condition is exact if the moments are taken under the best policy
+    itself. It is necessary but not sufficient. With moments under the reference it holds to first order in a, because
+    b_a = b_0 + a·(κ(r, h, h) − b_0·κ(h, h, h))/Var(h) + O(a²), where κ are the third joint cumulants.
 
     Args:
         ref_logps: (X, Y), nats.
@@ -712,7 +685,7 @@ def tilt_moments(ref_logps: Tensor, h: Tensor, rewards: Tensor, a: float | Tenso
         a: a finite number or (X,).
 
     Raises:
-        ValueError: as `tilted_policy`; `rewards` of another kind.
+        ValueError: as `tilted_policy`, or `rewards` is not a finite float64 (X, Y).
     """
     _require_rewards(ref_logps, rewards)
     policy = tilted_policy(ref_logps, h, a)
@@ -731,12 +704,12 @@ def _moments(ref_logps: Tensor, probs: Tensor, h: Tensor, rewards: Tensor, tilt:
 
 
 def first_order_beta(ref_logps: Tensor, logits: Tensor, rewards: Tensor, price: float) -> Tensor:
-    """Return the beta(x) that is right for fitted logits, to first order in the distance from the reference.
+    """Return the best beta(x) for fitted logits, to first order in the distance from the reference.
 
         β*(x) = λ·Var_ref(ẑ|x) / Cov_ref(r, ẑ|x) = λ·σ_ẑ / (ρ·σ_r)
 
-    It is the price over the slope of the reward on ẑ, in the standard form (the inverse form's is its inverse). The
-    distance that goes with it is KL* ≈ ρ²σ_r²/(2λ²). With ẑ = r it is λ, exactly.
+    β* is the price divided by the slope of the reward on ẑ. It is the beta of the standard form; that of the inverse
+    form is 1/β*. The corresponding KL is KL* ≈ ρ²·σ_r²/(2λ²). If ẑ = r, β* is exactly λ.
 
     Args:
         ref_logps: (X, Y), nats.
@@ -745,11 +718,11 @@ def first_order_beta(ref_logps: Tensor, logits: Tensor, rewards: Tensor, price: 
         price: λ, units of the reward per nat; positive.
 
     Returns:
-        (X,) units of the logits per nat: positive, or inf where ẑ does not rise with the reward, so that the best
-        place is the reference.
+        (X,) units of the logits per nat: positive, or inf where ẑ does not increase with the reward, so that the best
+        policy is the reference.
 
     Raises:
-        ValueError: as `tilt_moments`; a price that is not a positive finite number.
+        ValueError: as `tilt_moments`, or the price is not a positive finite number.
     """
     prices = _per_prompt("price", price, len(ref_logps))
     slope = tilt_moments(ref_logps, logits, rewards, 0.0).slope
@@ -757,7 +730,7 @@ def first_order_beta(ref_logps: Tensor, logits: Tensor, rewards: Tensor, price: 
 
 
 class Tilt(NamedTuple):
-    """An allocation of KL to prompts, and what it earns.
+    """An allocation of KL to prompts, with its reward and KL.
 
     Attributes:
         a: (X,) the factors.
@@ -771,13 +744,13 @@ class Tilt(NamedTuple):
 
 
 class _Tilts:
-    """Mean reward and KL as functions of a (X,), and their gradients; the tables are checked once."""
+    """Mean reward and KL as functions of a (X,), and their gradients, on tables that are checked once."""
 
     def __init__(self, ref_logps: Tensor, h: Tensor, rewards: Tensor, prompt_probs: Tensor | None) -> None:
         _require_rewards(ref_logps, rewards)
         _require_finite("h", h, tuple(ref_logps.shape))
         self.weights = _prompt_weights(prompt_probs, len(ref_logps))
-        # sums over pi_ref are taken to be exactly 1
+        # the solver assumes that π_ref sums to exactly 1
         self.tables = torch.log_softmax(ref_logps.detach(), 1), h.detach(), rewards.detach()
 
     def moments(self, a: Tensor) -> TiltMoments:
@@ -790,7 +763,7 @@ class _Tilts:
         return Tilt(a, float(self.weights @ found.reward), float(self.weights @ found.kl))
 
     def reach(self, direction: Tensor, budget: float) -> Tilt:
-        """The multiple of the direction whose mean KL is the budget."""
+        """Return the multiple of `direction` whose mean KL is the budget."""
         ref_logps, h, _ = self.tables
         if not (isinstance(budget, Real) and not isinstance(budget, bool) and 0 < budget < math.inf):
             raise ValueError(f"budget: got {budget!r}, expected a positive finite number of nats")
@@ -815,8 +788,8 @@ def tilt_to_budget(
 ) -> Tilt:
     """Scale an allocation until its mean KL is the budget, so that allocations can be compared at equal KL.
 
-    The allocation of one beta for all prompts is the direction 1; that of a rule s(x), for a converged policy, is
-    1/s(x); that of reward per nat is b(x).
+    One beta for all prompts is the direction 1. A rule s(x), for a converged policy, is the direction 1/s(x). Reward
+    per nat is the direction b(x).
 
     Args:
         ref_logps: (X, Y), nats.
@@ -827,7 +800,7 @@ def tilt_to_budget(
         prompt_probs: (X,), or None for the uniform distribution.
 
     Raises:
-        ValueError: as `tilt_moments`; a direction with a negative number or without a positive one; a budget out of
+        ValueError: as `tilt_moments`; the direction has a negative number or no positive one; the budget is out of
             reach.
     """
     tilts = _Tilts(ref_logps, h, rewards, prompt_probs)
@@ -846,22 +819,24 @@ def best_tilt(
     groups: Tensor | None = None,
     prompt_probs: Tensor | None = None,
 ) -> Tilt:
-    """Return the best allocation of a KL budget by direct optimisation: the oracle of any beta(x).
+    """Return the best allocation of a KL budget, found by direct optimisation: the oracle for any beta(x).
 
-    It maximises E_x[E_{π_a}[r]] subject to E_x[KL(π_a‖π_ref)] ≤ budget over a ≥ 0 (beta is positive), by sequential
-    quadratic programming (scipy's SLSQP) with exact gradients. It knows the true reward and no formula for a. Where
-    the reward is not concave in a, it is the best of the optima that two starts lead to.
+        maximise E_x[E_{π_a}[r]] subject to E_x[KL(π_a‖π_ref)] ≤ budget, over a ≥ 0
+
+    The constraint a ≥ 0 stands for a positive beta. The optimiser is sequential quadratic programming (scipy's
+    SLSQP) with exact gradients. It knows the true reward and uses no formula for a. If the reward is not concave in a,
+    the result is the best of the local optima found from two starts.
 
     Args:
         ref_logps: (X, Y), nats.
         h: (X, Y), nats.
         rewards: (X, Y).
-        budget: mean KL, nats; positive, and below what one factor for all can reach.
-        groups: (X,) int64, 0 to G − 1: prompts of one number share a factor. None: each prompt has its own.
+        budget: mean KL, nats; positive, and below what one factor for all prompts can reach.
+        groups: (X,) int64, from 0 to G − 1: prompts of the same group share a factor. None gives each prompt its own.
         prompt_probs: (X,), or None for the uniform distribution.
 
     Raises:
-        ValueError: as `tilt_to_budget`; groups that are not (X,) int64 from 0 without gaps; an optimiser that fails.
+        ValueError: as `tilt_to_budget`; `groups` is not (X,) int64 from 0 without gaps; the optimiser fails.
     """
     tilts = _Tilts(ref_logps, h, rewards, prompt_probs)
     prompts = len(ref_logps)
@@ -873,14 +848,14 @@ def best_tilt(
         raise ValueError(f"groups: got the numbers {groups.unique().tolist()}, expected 0 to G - 1 without gaps")
 
     one = tilts.reach(torch.ones(prompts, dtype=torch.float64), budget)
-    unit = float(one.a[0])  # variables of the size 1, whatever the budget
+    unit = float(one.a[0])  # scales the variables to about 1 for any budget
 
     def by_group(values: Tensor) -> np.ndarray:
         return torch.zeros(count, dtype=torch.float64).index_add_(0, groups, tilts.weights * values).numpy()
 
     near = tilts.moments(torch.zeros(prompts, dtype=torch.float64))
     sizes = by_group(near.variance)
-    scale = float(by_group(near.covariance.abs()).sum()) or 1.0  # what a first step could gain
+    scale = float(by_group(near.covariance.abs()).sum()) or 1.0  # the gain of a first step
 
     def factors(x: np.ndarray) -> Tensor:
         return unit * torch.from_numpy(x)[groups]
@@ -916,17 +891,17 @@ def best_tilt(
     return max([one, *found], key=lambda tilt: tilt.reward)
 
 
-# -- worlds with tasks: labels, what is fitted to them, and the way there -------------------------------------
+# -- worlds with tasks: labels, the logits fitted to them, and the path of training ---------------------------
 
 
 class Task(NamedTuple):
     """A kind of prompts in the exact world.
 
     Attributes:
-        reliability: κ, the labels follow σ(κ·Δr).
+        reliability: κ; labels follow σ(κ·Δr).
         pairs: labelled pairs per prompt.
         spread: τ, standard deviation of the reward over the answers.
-        sharpness: standard deviation of the reference's logits; the entropy falls with it, from log Y at 0.
+        sharpness: standard deviation of the reference's logits. At 0 the entropy is log Y; it falls as this grows.
         flips: the probability that a label is flipped, from 0 to below 0.5.
     """
 
@@ -942,10 +917,10 @@ class TaskWorld(NamedTuple):
 
     Attributes:
         ref_logps: (X, Y), nats.
-        rewards: (X, Y), true, in one unit for all tasks.
+        rewards: (X, Y), the true rewards, in one unit for all tasks.
         preference_logits: (X, Y, Y), flips included.
-        wins: (X, Y, Y) how often y was preferred to y' at x.
-        task: (X,) int64, the number of the prompt's task.
+        wins: (X, Y, Y) number of times y was preferred to y' at x.
+        task: (X,) int64, the position of the prompt's task in `kinds`.
     """
 
     ref_logps: Tensor
@@ -956,16 +931,16 @@ class TaskWorld(NamedTuple):
 
 
 def sample_tasks(kinds: Sequence[Task], *, prompts: int, answers: int, generator: torch.Generator) -> TaskWorld:
-    """Sample a world: normal reference logits and rewards, and labelled pairs by the reliability of each task.
+    """Sample a world: normal reference logits and rewards, and labelled pairs with the reliability of each task.
 
     Args:
         kinds: the tasks.
-        prompts: per task.
+        prompts: number of prompts per task.
         answers: Y, at least 2.
-        generator: makes the draw repeatable.
+        generator: the random generator.
 
     Raises:
-        ValueError: no task, a task whose numbers are out of range, fewer than 1 prompt or 2 answers.
+        ValueError: no task, no prompt or fewer than 2 answers, or a setting of a task is out of range.
     """
     if len(kinds) == 0 or prompts < 1 or answers < 2:
         raise ValueError(
@@ -996,22 +971,22 @@ def sample_tasks(kinds: Sequence[Task], *, prompts: int, answers: int, generator
 def sample_wins(
     ref_logps: Tensor, preference_logits: Tensor, pairs: int | Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    """Sample labelled pairs at every prompt, counted by who won.
+    """Sample labelled pairs at every prompt, and count the wins of each answer over each other one.
 
-    Two different answers from π_ref(·|x) and a label by the preference, as in `sample_pairs`, but with a fixed number
-    of pairs per prompt.
+    A pair is two different answers from π_ref(·|x) and a label sampled from the preference, as in `sample_pairs`, but
+    the number of pairs per prompt is fixed.
 
     Args:
         ref_logps: (X, Y), nats.
         preference_logits: (X, Y, Y) logits, antisymmetric.
-        pairs: how many per prompt, at least 1: an int, or (X,) int64.
-        generator: makes the draw repeatable.
+        pairs: number of pairs per prompt, at least 1: an int, or (X,) int64.
+        generator: the random generator.
 
     Returns:
-        (X, Y, Y) float64 counts, [x, y, y'] how often y was preferred to y'.
+        (X, Y, Y) float64 counts: at [x, y, y'] the number of times y was preferred to y'.
 
     Raises:
-        ValueError: as `population_loss`; `pairs` that are not positive integers.
+        ValueError: as `population_loss`, or `pairs` are not positive integers.
     """
     _require_preferences(ref_logps, preference_logits)
     counts = torch.as_tensor(pairs)
@@ -1034,24 +1009,24 @@ def _require_wins(wins: Tensor) -> None:
 
 
 def fit_logits(wins: Tensor, *, ridge: float = 1e-3) -> Tensor:
-    """Fit Bradley-Terry logits to labelled pairs, per prompt: where DPO with a free policy converges, as ẑ = s·h.
+    """Fit Bradley-Terry logits to labelled pairs, per prompt: the ẑ = s·h to which DPO with a free policy converges.
 
         ẑ(x) = argmin_z −Σ wins(x, y, y')·log σ(z_y − z_y') + ½·ridge·‖z‖²
 
-    The loss of DPO is this without the ridge and depends on s·h alone; so ẑ does not depend on s, and h = ẑ/s. The
-    ridge, small, decides where the pairs do not: answers that always won would have infinite logits, and answers that
-    no chain of comparisons joins have no difference (0 here). Newton's method with limited steps; the objective is
-    convex.
+    Without the ridge this is the DPO loss, which depends only on s·h; so ẑ does not depend on s, and h = ẑ/s. The small
+    ridge decides what the pairs leave open: answers that always won would have infinite logits, and answers that no
+    chain of comparisons connects would have no defined difference (it becomes 0). The objective is convex; the solver
+    is Newton's method with limited steps.
 
     Args:
-        wins: (X, Y, Y) counts, as `sample_wins` returns; weights may be fractions.
+        wins: (X, Y, Y) counts, as `sample_wins` returns; fractional weights are allowed.
         ridge: positive, in units of pairs.
 
     Returns:
         (X, Y) logits; each row sums to 0.
 
     Raises:
-        ValueError: counts of another kind; a ridge that is not positive.
+        ValueError: `wins` are not (X, Y, Y) finite counts of at least 0, or the ridge is not a positive finite number.
     """
     _require_wins(wins)
     if not (isinstance(ridge, Real) and 0 < ridge < math.inf):
@@ -1067,7 +1042,7 @@ def fit_logits(wins: Tensor, *, ridge: float = 1e-3) -> Tensor:
         weight = total * p * (1 - p)
         step = torch.linalg.solve(torch.diag_embed(weight.sum(2)) - weight + identity, gradient)
         size = step.abs().amax(1, keepdim=True)
-        logits = logits - step * (1.0 / size).clamp(max=1.0)  # a full step overshoots where p is near 0 or 1
+        logits = logits - step * (1.0 / size).clamp(max=1.0)  # a full step overshoots if p is near 0 or 1
     return logits - logits.mean(1, keepdim=True)
 
 
@@ -1080,24 +1055,26 @@ def descend(
     prompt_probs: Tensor | None = None,
     max_steps: int = 100_000,
 ) -> Tensor:
-    """Train a tabular policy from the reference by gradient descent on the DPO loss, until it has spent the budget.
+    """Train a tabular policy by gradient descent on the DPO loss, from the reference until it has spent the KL budget.
 
-    The loss is −Σ_x d(x)·Σ wins·log σ(s(x)·(θ_y − θ_y')) over logits θ. Steps are small (no margin s·h moves by more
-    than 0.1), so that the path is that of gradient flow, and the last one is shortened to end at the budget.
+        L(θ) = −Σ_x d(x)·Σ wins(x, y, y')·log σ(s(x)·(u_y − u_y')),    u = θ − log π_ref
+
+    The policy is softmax(θ). Steps are small (no margin s·h changes by more than 0.1), so the path approximates
+    gradient flow; the last step is shortened to end at the budget.
 
     Args:
-        ref_logps: (X, Y), nats; where training starts.
+        ref_logps: (X, Y), nats; the start of training.
         wins: (X, Y, Y) counts.
-        scale: s, what multiplies h in the loss: a positive number or (X,).
-        budget: mean KL to the reference at which to stop, nats.
+        scale: s, the factor on h in the loss: a positive number or (X,).
+        budget: mean KL from the reference at which to stop, nats.
         prompt_probs: (X,), or None for the uniform distribution.
-        max_steps: after so many the budget is taken to be out of reach.
+        max_steps: after this many steps the budget is considered out of reach.
 
     Returns:
         (X, Y) log π(y|x), nats.
 
     Raises:
-        ValueError: as `fit_logits` and `tilt_to_budget`; a budget that is not reached.
+        ValueError: as `fit_logits` and `tilt_to_budget`, or the budget is not reached.
     """
     _require_logps("ref_logps", ref_logps)
     _require_wins(wins)
@@ -1105,7 +1082,7 @@ def descend(
     s = _per_prompt("scale", scale, prompts)[:, None, None]
     weights = _prompt_weights(prompt_probs, prompts)
     pull = weights[:, None, None] * s * wins
-    # the loss bends at most so much; a step beyond its inverse would oscillate
+    # an upper bound on the loss's curvature; a step longer than its inverse could oscillate
     bend = float((weights[:, None] * s[:, :, 0].square() * (wins + wins.mT).sum(2)).max()) / 2
     moved = torch.zeros_like(ref_logps)  # θ − log π_ref
 

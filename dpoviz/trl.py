@@ -1,4 +1,4 @@
-"""The objective inside TRL's `DPOTrainer`, for those who train with it already (the extra `trl`)."""
+"""The objective inside TRL's `DPOTrainer`, for users who already train with it (the extra `trl`)."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ from dpoviz.training.config import TrainConfig
 from dpoviz.training.state import adamw
 
 COLUMNS = ("task", "ref_entropy", "ref_features")
-"""What beta(x) and its regularisers read beside a pair; `reference_pass` makes them."""
+"""The columns that beta(x) and its regularisers read in addition to the pair; `reference_pass` computes them."""
 
 
 def trl_dataset(scored: Dataset) -> Dataset:
-    """Pairs in the layout of TRL, with what the reference makes of them beside each.
+    """Return scored pairs in TRL's layout, together with the columns that beta reads.
 
     Args:
-        scored: what `reference_pass` returned.
+        scored: the return value of `reference_pass`.
 
     Returns:
-        prompt, chosen and rejected, as chat messages where a prompt is a chat, and as texts elsewhere; a set holds one
-        kind. ref_chosen_logps and ref_rejected_logps, of our tokens: TRL's are others where a prompt is a chat, and
-        `BetaDPOTrainer` has its own. `COLUMNS`.
+        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, and `COLUMNS`.
+        The first three are chat messages if the prompts are chats, and texts otherwise. The reference's
+        log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so `BetaDPOTrainer` computes its
+        own.
 
     Raises:
-        ValueError: texts and chats in one set, which TRL does not take.
+        ValueError: the data set mixes texts and chats, which TRL does not accept.
     """
     chats = [bool(own) for own in scored["messages"]] if "messages" in scored.column_names else [False]
     if any(chats) and not all(chats):
@@ -61,7 +62,7 @@ def trl_dataset(scored: Dataset) -> Dataset:
 
 @dataclass
 class _Collator:
-    """The trainer's batch, and beside it what beta reads of each pair."""
+    """The trainer's batch, plus the columns that beta reads for each pair."""
 
     own: Callable[[list[dict]], Mapping]
 
@@ -77,35 +78,40 @@ def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -
         for key, part in data.items():
             _require_columns(f"{name}[{key!r}]", part)
     elif data is not None:
-        columns = data.column_names or list(next(iter(data)))  # a stream may not know its columns
+        columns = data.column_names or list(next(iter(data)))  # a stream may not know its column names
         missing = [column for column in COLUMNS if column not in columns]
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what trl_dataset returns")
 
 
 class BetaDPOTrainer(DPOTrainer):
-    r"""TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
+    """TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
 
-    The loss of each pair is TRL's, with :math:`s(x)` where TRL has its one beta; rewards, margins and the other loss
-    types follow, but for "aot" and "aot_unpaired", which sort a batch before they multiply by beta. To it come
-    :math:`L_{range} + L_{smooth} + L_{entropy}` (the derivation, §5), where beta learns. Logged beside TRL's numbers:
-    beta/<task>, and loss/<term> of each regulariser. Several processes train one beta, that of the main process at the
-    start; its batch norm and its terms are those of each process's share of a batch. FSDP and DeepSpeed may cut up the
-    policy; each process holds all of beta.
+        L = L_TRL(s(x)·h) + L_range + L_smooth + L_entropy
+
+    L_TRL is TRL's loss with s(x) in place of its one beta. Rewards, margins and the other loss types
+    follow, except "aot" and "aot_unpaired", which sort the batch before multiplying by beta. The regularisers (the
+    derivation, §5) are added if beta is trainable. Logged in addition to TRL's numbers: beta/<task>, and loss/<term>
+    for each regulariser.
+
+    Several processes train a single beta, initialised from the main process; batch norm and the regularisers are
+    computed on each process's part of a batch. FSDP and DeepSpeed may shard the policy; every process holds all of
+    beta.
 
     Args:
-        model: as in `DPOTrainer`, and so are all other arguments, which are given by name.
-        beta: any `Beta`. One that learns is trained with the policy, by an AdamW of its own: its own learning rate, on
-            the policy's schedule, and its own clipping.
-        config: form, range, weights of the regularisers, beta's learning rate and norm; the rest is `args`'. Its
-            `beta0` is not read.
-        train_dataset: with the columns `COLUMNS`, as `trl_dataset` gives it; a stream needs `config.alpha` where the
-            entropy term acts.
+        model: as in `DPOTrainer`. All other arguments of `DPOTrainer` are passed by name.
+        beta: any `Beta`. A trainable one is trained together with the policy by a separate AdamW, with its own learning
+            rate (on the policy's schedule) and its own gradient clipping.
+        config: the form, the range, the weights of the regularisers, beta's learning rate and maximum gradient norm;
+            `args` has the rest. Its `initial_scale` sets the units of the range, of alpha and of the weights, so `beta`
+            should start at `config.beta0`.
+        train_dataset: a data set with the columns `COLUMNS`, as `trl_dataset` returns it. For a stream, `config.alpha`
+            is required if the entropy term is on.
 
     Raises:
-        ValueError: a data set without those columns, no alpha for a stream, a loss type that sorts with a beta that
-            varies, float16 under DeepSpeed, or several processes that precompute the reference of a set in memory,
-            where they cannot share what TRL writes to a file.
+        ValueError: a data set lacks those columns; there is no alpha for a stream; a loss type sorts the batch and beta
+            is not constant; float16 is used under DeepSpeed; or several processes precompute the reference of an
+            in-memory data set, for which TRL writes no file that they could share.
     """
 
     model: PreTrainedModel
@@ -132,19 +138,19 @@ class BetaDPOTrainer(DPOTrainer):
             raise ValueError(f"args.loss_type: got {sorting[0]!r}, which sorts pairs apart from their beta; expected "
                              "another, or a ConstantBeta")  # fmt: skip
         if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
-            raise ValueError("args.fp16: expected bf16 or float32 under DeepSpeed, which scales the loss out of sight")
-        beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # the main process's
+            raise ValueError("args.fp16: got float16, expected bf16 or float32: DeepSpeed scales the loss internally")
+        beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # of the main process
         if self.learns:
             self.beta_optimizer = adamw(beta, config.beta_learning_rate)
         self.data_collator = _Collator(self.data_collator)
 
     def _weights(self, train_dataset: Dataset | IterableDataset | None) -> Regularization:
-        """The penalties' weights, with alpha from the data where the configuration leaves it open."""
+        """Return the penalties' weights, with alpha computed from the data if the configuration leaves it open."""
         config = self.config
         entropy: Any = None
         if config.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
-                raise ValueError("config.alpha: got None, expected a number, as a stream is not read before")
+                raise ValueError("config.alpha: got None, expected a number; a stream's mean entropy is unknown")
             entropy = train_dataset["ref_entropy"][:]
         known = config.alpha is not None or entropy is not None
         weights = config.regularization(config.alpha_for(entropy) if known else None)
@@ -160,7 +166,7 @@ class BetaDPOTrainer(DPOTrainer):
         inputs = {name: value for name, value in inputs.items() if name not in COLUMNS}
         self.beta_module.train(self.model.training)
         beta = self.beta_module(seen["ref_features"], task=seen["task"], ref_entropy=seen["ref_entropy"])  # (B,)
-        # every loss of the parent multiplies by its one beta; (B,) in its place gives each pair its own
+        # every loss of the parent class multiplies by self.beta; a (B,) tensor there gives each pair its own factor
         own, self.beta = self.beta, scale(beta, self.config.form)
         try:
             found = super()._compute_loss(model, inputs, return_outputs)
@@ -189,13 +195,13 @@ class BetaDPOTrainer(DPOTrainer):
             metrics[f"beta/{name}"].append(mean)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        # TRL's own, of its own tokens: a chat's go on there with what the template puts behind the end of a turn
-        found = dataset.column_names or []  # a stream may not know its columns, and TRL refuses it
+        # TRL computes these on its own tokens, which in a chat include what the template adds after the end of a turn
+        found = dataset.column_names or []  # a stream may not know its column names; TRL refuses streams here
         ours = [column for column in ("ref_chosen_logps", "ref_rejected_logps") if column in found]
         if found and self.accelerator.num_processes > 1 and not dataset.cache_files:
             raise ValueError(
                 f"{name}_dataset: is in memory; with args.precompute_ref_log_probs and several processes expected one "
-                "on disk, by save_to_disk and load_from_disk, beside which they share what TRL computes"
+                "on disk, where they share the file that TRL writes beside it; use save_to_disk and load_from_disk"
             )
         return super()._precompute_ref_logps(dataset.remove_columns(ours) if ours else dataset, name, batch_size)
 
@@ -208,7 +214,7 @@ class BetaDPOTrainer(DPOTrainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        group = self.optimizer.param_groups[0]  # before DeepSpeed's engine steps, and its schedule with it
+        group = self.optimizer.param_groups[0]  # read before the step: DeepSpeed's engine also advances the schedule
         start = group.get("initial_lr", self.args.learning_rate)
         rate = self.config.beta_learning_rate * (float(group["lr"]) / start if start else 1.0)
         loss = super().training_step(*args, **kwargs)
@@ -217,15 +223,15 @@ class BetaDPOTrainer(DPOTrainer):
         return loss
 
     def _step_beta(self, learning_rate: float) -> None:
-        """By an optimizer of its own: those of FSDP and DeepSpeed know the weights of the policy alone."""
+        """Step beta with its own optimizer, because those of FSDP and DeepSpeed know only the policy's weights."""
         (group,), scaler = self.beta_optimizer.param_groups, self.accelerator.scaler
         for weight in group["params"]:
             own = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = self.accelerator.reduce(own, reduction="mean")
-            if scaler is not None:  # float16: what is backpropagated is the loss times this
+            if scaler is not None:  # float16: the loss was multiplied by this before backward
                 weight.grad /= scaler.get_scale()
         norm = torch.nn.utils.clip_grad_norm_(group["params"], self.config.beta_max_norm)
-        if norm.isfinite():  # one step that is not would spoil beta for good
+        if norm.isfinite():  # a single non-finite step would ruin beta for good
             group["lr"] = learning_rate
             self.beta_optimizer.step()
         self.beta_optimizer.zero_grad()
@@ -243,11 +249,11 @@ class BetaDPOTrainer(DPOTrainer):
             torch.save(self.beta_optimizer.state_dict(), Path(output_dir) / "beta" / "optimizer.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # called in every setting, _load_from_checkpoint is not
+        super()._load_optimizer_and_scheduler(checkpoint)  # always called, unlike _load_from_checkpoint
         if self.learns and checkpoint is not None:
             self._load_beta(checkpoint)
             saved = Path(checkpoint) / "beta" / "optimizer.pt"
-            if saved.is_file():  # not with save_only_model
+            if saved.is_file():  # absent with save_only_model
                 self.beta_optimizer.load_state_dict(torch.load(saved, weights_only=True))
 
     def _load_best_model(self) -> None:

@@ -1,4 +1,4 @@
-"""One spelling of "got ..., expected ...": checks that several modules share."""
+"""Checks that several modules share, with one wording: "<argument>: got X, expected Y"."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise a ValueError that names the argument, what it got and what was expected, unless `holds`."""
+    """Raise a ValueError that gives the argument, its value and the expected value, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def require_positive(name: str, value: object) -> None:
-    """Refuse anything but a positive finite number of Python's own types, which can be written to a config file."""
+    """Refuse anything but a positive finite int or float of Python's own types, which a config file can hold."""
     holds = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
     require(name, value, holds, "a positive finite number")
 
 
 def rows_where(wrong: Tensor) -> list[int]:
-    """Return the rows of a boolean tensor that hold a True."""
+    """Return the indices of the rows of a boolean tensor that contain a True."""
     return wrong.reshape(len(wrong), -1).any(dim=1).nonzero().flatten().tolist()
 
 
@@ -30,19 +30,20 @@ def require_rows(name: str, values: Tensor, batch: int | None = None) -> None:
     """Refuse anything but one finite floating number per row.
 
     Args:
-        name: what `values` is called in the message.
-        values: expected to be (B,), B at least 1.
-        batch: the B that is expected; None takes any.
+        name: the argument's name, for the message.
+        values: must be (B,), B at least 1.
+        batch: the expected B; None accepts any.
 
     Raises:
-        ValueError: not a floating tensor, not (B,), no rows, another B, or non-finite rows (which it lists).
+        ValueError: `values` is not a floating tensor of shape (B,), has no rows or another B, or has non-finite rows
+            (the message lists them).
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         got = f"a {values.dtype} tensor" if isinstance(values, Tensor) else repr(values)
         raise ValueError(f"{name}: got {got}, expected a floating tensor of shape (B,)")
     if values.ndim != 1 or len(values) == 0 or (batch is not None and len(values) != batch):
         expected = "(B,) with B at least 1" if batch is None else f"({batch},)"
-        # (B, 1) is what a linear layer returns; against (B,) it would broadcast to (B, B) without a word
+        # a linear layer returns (B, 1), which would silently broadcast to (B, B) when combined with (B,)
         hint = "; drop the last axis with .squeeze(-1)" if values.ndim == 2 and values.shape[1] == 1 else ""
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {expected}{hint}")
     if not torch.isfinite(values).all():
@@ -57,7 +58,7 @@ def require_positive_rows(name: str, values: Tensor) -> None:
 
 
 def require_features(x: Tensor, width: int | None = None) -> None:
-    """Refuse anything but finite floating features (B, D), B at least 1; `width` is the D that is expected."""
+    """Refuse anything but finite floating features (B, D) with B at least 1; `width` is the expected D."""
     if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or (width is not None and x.shape[1] != width):
         expected = "(B, D)" if width is None else f"(B, {width})"
         raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
@@ -66,15 +67,15 @@ def require_features(x: Tensor, width: int | None = None) -> None:
 
 
 def task_index(task: Tensor | Sequence[str] | None, batch: int, names: Sequence[str] | None = None) -> Tensor:
-    """Number the tasks of a batch: (B,) int64.
+    """Return the task of each row as an index: (B,) int64.
 
     Args:
         task: (B,) integers, or B names.
         batch: B.
-        names: the tasks that are known, in the order that integers count in; None numbers those of the batch from 0.
+        names: the known tasks, in the order of their indices; None numbers the tasks of the batch from 0.
 
     Raises:
-        ValueError: not one name or integer per row, or a task that is not known.
+        ValueError: `task` is not one name or integer per row, or contains an unknown task.
     """
     if isinstance(task, Tensor):
         if task.is_floating_point() or task.shape != (batch,):
@@ -86,7 +87,7 @@ def task_index(task: Tensor | Sequence[str] | None, batch: int, names: Sequence[
         if task.min() < 0 or task.max() >= len(names):
             raise ValueError(f"task: got {task.unique().tolist()}, expected 0 to {len(names) - 1}")
         return task.to(torch.int64)
-    # a single name is a sequence of letters, and one of B letters would pass for B tasks
+    # a str is a sequence of letters too: one name of B letters would pass as B tasks
     if task is None or isinstance(task, str) or len(task) != batch or not all(isinstance(name, str) for name in task):
         got = repr(task) if task is None or isinstance(task, str) else f"{len(task)} entries"
         known = "" if names is None else f" of {list(names)}"

@@ -459,7 +459,7 @@ class TestSplitByGroup:
 
     @pytest.mark.parametrize("held_out", [0, 1, -0.1, 1.5, float("nan")])
     def test_no_share(self, held_out):
-        with pytest.raises(ValueError, match=f"held_out: got {held_out}, expected a share between 0 and 1"):
+        with pytest.raises(ValueError, match=f"held_out: got {held_out}, expected a fraction between 0 and 1"):
             split_by_group(dataset([("a", None, "t"), ("b", None, "t")]), held_out, 0)
 
     def test_a_task_of_one_group(self):

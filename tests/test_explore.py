@@ -311,6 +311,19 @@ class TestTermCurves:
         assert at == pytest.approx(expected, rel=0.02)  # one step of the grid
 
 
+    @pytest.mark.parametrize(("form", "end"), [("inverse", "0"), ("standard", "∞")])
+    def test_says_that_nothing_stops_a_sure_pair(self, form, end):
+        explorer = explore.term_curves()
+        explorer.controls["form"].value = form
+        (says,) = explorer.figure.axes[1].texts
+        explorer.controls["lambda_range"].value = 0.0
+        explorer.controls["lambda_entropy"].value = 0.0
+        explorer.controls["p"].value = 0.9
+        assert "rest at β = " in says.get_text()  # control: a label that may be wrong gives a rest
+        explorer.controls["p"].value = 1.0
+        assert f"no rest: runs off to {end}" in says.get_text()
+
+
 class TestRetrain:
     def test_points_are_the_table(self):
         asked = []

@@ -146,9 +146,17 @@ class TestSources:
     def test_adapters_decide_a_run(self):
         assert {"dpoviz.lm.models", "dpoviz.losses"} <= set(module.sources("dpoviz.experiments.real"))
 
-    def test_follow_a_change(self, monkeypatch):
+    def test_follow_a_change_of_the_code_and_of_nothing_else(self, monkeypatch):
         before = module.code_digest("dpoviz.lm.reference")
         inner = module.sources
-        changed = lambda name: {k: v + "#" * (k == "dpoviz.lm.packing") for k, v in inner(name).items()}  # noqa: E731
-        monkeypatch.setattr(module, "sources", changed)
-        assert module.code_digest("dpoviz.lm.reference") != before
+
+        def with_line(line):
+            more = {"dpoviz.lm.packing": line}
+            monkeypatch.setattr(
+                module, "sources", lambda name: {k: v + more.get(k, "") for k, v in inner(name).items()}
+            )
+            return module.code_digest("dpoviz.lm.reference")
+
+        assert with_line("# a comment\n") == before
+        assert with_line('"""More of a docstring."""\n') == before
+        assert with_line("x = 1\n") != before

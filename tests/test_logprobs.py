@@ -189,8 +189,8 @@ class TestPrefixBatch:
         [
             ([], [], "prompts, answers: got 0 and 0"),
             ([[3]], [[[4]], [[4]]], "prompts, answers: got 1 and 2"),
-            ([[3], [3]], [[[4]], [[4], [5]]], r"answers: got \[1, 2\] a prompt, expected the same number"),
-            ([[3]], [[]], r"answers: got \[0\] a prompt"),
+            ([[3], [3]], [[[4]], [[4], [5]]], r"answers: got \[1, 2\] per prompt, expected the same number"),
+            ([[3]], [[]], r"answers: got \[0\] per prompt"),
             ([[3], []], [[[4]], [[4]]], r"prompts: empty in rows \[1\]"),
             ([[3], [3]], [[[4]], [[]]], r"answers: empty in rows \[1\]"),
         ],
@@ -635,7 +635,7 @@ class TestSupportsSharedPrefix:
         model = make_model("llama")
         monkeypatch.setattr(trial, "_error", lambda model, road, size, seed: 0.5)
         with pytest.raises(
-            ValueError, match=r"scored rightly in no way .*packed rows.*off by 0\.5.*alone.*off by 0\.5"
+            ValueError, match=r"scored correctly in no way .*packed rows.*off by 0\.5.*alone.*off by 0\.5"
         ):
             score_answers(model, [[3]], [[[4]]], pad_id=PAD)
 

@@ -2,19 +2,29 @@
 
 import re
 
+import pytest
 import torch
 from helpers.readme import README, ROOT, blocks
 
 from dpoviz.cli import main
 
 
-def test_python_runs():
-    assert blocks("python")
+def run_blocks():
+    found = []
     for block in blocks("python"):
-        names = {}
-        exec(block, names)
-        assert names["out"].losses.shape == (8,)
-        assert any(p.grad is not None and torch.isfinite(p.grad).all() for p in names["beta"].parameters())
+        found.append({})
+        exec(block, found[-1])
+    return found
+
+
+def test_python_runs(capsys):
+    allocation, loss = run_blocks()
+    assert loss["out"].losses.shape == (8,)
+    assert any(p.grad is not None and torch.isfinite(p.grad).all() for p in loss["beta"].parameters())
+    # the rewards were made as 0.1 and 0.4 times h
+    slopes = allocation["table"].set_index("task")["slope"]
+    assert (slopes["math"], slopes["dialogue"]) == pytest.approx((0.1, 0.4), abs=1e-5)
+    assert capsys.readouterr().out
 
 
 def test_continuous_integration_runs_what_it_says():

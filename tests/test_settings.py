@@ -45,7 +45,11 @@ OTHER = {
     "checkpoint_every": 6,
     "policy_learning_rate": 3e-5,
     "lambda_consistency": 0.5,
+    "rescore_reference": True,
 }
+OPEN = {"rescore-reference"}
+"""Yes, no or None: said by a word."""
+
 BESIDE = {"strength": {"rule": "lsc"}}
 """What a value needs beside it."""
 
@@ -71,7 +75,7 @@ def leaves(settings, prefix=""):
 
 def words(option, value):
     """A value as the words of a command line."""
-    if isinstance(value, bool):
+    if isinstance(value, bool) and option not in OPEN:
         return [f"--{option}" if value else f"--no-{option}"]
     if isinstance(value, tuple):
         return [f"--{option}", *map(str, value)]

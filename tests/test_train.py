@@ -49,7 +49,7 @@ class TestAgainstALoopByHand:
         reference, pairs, _ = world
         beta = network()
         beta.beta0 = config.beta0
-        twin_policy, twin_beta = copy.deepcopy(reference), copy.deepcopy(beta)
+        twin_policy, twin_beta = copy.deepcopy(reference).cpu(), copy.deepcopy(beta)
         policy, history = run(world, config, beta)
 
         alpha = config.beta0 / np.mean(pairs["ref_entropy"])
@@ -183,7 +183,10 @@ class TestHistory:
         models = probes.Models(policy, reference, PAD, EOS)
         found = probes.sampled_kl(models, [prompt] * 4000, ["math"] * 4000, max_new_tokens=1, seed=0)
         with torch.no_grad():
-            p, q = (m(torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1) for m in (policy, reference))
+            p, q = (
+                m(torch.tensor([prompt], device=m.device)).logits[0, -1].double().log_softmax(-1)
+                for m in (policy, reference)
+            )
         exact = (p.exp() * (p - q)).sum().item()
         assert abs(found["kl"] - exact) < 4 * found["kl_se"]
         assert found["kl_se"] < 0.1 * exact  # the control: an estimate this sharp would miss a wrong formula
@@ -223,7 +226,7 @@ class TestRules:
         reference, pairs, _ = world
         config = TrainConfig.around(0.1, "standard", **{**SMALL, "log_every": 1, "stage2_steps": 3})
         _, history = run(world, config, LastBatch())
-        policy = copy.deepcopy(reference)
+        policy = copy.deepcopy(reference).cpu()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0, weight_decay=0.0)
         beta = 1.0
         for step, rows in enumerate(shuffled_rows(len(pairs), config.batch_size, 3, seed=config.seed + 2)):
@@ -351,7 +354,8 @@ class TestAdapters:
                 ).history
             )  # fmt: skip
         assert histories[0]["kl"].dropna().iloc[-1] > 1e-4
-        pd.testing.assert_frame_equal(*histories)
+        # a GPU adds in an order of its own, so that the last digits of two runs may differ there
+        pd.testing.assert_frame_equal(*histories, rtol=1e-4 if torch.cuda.is_available() else 1e-12)
 
     def test_checkpoint_holds_what_learns_and_resumes(self, world, adapted, tmp_path):
         reference, pairs, _ = world

@@ -1,1 +1,1 @@
-"""From numbers to sentences and pictures: tables, statistics, evaluation of a policy, plots, the report."""
+"""Analysis: evaluation of a policy, tables, statistics, plots, the report."""

@@ -1,4 +1,4 @@
-"""Evaluation of a policy: true reward, distance from the reference, and calibration of its margins."""
+"""Evaluate a policy: its true reward, its distance from the reference, and the calibration of its margins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_both
 
 MEASURES = ("reward", "kl", "kl_k1", "kl_k3", "entropy", "length")
-"""The measures of `evaluate_policy` at each prompt."""
+"""The columns of measures in the table of `evaluate_policy`."""
 
 
 def evaluate_policy(
@@ -36,40 +36,40 @@ def evaluate_policy(
     reward: Callable[[Problem, str], float] = task_reward,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Sample answers from the policy, and measure them at each prompt.
+    """Sample answers from the policy and measure them, prompt by prompt.
 
-    The processes of `accelerate launch` share the prompts; each samples with its own seed, and all return the whole
+    The processes of `accelerate launch` share the prompts; each samples with its own seed, and all return the full
     table.
 
-    Three estimates of KL(π‖π_ref) use the same answers y, sampled from π, in nats for a whole answer of at most
-    `max_new_tokens` tokens. All are unbiased (k3 up to the probability of π_ref on answers that π never gives):
+    Three estimates of KL(π‖π_ref), in nats per answer of at most `max_new_tokens` tokens, use the same answers y ~ π.
+    All are unbiased (k3 up to the probability of π_ref on answers that π never gives):
 
         k1 = log π(y|x) − log π_ref(y|x)        k3 = π_ref(y|x)/π(y|x) − 1 + k1
         kl = Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t))
 
-    (k1 and k3 as named by J. Schulman, "Approximating KL divergence", 2020). `kl` is k1 with each token's term replaced
-    by its mean given the tokens before it (a Rao-Blackwell estimate, token by token); it varied least in our
-    measurements. k3 over whole answers has heavy tails where the policy is far away.
+    k1 and k3 are named as by J. Schulman ("Approximating KL divergence", 2020). `kl` is k1 with each token's term
+    replaced by its mean given the tokens before it (a Rao-Blackwell estimate per token); it had the least variance in
+    our measurements. k3 over whole answers has heavy tails where the policy is far from the reference.
 
     Args:
         policy: a causal language model; its training or evaluation mode is kept.
         reference: the model it started from, on the same device; the policy itself if it is a PEFT model.
-        tokenizer: of both models.
-        problems: prompts, with the data needed to judge an answer.
+        tokenizer: the tokenizer of both models.
+        problems: prompts, with the data that the reward needs.
         samples: answers per prompt.
         max_new_tokens: limit of an answer, in tokens.
-        seed: of the sampling.
-        batch_size: prompts at once.
-        reward: true reward of an answer, given its problem.
+        seed: random seed of the samples.
+        batch_size: prompts per batch.
+        reward: maps a problem and an answer to the true reward.
         progress: show a bar.
 
     Returns:
         A row per problem: task, prompt, and the means over its samples of reward, kl, kl_k1, kl_k3 (nats per answer),
-        entropy (of the policy, nats per token: the next-token entropies along its answers over all their tokens) and
-        length (tokens).
+        entropy (the policy's next-token entropy, nats per token, mean over all tokens of the answers) and length
+        (tokens).
 
     Raises:
-        ValueError: no problems, or as `sample_answers` and `score_both`.
+        ValueError: there are no problems, or as `sample_answers` and `score_both`.
     """
     if len(problems) == 0:
         raise ValueError("problems: got none, expected at least one")
@@ -121,7 +121,7 @@ def evaluate_policy(
 
 
 def _token_statistics(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
-    """Return, for each token, (n, 4): log-ratio, exact next-token KL, entropy of the policy, and 1."""
+    """Return (n, 4) for each token: log-ratio, exact next-token KL, entropy of the policy, and 1 (to count tokens)."""
     logps, ref_logps = logits.log_softmax(dim=-1), ref_logits.log_softmax(dim=-1)
     p = logps.exp()
     ratio = logps - ref_logps
@@ -132,15 +132,15 @@ def _token_statistics(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Te
 
 
 def summarize_evaluation(table: pd.DataFrame) -> pd.DataFrame:
-    """Return means with standard errors over prompts, by task and over all tasks, each task with the same weight.
+    """Return means with standard errors over prompts, by task and over all tasks with equal weights.
 
-    Samples of one prompt are not independent: the prompt is the unit.
+    The prompt is the unit of the standard errors, because samples of one prompt are not independent.
 
     Args:
-        table: what `evaluate_policy` returned, at least two prompts per task.
+        table: the result of `evaluate_policy`, with at least two prompts per task.
 
     Returns:
-        A row per task, and one of task "all": n (prompts), and for each of `MEASURES` the mean and <measure>_se.
+        A row per task, and one for "all": task, n (prompts), and for each of `MEASURES` the mean and <measure>_se.
 
     Raises:
         ValueError: a task with a single prompt, which has no standard error.
@@ -158,18 +158,18 @@ def summarize_evaluation(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reliability(predicted: ArrayLike, truth: ArrayLike, *, bins: int = 10) -> pd.DataFrame:
-    """Compare predicted with true probabilities, bin by bin.
+    """Compare predicted with true probabilities per bin (a reliability diagram).
 
     Args:
-        predicted: (N,) predicted probabilities, as σ(s·h).
+        predicted: (N,) predicted probabilities, such as σ(s·h).
         truth: (N,) true preference probabilities, or labels 0 and 1.
-        bins: number of bins of equal width over 0 to 1.
+        bins: number of bins of equal width from 0 to 1.
 
     Returns:
-        A row per bin that is not empty: bin (its number), n, predicted and truth (means over the bin).
+        A row per non-empty bin: bin (its number), n, predicted and truth (means over the bin).
 
     Raises:
-        ValueError: the two differ in length, or are empty or outside 0 to 1.
+        ValueError: the arrays differ in length, are empty, or have values outside 0 to 1.
     """
     predicted, truth = _probabilities(predicted, truth)
     number = np.minimum((predicted * bins).astype(int), bins - 1)

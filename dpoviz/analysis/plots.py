@@ -1,8 +1,7 @@
-"""Figures of a run: a DataFrame in, an Axes or a Figure out.
+"""Draw the figures of a run: each function takes a DataFrame and returns an Axes or a Figure.
 
-Every `plot_*` draws on the Axes it is given, or on one of a new `Figure`, and returns it; the `figure_*` put
-several of them together. Nothing is computed here but the quartiles and means that are drawn. The tables are those of
-`beta_table` and of `train`.
+Each `plot_*` function draws on the given Axes, or on those of a new `Figure`; each `figure_*` function combines several
+of them. The tables come from `beta_table` and `train`; only quartiles, means and standard errors are computed here.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ QUANTITIES = {
     "kl": "KL to the reference (nats)",
     "beta": r"$\beta(x)$, mean of a task",
 }
-"""The quantities that `plot_training` draws, and the labels of their axes."""
+"""The quantities that `plot_training` draws, with the labels of their axes."""
 
 ESTIMATORS = {
     "first_token": "first token\n(nats)",
@@ -67,7 +66,7 @@ ESTIMATORS = {
     "sequence": "sequence\n(nats)",
     "monte_carlo": "Monte Carlo\n(nats)",
 }
-"""The estimators of the reference's entropy in the order of an axis, and their labels there, with units."""
+"""The estimators of the reference's entropy in the order of the axis, with their labels and units."""
 
 _FORMULAS = {
     "inverse": r"inverse form: loss $-\log\,\sigma(h/\beta(x))$",
@@ -86,18 +85,18 @@ def plot_beta_by_task(
     ax: Axes | None = None,
     **artist_kws,
 ) -> Axes:
-    """Draw the distribution of beta within each task: every prompt a point, median and quartiles over them.
+    """Draw the distribution of beta within each task: a point per prompt, with median and quartiles.
 
     In the inverse form a second axis on the right shows the scale s(x) = 1/β(x) that multiplies h in the loss; in the
     standard form beta is that scale.
 
     Args:
-        table: columns form, seed, task, prompt, beta; one form.
-        beta0: the fixed beta of stage 1; a line where given.
-        beta_min: the lower end of the range; a line where given.
-        beta_max: the upper end; a line where given.
-        ax: where to draw; a new figure if None.
-        **artist_kws: for `Axes.scatter`.
+        table: columns form, seed, task, prompt, beta; of one form.
+        beta0: the fixed beta of stage 1, drawn as a line if given.
+        beta_min: lower end of the range, drawn as a line if given.
+        beta_max: upper end of the range, drawn as a line if given.
+        ax: where to draw; None: on a new figure.
+        **artist_kws: passed to `Axes.scatter`.
 
     Raises:
         ValueError: an empty table, missing columns, or several forms.
@@ -122,7 +121,7 @@ def plot_beta_by_task(
         turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(range(len(colors)), [" ".join(label) for label in labels], **turned)
     use_known_letters(ax.get_xticklabels())
-    ax.set_xlim(-0.5 - 0.22 * len(colors), len(colors) - 0.5)  # room for the lines' labels on the left
+    ax.set_xlim(-0.5 - 0.22 * len(colors), len(colors) - 0.5)  # leaves room for the lines' labels on the left
     ax.tick_params(axis="x", length=0)
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=True, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
@@ -145,17 +144,17 @@ def plot_beta_vs_entropy(
     ax: Axes | None = None,
     **artist_kws,
 ) -> Axes:
-    """Draw beta of each prompt against the entropy of the reference there, with the line the entropy term pulls to.
+    """Draw beta against the entropy of the reference, a point per prompt, with the target line of the entropy term.
 
     Args:
-        table: columns form, seed, task, prompt, beta, ref_entropy, ref_entropy_se; one form. The horizontal
-            bars are one standard error of the entropy to either side.
-        alpha: beta per nat of entropy; where given, αH is drawn, clipped to the range.
-        beta0: the fixed beta of stage 1; a line where given.
-        beta_min: the lower end of the range; a line where given.
-        beta_max: the upper end; a line where given.
-        ax: where to draw; a new figure if None.
-        **artist_kws: for `Axes.scatter`.
+        table: columns form, seed, task, prompt, beta, ref_entropy, ref_entropy_se; of one form. Horizontal bars
+            show one standard error of the entropy to either side.
+        alpha: beta per nat of entropy; if given, αH is drawn, clipped to the range.
+        beta0: the fixed beta of stage 1, drawn as a line if given.
+        beta_min: lower end of the range, drawn as a line if given.
+        beta_max: upper end of the range, drawn as a line if given.
+        ax: where to draw; None: on a new figure.
+        **artist_kws: passed to `Axes.scatter`.
 
     Raises:
         ValueError: an empty table, missing columns, or several forms.
@@ -181,16 +180,16 @@ def plot_training(history: pd.DataFrame, *, y: str, ax: Axes | None = None, **ar
     """Draw one quantity over the steps of training.
 
     Args:
-        history: what `train` returned, for one form; stages and seeds concatenated. A line for each
-            seed. Rows in which the quantity was not measured are left out.
-        y: a key of `QUANTITIES`. "accuracy" is that of the training batch, with the held-out pairs' beside it
-            where it was measured; "kl" has a band of one standard error to either side; "beta" is a line for
-            each task, on a log axis.
-        ax: where to draw; a new figure if None.
-        **artist_kws: for `Axes.plot`.
+        history: the histories of `train`, of one form; stages and seeds concatenated. Each seed is a line. Rows
+            in which the quantity was not measured are left out.
+        y: a key of `QUANTITIES`. "accuracy" is that of the training batch, and of the held-out pairs where
+            measured; "kl" has a band of one standard error to either side; "beta" has a line per task, on a log
+            axis.
+        ax: where to draw; None: on a new figure.
+        **artist_kws: passed to `Axes.plot`.
 
     Raises:
-        ValueError: an empty history, missing columns, several forms, another y, or nothing measured.
+        ValueError: an empty history, missing columns, several forms, an unknown y, or no measurement of y.
     """
     if y not in QUANTITIES:
         raise ValueError(f"y: got {y!r}, expected one of {list(QUANTITIES)}")
@@ -226,15 +225,15 @@ def plot_training(history: pd.DataFrame, *, y: str, ax: Axes | None = None, **ar
 def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = None, **artist_kws) -> Axes:
     """Draw what pulls on a task's beta in stage 2: each term's gradient, and their sum.
 
-    The axis is linear, so that the eye can add the terms up to the sum. A term that was switched off, whose column is
-    missing or empty, has no line.
+    The axis is linear, so that the terms visibly add up to the sum. A term that was switched off has a missing or empty
+    column, and no line.
 
     Args:
-        history: what `train` returned, for one form; columns grad/<term>/<task> for "dpo" and for those of
+        history: the history of `train`, of one form, with columns grad/<term>/<task> for "dpo" and the terms of
             `TERM_COLORS` that were switched on. A positive pull lowers beta under gradient descent.
-        task: whose beta.
-        ax: where to draw; a new figure if None.
-        **artist_kws: for `Axes.plot`.
+        task: the task whose beta is shown.
+        ax: where to draw; None: on a new figure.
+        **artist_kws: passed to `Axes.plot`.
 
     Raises:
         ValueError: an empty history, missing columns, several forms, or no rows of stage 2.
@@ -242,7 +241,7 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     _one_form(history, ["form", "seed", "stage", "step", f"grad/dpo/{task}"], name="history")
     rows = history[history["stage"] == 2]
     if rows.empty:
-        raise ValueError("history: no rows with stage 2, expected some: beta does not learn in stage 1")
+        raise ValueError("history: no rows with stage 2, expected some: beta is not trained in stage 1")
     columns = {term: f"grad/{term}/{task}" for term in TERM_COLORS}
     columns = {term: column for term, column in columns.items() if column in rows and rows[column].notna().any()}
     ax = open_axes(ax)
@@ -260,20 +259,19 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
 
 
 def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **artist_kws) -> Axes:
-    """Draw the reference's entropy by each estimator: every prompt a point, each task's mean with its standard error.
+    """Draw the reference's entropy by each estimator: a point per prompt, and means with standard errors by task.
 
-    The estimators have different units, stated by their labels: compare tasks within one of them.
-    The axis is logarithmic where all entropies are positive, linear elsewhere.
+    The estimators have different units, given in their labels: compare tasks within one estimator only. The axis is
+    logarithmic if all entropies are positive, linear otherwise.
 
     Args:
         table: columns estimator (keys of `ESTIMATORS`), task, prompt, entropy. An optional column example marks
-            prompts that are shown on their own, with their text, and belong to no task's mean: true, or the text to
-            show.
-        ax: where to draw; a new figure if None.
-        **artist_kws: for `Axes.scatter`.
+            prompts that are shown separately, with their text, and left out of the means: True, or the text to show.
+        ax: where to draw; None: on a new figure.
+        **artist_kws: passed to `Axes.scatter`.
 
     Raises:
-        ValueError: an empty table, missing columns, an estimator that is not known, or nothing but examples.
+        ValueError: an empty table, missing columns, an unknown estimator, or nothing but examples.
     """
     require_columns(table, ["estimator", "task", "prompt", "entropy"], "table")
     unknown = sorted(set(table["estimator"]) - set(ESTIMATORS))
@@ -315,7 +313,7 @@ def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **ar
         ax.scatter(
             np.full(len(values), places[name] + 0.09), values, s=24, marker="_", color=INK, label="_examples", zorder=3
         )
-    ax.set_ylim(ax.get_ylim())  # the texts find their places within these limits
+    ax.set_ylim(ax.get_ylim())  # the texts are placed within these limits
     for name, group in examples:
         texts = [p if mark is True else mark for p, mark in zip(group["prompt"], shown[group.index], strict=True)]
         _texts_beside(ax, places[name] + 0.09, group["entropy"].to_numpy(), texts)
@@ -333,14 +331,14 @@ def figure_beta_by_task(
     beta_min: Mapping[str, float] | None = None,
     beta_max: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw both forms, a row each: beta by task on the left, beta against entropy on the right.
+    """Draw beta by task (left) and against entropy (right), a row per form.
 
     Args:
-        table: what `beta_table` returned, for one form or concatenated for two.
+        table: the table of `beta_table`, for one form or concatenated for two.
         alpha: beta per nat of entropy, by form.
         beta0: the fixed beta of stage 1, by form.
-        beta_min: the lower end of the range, by form.
-        beta_max: the upper end of the range, by form.
+        beta_min: lower end of the range, by form.
+        beta_max: upper end of the range, by form.
 
     Raises:
         ValueError: an empty table or missing columns.
@@ -361,10 +359,10 @@ def figure_beta_by_task(
 
 
 def figure_training(history: pd.DataFrame) -> Figure:
-    """Draw the training: a column per form, a row per quantity that was measured.
+    """Draw the course of training: a column per form, a row per measured quantity.
 
     Args:
-        history: what `train` returned, for one form or concatenated for two.
+        history: the history of `train`, for one form or concatenated for two.
 
     Raises:
         ValueError: an empty history or missing columns.
@@ -372,11 +370,11 @@ def figure_training(history: pd.DataFrame) -> Figure:
     forms = _forms(history, "history")
     rows = _measured(history)
     figure = Figure(figsize=(9, 2.1 * len(rows) + 0.5), layout="constrained")
-    tops: dict[str, Axes] = {}  # the steps of a column are one axis, however few of them were measured
+    tops: dict[str, Axes] = {}  # the panels of a column share their steps, even if few of them were measured
     for i, y in enumerate(rows):
         first = None
         for j, form in enumerate(forms):
-            # the forms are to be compared; only their betas live on different scales
+            # shared, to compare the forms, except for beta, whose scales differ
             place = i * len(forms) + j + 1
             ax = figure.add_subplot(len(rows), len(forms), place, sharey=first, sharex=tops.get(form))
             tops.setdefault(form, ax)
@@ -392,7 +390,7 @@ def figure_training(history: pd.DataFrame) -> Figure:
                 ax.set_xlabel("")
                 ax.tick_params(labelbottom=False)
             if i > 0:
-                for text in list(ax.texts):  # the stages are named once, at the top
+                for text in list(ax.texts):  # the stages are labelled once, at the top
                     text.remove()
             if j > 0:
                 ax.set_ylabel("")
@@ -401,16 +399,16 @@ def figure_training(history: pd.DataFrame) -> Figure:
 
 
 def _measured(history: pd.DataFrame) -> list[str]:
-    """Return those of `QUANTITIES` that some row has."""
+    """Return the keys of `QUANTITIES` that have a value in some row."""
     measured = {column.split("/")[0] for column in history.columns[history.notna().any()]}
     return [y for y in QUANTITIES if y in measured]
 
 
 def figure_beta_gradients(history: pd.DataFrame) -> Figure:
-    """Draw what moves beta: a row per form, a column per task.
+    """Draw the pulls on beta (`plot_beta_gradients`): a row per form, a column per task.
 
     Args:
-        history: what `train` returned, for one form or concatenated for two.
+        history: the history of `train`, for one form or concatenated for two.
 
     Raises:
         ValueError: an empty history, or missing columns.
@@ -420,7 +418,7 @@ def figure_beta_gradients(history: pd.DataFrame) -> Figure:
     if not tasks:
         raise ValueError("history: missing columns ['grad/dpo/<task>']")
     figure = Figure(figsize=(9, 3.1 * len(forms) + 0.3), layout="constrained")
-    lines: dict[str, Artist] = {}  # by label: a form may have a term that the other has not
+    lines: dict[str, Artist] = {}  # by label: a form may have a term that the other lacks
     for form, part in zip(forms, figure.subfigures(len(forms), squeeze=False).flat, strict=True):
         part.suptitle(_FORMULAS[form], x=0.01, ha="left")
         panels = part.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -444,7 +442,7 @@ def _forms(table: pd.DataFrame, name: str) -> list[str]:
 
 
 def _one_form(table: pd.DataFrame, columns: list[str], name: str = "table") -> str:
-    """Return the form of a table that has one, with these columns and at least one row."""
+    """Return the form of a table; raise unless it has one form, these columns, and at least one row."""
     require_columns(table, columns, name)
     forms = _forms(table, name)
     if len(forms) > 1:
@@ -453,25 +451,25 @@ def _one_form(table: pd.DataFrame, columns: list[str], name: str = "table") -> s
 
 
 def _count(rows: pd.DataFrame) -> list[str]:
-    """Return how many prompts a group has, and how many seeds if several."""
+    """Return labels with the number of prompts of a group and, if there are several, of seeds."""
     seeds = rows["seed"].nunique()
     return [f"(n={rows['prompt'].nunique()})"] + ([f"{seeds} seeds"] if seeds > 1 else [])
 
 
 def _jitter(values: np.ndarray, width: float = 0.5) -> np.ndarray:
-    """Return offsets that keep neighbours apart: in the order of the values, steps of the golden ratio."""
+    """Return offsets that separate neighbouring values: by rank, in steps of the golden ratio."""
     rank = np.argsort(np.argsort(values, kind="stable"))
     return width * ((0.5 + rank * 0.618033988749895) % 1 - 0.5)
 
 
 def _reciprocal(values: ArrayLike) -> np.ndarray:
-    # matplotlib asks for 0 too, for the corners of spines that are not shown
+    # matplotlib also passes 0, for the corners of hidden spines
     numbers = np.asarray(values, dtype=float)
     return np.divide(1, numbers, out=np.full(numbers.shape, np.inf), where=numbers != 0)
 
 
 def _beta_axis(ax: Axes, beta: pd.Series) -> None:
-    """Make a log axis for beta, with plain decimals and room around the values, and around those it is shared with."""
+    """Make a log axis for beta, with plain decimals and room around its values and those of Axes that share it."""
     others = [other for other in ax.get_shared_y_axes().get_siblings(ax) if other is not ax and other.has_data()]
     low, high = _padded(beta.min(), beta.max())
     if others:
@@ -489,9 +487,9 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 
 def _beta_lines(ax: Axes, *, inside: bool, **given: float | None) -> None:
-    """Draw lines at beta0 and the ends of the range, where given, and make room for them.
+    """Draw lines at beta0 and the ends of the range, if given, and extend the axis to show them.
 
-    They are labelled inside the axes on the left, or outside on the right.
+    The labels are inside the Axes on the left, or outside on the right.
     """
     symbols = {"beta0": r"$\beta_0$", "beta_min": r"$\beta_{\min}$", "beta_max": r"$\beta_{\max}$"}
     low, high = ax.get_ylim()
@@ -517,7 +515,7 @@ def _beta_lines(ax: Axes, *, inside: bool, **given: float | None) -> None:
 
 def _entropy_line(ax: Axes, alpha: float, beta_min: float | None, beta_max: float | None) -> None:
     low, high = ax.get_xlim()
-    h = np.linspace(max(low, high / 1000), high, 400)  # alpha·0 is not on a log axis
+    h = np.linspace(max(low, high / 1000), high, 400)  # a log axis has no alpha·0
     ax.set_xlim(low, high)
     wanted = alpha * h
     name = r"$\alpha H$"
@@ -528,17 +526,17 @@ def _entropy_line(ax: Axes, alpha: float, beta_min: float | None, beta_max: floa
 
 
 def _lines(ax: Axes, rows: pd.DataFrame, column: str, *, label: str, **style) -> None:
-    """Draw a line for each seed, one of them in the legend."""
+    """Draw a line per seed, with one entry in the legend."""
     for i, (_, of_seed) in enumerate(rows.dropna(subset=column).groupby("seed")):
         of_seed = of_seed.sort_values("step")
         ax.plot(of_seed["step"], of_seed[column], label=label if i == 0 else f"_{label}", **style)
 
 
 def _texts_beside(ax: Axes, x: float, values: np.ndarray, texts: list[str]) -> None:
-    """Put texts on the right of points that stand above one another, pushed apart."""
+    """Write texts to the right of points in a column, moved apart so that they do not overlap."""
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = to_axes.transform(np.column_stack([np.full(len(values), x), values]))[:, 1]
-    height, gap = 1.0, 0.045  # of the axes; a line of small print
+    height, gap = 1.0, 0.045  # in heights of the Axes; the gap is a line of small print
     for i in reversed(np.argsort(heights, kind="stable")):
         height = min(heights[i], height - gap)
         font, text = printable(texts[i])

@@ -1,4 +1,4 @@
-"""Figures of the comparison: the tables of `dpoviz compare` in, a figure out. Statistics are in `tables_comparison`."""
+"""Draw the figures of the comparison from the tables of `dpoviz compare`; see `tables_comparison` for statistics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "beta(x), standard form": ("network standard", "calibrated standard", "task standard", "entropy standard"),
     "published rules": ("beta-dpo", "epsilon-dpo", "mallows", "mallows reversed", "lsc", "dual-kl", "dual-kl-task"),
 }
-"""The title of each row of `figure_frontier`, and its contenders."""
+"""The rows of `figure_frontier`: their titles and their variants."""
 
 CONTROLS: Sequence[str] = tuple(
     f"{name}, {form}"
     for form in ("inverse", "standard")
     for name in ("frozen", "shuffled within tasks", "shuffled", "random")
 )
-"""The contenders whose beta has no meaning, or learns no more."""
+"""The control variants: their beta has no meaning, or is frozen."""
 
 _COLORS = ("#0A52C8", "#C4105C", "#B5880F", "#2E8B57", "#9A53C5", "#17808F", "#7A1A0C")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
@@ -42,18 +42,17 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 
 def figure_frontier(table: pd.DataFrame, *, noise: float) -> Figure:
-    """Draw the reward gained over the reference against KL, a column per task, a row per group of contenders.
+    """Draw the reward gained over the reference against KL: a column per task, a row per group of variants.
 
-    The axis of KL has the scale of √KL. The constants are the lines, one per learning rate, with a band of one
-    standard error over seeds; a contender's points are the values of its swept setting, with one standard error over
-    seeds in both directions.
+    The KL axis is scaled as √KL. The constants are lines, one per learning rate, with a band of one standard error over
+    seeds. A variant has a point per value of its swept setting, with one standard error over seeds in both directions.
 
     Args:
-        table: what `gather` returned.
-        noise: the level of label noise that is shown.
+        table: the table of `gather`.
+        noise: the level of label noise to show.
 
     Raises:
-        ValueError: no main run at that noise.
+        ValueError: there is no main run at that noise.
     """
     rows = gains(table)
     rows = rows[rows["noise"] == noise]
@@ -82,10 +81,10 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
     """Draw one panel of `figure_frontier`.
 
     Args:
-        rows: what `gains` returned, of one level of noise.
-        names: contenders.
+        rows: the table of `gains`, for one level of noise.
+        names: the variants to draw.
         task: a task, or "all".
-        ax: where to draw; a new figure if None.
+        ax: where to draw; None: on a new figure.
     """
     points = frontier_points(rows, task)
     ax = open_axes(ax)
@@ -104,7 +103,7 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
         style |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
         errors: dict[str, Any] = {"xerr": of_name["kl_se"], "yerr": of_name["gain_se"], "elinewidth": 0.9}
         ax.errorbar(of_name["kl"], of_name["gain"], linestyle="", label=name, **errors, **style)
-    # near the reference, the largest possible gain grows with the root of the KL
+    # near the reference, the largest possible gain grows with √KL
     ax.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(FixedLocator(_KL_TICKS))
@@ -115,16 +114,16 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
 
 
 def figure_effects(effects: pd.DataFrame, *, noise: float | None = None) -> Figure:
-    """Draw how far each contender lies above the constants at equal KL, by task: means and 95 % intervals over seeds.
+    """Draw the reward of each variant above the constants at equal KL, by task: means and 95 % intervals over seeds.
 
-    A dot is filled where Holm's adjusted p is below 5 %. A grey bar is the difference that could have been detected.
+    A dot is filled if Holm's adjusted p is below 5 %. Grey bars span the differences that were too small to detect.
 
     Args:
-        effects: what `effects` returned.
-        noise: the level that is shown; None shows the mean over all levels.
+        effects: the table of `effects`.
+        noise: the level of label noise to show; None: the mean over all levels.
 
     Raises:
-        ValueError: missing columns, or no rows at that noise.
+        ValueError: there are missing columns, or no rows at that noise.
     """
     require_columns(effects, ["contender", "noise", "task", "mean", "low", "high", "detectable", "holm"], "effects")
     rows = effects[effects["noise"].isna() if noise is None else effects["noise"] == noise]
@@ -158,11 +157,11 @@ def _group(name: str) -> str:
 
 
 def figure_parts(table: pd.DataFrame, *, noise: float) -> Figure:
-    """Draw the parts of the margin by task: h, the scale s, s·h and the KL, each contender at its first value.
+    """Draw h, the scale s, the margin s·h and the KL of each variant at its first value, by task.
 
     Args:
-        table: what `gather` returned.
-        noise: the level of label noise that is shown.
+        table: the table of `gather`.
+        noise: the level of label noise to show.
     """
     rows = table[(table["phase"] == "main") & (table["noise"] == noise)]
     require_columns(rows, ["contender", "value", *(f"{n}/{t}" for n in PARTS for t in TASKS)], "table")
@@ -190,10 +189,10 @@ def figure_parts(table: pd.DataFrame, *, noise: float) -> Figure:
 
 
 def figure_betas(betas: pd.DataFrame) -> Figure:
-    """Draw beta of each contender against the entropy of the reference, a panel per contender.
+    """Draw beta against the entropy of the reference, a panel per variant.
 
     Args:
-        betas: what `gather_betas` returned.
+        betas: the table of `gather_betas`.
     """
     require_columns(betas, ["contender", "form", "task", "ref_entropy", "beta"], "betas")
     known = [n for names in GROUPS.values() for n in names]
@@ -225,15 +224,15 @@ def figure_betas(betas: pd.DataFrame) -> Figure:
 
 
 def figure_reliability(bins: pd.DataFrame, names: Sequence[str], *, noise: float) -> Figure:
-    """Draw predicted against true preference probabilities on held-out pairs, a panel per contender.
+    """Draw predicted against true preference probabilities on held-out pairs, a panel per variant.
 
-    The prediction is σ(s·h). Each pair counts in both orders, so that it does not matter which answer is labelled as
+    The prediction is σ(s·h). Each pair counts in both orders, so that it does not matter which answer is labelled
     chosen.
 
     Args:
-        bins: what `gather_reliability` returned.
-        names: contenders, each at its first value.
-        noise: the level of label noise that is shown.
+        bins: the table of `gather_reliability`.
+        names: the variants to draw, each at its first value.
+        noise: the level of label noise to show.
     """
     require_columns(bins, ["contender", "value", "noise", "bin", "n", "predicted", "truth"], "bins")
     figure = Figure(figsize=(2.5 * len(names) + 0.6, 3.1), layout="constrained")

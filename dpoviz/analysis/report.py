@@ -1,7 +1,7 @@
-"""One HTML file that holds a run: the figures, how to read them, the numbers, the configuration.
+"""Write the report of a run as one HTML file: figures and how to read them, numbers, configuration.
 
-Sentences on the results are computed from the numbers (`reading`, `reading_of_accuracy`). The fixed text, on how to
-read the figures and on what follows from the equations, is in templates/report.html.j2.
+The sentences on the results are computed from the numbers (`reading`, `reading_of_accuracy`). The fixed text, on how to
+read the figures and on what the equations imply, is in templates/report.html.j2.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
 
 FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
-"""The figures that have a place in the report; the first one is required where there is a table of beta."""
+"""The figures that the report can show; the first is required if there is a table of beta."""
 
 MIN_PROMPTS = 10
-"""Prompts per task below which nothing is said about the order of the tasks.
+"""The fewest prompts per task for a statement on the order of the tasks.
 
-The exact 95 % interval of a median of 10 values runs from the 2nd smallest to the 9th. Of 8 or fewer it runs from the
-smallest to the largest, and of 5 or fewer there is none.
+The exact 95 % interval of the median of 10 values runs from the 2nd smallest to the 9th; of 8 or fewer values, from the
+smallest to the largest; of 5 or fewer, there is none.
 """
 
 FAST_NOTE = (
     "This is a --fast run: a small model, trained for few steps on few pairs, to see that everything works. Its "
     "numbers say little. Run it again without --fast before drawing conclusions."
 )
-"""Shown at the top of the page where the configuration says "fast"."""
+"""Shown at the top of the page of a --fast run."""
 
 
 def reading(summary: pd.DataFrame) -> list[str]:
     """Return the results in sentences: the order of the medians and the rank correlations, form by form.
 
-    The order that the derivation expects is judged on the medians as they are printed, to three digits. With several
-    tasks, one of them with fewer than `MIN_PROMPTS` prompts, nothing is said about their order.
+    Whether the expected order of the derivation holds is judged on the medians as printed, to three digits. If one of
+    several tasks has fewer than `MIN_PROMPTS` prompts, nothing is said about their order.
 
     Args:
-        summary: what `summarize` returned.
+        summary: the table of `summarize`.
 
     Returns:
-        For each form a sentence or two on the medians of beta and how surely they keep their order, then one on
-        Spearman's rho within each task and pooled, with intervals; at the end, where there are several tasks, the
-        caution on the pooled rho.
+        For each form, a sentence or two on the medians of beta and the stability of their order, and one on Spearman's
+        rho within each task and pooled, with intervals; last, if there are several tasks, a caution about the pooled
+        rho.
 
     Raises:
         ValueError: an empty summary, or missing columns.
@@ -112,10 +112,10 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
 
 
 def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
-    """Return the held-out accuracies in sentences, one per arm: its difference from the baseline over all tasks.
+    """Return a sentence per variant on its held-out accuracy over all tasks, compared with the baseline's.
 
     Args:
-        accuracy: what `summarize_accuracy` returned.
+        accuracy: the table of `summarize_accuracy`.
     """
     pooled = accuracy[accuracy["task"] == POOLED]
     base = pooled[pooled["difference"].isna()].iloc[0]
@@ -150,28 +150,27 @@ def write_report(
     answers: pd.DataFrame | None = None,
     notes: Iterable[str] = (),
 ) -> Path:
-    """Write one HTML file that needs nothing else: no request, no script.
+    """Write a self-contained HTML file, without scripts or external files.
 
     Args:
-        path: of the file; missing folders are made.
-        table: what `beta_table` returned; None where beta is no function of the prompt.
-        history: what `train` returned.
-        summary: what `summarize` returned, or None with `table`.
-        config: the configuration, nested or not. Where its "fast" is true, the page begins with `FAST_NOTE`.
-        figures: by name, of `FIGURES`; a section without its figure is left out.
+        path: of the file; missing folders are created.
+        table: the table of `beta_table`; None if beta is not a function of the prompt.
+        history: the history of `train`.
+        summary: the table of `summarize`; None if `table` is None.
+        config: the configuration, possibly nested. If its "fast" is True, the page begins with `FAST_NOTE`.
+        figures: figures by their name in `FIGURES`; a section without its figure is left out.
         reading: sentences on the results, such as those of the function `reading`.
-        accuracy: what `summarize_accuracy` returned, or None.
-        entropy: what `summarize_estimators` returned, or None.
-        answers: a row per arm and prompt, with arm, task, prompt, answer and beta (NaN where there is none), or
-            None.
-        notes: sentences to read before anything else, at the top of the page.
+        accuracy: the table of `summarize_accuracy`, or None.
+        entropy: the table of `summarize_estimators`, or None.
+        answers: a row per variant and prompt, with arm (the variant), task, prompt, answer and beta (NaN if there is
+            none); or None.
+        notes: sentences for the top of the page.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: a table without the figure "beta_by_task" or a figure without a table, or a figure whose name
-            is not in `FIGURES`.
+        ValueError: a table without the figure "beta_by_task", that figure without a table, or an unknown figure.
     """
     unknown = [name for name in figures if name not in FIGURES]
     if unknown or (FIGURES[0] in figures) != (table is not None):
@@ -201,7 +200,7 @@ def write_report(
 
 
 def _environment() -> Environment:
-    """Return the templates' environment: every value is escaped, and a name that is not given is an error."""
+    """Return the environment of the templates: every value is escaped, and a missing name is an error."""
     environment = Environment(
         loader=PackageLoader("dpoviz.analysis"),
         autoescape=True,
@@ -221,7 +220,7 @@ def _png(figure: Figure) -> str:
 
 
 def _facts(table: pd.DataFrame) -> dict[str, object]:
-    """Return how many prompts of each task there are, and the forms and seeds."""
+    """Return the number of prompts of each task, and the forms and seeds."""
     counts = table.drop_duplicates(["task", "prompt"])["task"].value_counts()
     return {
         "prompts": {task: int(counts[task]) for task in task_colors(counts.index)},
@@ -231,7 +230,7 @@ def _facts(table: pd.DataFrame) -> dict[str, object]:
 
 
 def _last_measurements(history: pd.DataFrame) -> dict[str, object]:
-    """Return the names of what was measured and, for each run, the last value of each; KL with its standard error."""
+    """Return the names of the measures and the last value of each in every run; KL with its standard error."""
     names = {"loss/dpo": "DPO loss, last batch", "held_out_accuracy": "held-out accuracy", "kl": "KL, nats"}
     names = {column: name for column, name in names.items() if column in history}
     keys = [column for column in ("arm", "form", "seed") if column in history]

@@ -1,9 +1,9 @@
-"""The bootstrap that every interval comes from; and reward against KL, with tests of differences at equal KL.
+"""Bootstrap intervals, curves of reward against KL, and tests of differences at equal KL.
 
-A run is a point (KL to the reference in nats, true reward). A curve joins the points of one method, from the reference
-itself at (0, its reward). The straight line between two points can be reached: a policy that follows one of two
-policies with probability w at each prompt has the weighted mean of their rewards, and at most the weighted mean of
-their KLs, because KL is convex.
+A run is a point (KL to the reference in nats, true reward). A curve joins the points of one method, starting at the
+reference itself, (0, its reward). Every point on the line between two runs is attainable: a policy that answers each
+prompt with one of two policies, the first with probability w, has the weighted mean of their rewards and, because KL is
+convex, at most the weighted mean of their KLs.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from scipy.optimize import brentq
 from scipy.stats import nct, t, ttest_1samp
 
 _BLOCK = 100
-"""Resamples computed at once: bounds the memory, does not change the numbers."""
+"""Number of resamples computed at once: limits memory, does not change the result."""
 
 
 def bootstrap(
     statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Return a statistic of `resamples` samples of n rows, drawn with replacement.
+    """Return a statistic of each of `resamples` samples of n rows, taken with replacement.
 
-    Which uncertainty the result covers depends on the rows: prompts, groups of pairs, or seeds of one training setup.
+    The rows decide which uncertainty the result covers: that of prompts, of groups of pairs, or of training seeds.
 
     Args:
-        statistic: takes row numbers (R, n), a resample per row, and returns an array (R, ...).
-        n: the number of rows that are resampled.
+        statistic: maps row numbers (R, n), one resample per row, to an array (R, ...).
+        n: the number of rows to resample.
         resamples: the number of resamples.
-        rng: continues from its present state.
+        rng: generator of the resamples; its state advances.
 
     Returns:
-        (resamples, ...).
+        An array (resamples, ...).
     """
     sizes = [min(_BLOCK, resamples - done) for done in range(0, resamples, _BLOCK)]
     return np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 2.5 % and the 97.5 % quantile of a bootstrap, leaving NaN out (both NaN if all are).
+    """Return the 2.5 % and 97.5 % quantiles of a bootstrap, ignoring NaN; NaN if all values are NaN.
 
-    A resample can lack a statistic: one prompt repeated n times has no rank correlation. The other resamples still show
-    how far it scatters. This is why `scipy.stats.bootstrap` is not used: one such resample makes its interval NaN.
+    The statistic of a resample can be undefined: one prompt repeated n times has no rank correlation. A single such
+    resample makes the interval of `scipy.stats.bootstrap` NaN, so it is not used here.
     """
     known = values[~np.isnan(values)]
     low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
@@ -52,26 +52,26 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def order_share(groups: Sequence[np.ndarray]) -> float:
-    """Return the fraction of resamples in which the groups keep their order, ties not counted.
+    """Return the fraction of resamples in which the groups keep their order; a tie counts as a change.
 
     Args:
-        groups: the bootstrapped statistic (R,) of each group, in the order of the estimates, lowest first.
+        groups: the bootstrapped statistics (R,) of each group, ordered by the groups' estimates, lowest first.
     """
     return float((np.diff(groups, axis=0) > 0).all(axis=0).mean())
 
 
 class Curve:
-    """Reward as a function of KL, through the runs of one method.
+    """Reward as a piecewise linear function of KL, through the runs of one method.
 
-    Beyond the last point the curve stays level: a reward that takes less KL is available at more.
+    Beyond the last point the curve is constant: a reward reached at some KL is also available at a larger KL.
 
     Args:
-        kl: (N,) of the runs, in nats, N ≥ 1; a sampled KL below 0 counts as 0.
-        reward: (N,) of the runs.
-        start: reward of the reference, the point at KL 0.
+        kl: (N,) KL of the runs, in nats, N ≥ 1; a sampled KL below 0 counts as 0.
+        reward: (N,) reward of the runs.
+        start: reward of the reference, at KL 0.
 
     Raises:
-        ValueError: other shapes, or numbers that are not finite.
+        ValueError: wrong shapes, or numbers that are not finite.
     """
 
     def __init__(self, kl: ArrayLike, reward: ArrayLike, *, start: float) -> None:
@@ -85,7 +85,7 @@ class Curve:
         self.reward = np.concatenate([[start], reward[order]])
 
     def at(self, kl: ArrayLike) -> np.ndarray:
-        """Return the reward at these KLs."""
+        """Return the interpolated reward at each KL."""
         return np.interp(np.asarray(kl, dtype=float), self.kl, self.reward)
 
     def best(self, budget: float) -> float:
@@ -94,10 +94,11 @@ class Curve:
         return float(max(inside.max(), self.at(budget)))
 
     def mean_difference(self, other: Curve, *, points: int = 200) -> float:
-        """Return the mean difference in reward to `other` over the KL range that both reach.
+        """Return the mean of this curve minus `other` over the KL range that both reach.
 
-        It is the area between the curves over the width of the range. The range ends where the shorter curve ends and
-        starts at this curve's first run, because before it both curves are lines from the reference.
+        The mean is the area between the curves divided by the width of the range. The range starts at this curve's
+        first run, because before it the curve is only the line from the reference, and ends where the shorter curve
+        ends.
         """
         end = min(self.kl[-1], other.kl[-1])
         start = min(self.kl[1], end)
@@ -108,14 +109,14 @@ class Curve:
 
 
 class Effect(NamedTuple):
-    """A mean over seeds.
+    """The mean of a difference over seeds, with its uncertainty.
 
     Attributes:
         mean: the mean.
         low: lower end of the 95 % interval.
-        high: upper end.
+        high: upper end of the 95 % interval.
         p: two-sided p-value for a mean of 0 (paired t test).
-        detectable: the mean that a test at 5 % finds with a power of 80 %, given the spread between the seeds.
+        detectable: the mean that a test at 5 % detects with a power of 80 %, given the spread between seeds.
         n: number of seeds.
     """
 
@@ -130,16 +131,16 @@ class Effect(NamedTuple):
 def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect:
     """Return the mean of paired differences, one per seed, with a 95 % bootstrap interval over the seeds.
 
-    The interval is the bootstrap-t: each resample's mean is divided by its own standard error. With few seeds its
-    coverage is nearer to 95 % than that of quantiles of means (Efron and Tibshirani 1993, §12.5).
+    The interval is a bootstrap-t interval: the error of each resample's mean is divided by its own standard error. With
+    few seeds, its coverage is closer to 95 % than that of percentile intervals (Efron and Tibshirani 1993, §12.5).
 
     Args:
-        values: (N,) differences, N ≥ 3.
+        values: (N,) differences, one per seed, N ≥ 3.
         resamples: number of bootstrap resamples.
         seed: seed of the bootstrap.
 
     Raises:
-        ValueError: fewer than three values, or one that is not finite.
+        ValueError: there are fewer than three values, or one is not finite.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 3 or not np.isfinite(values).all():
@@ -158,18 +159,18 @@ def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect
 
 
 def _mean_and_spread(samples: np.ndarray) -> np.ndarray:
-    """Return the mean and the standard deviation (R, 2) of each row of (R, n)."""
+    """Return (R, 2) the mean and the standard deviation of each row of (R, n)."""
     return np.stack([samples.mean(axis=1), samples.std(axis=1, ddof=1)], axis=1)
 
 
 def detectable_mean(spread: float, n: int, *, power: float = 0.8, level: float = 0.05) -> float:
-    """Return the mean that a two-sided t test at `level` finds, with the right sign, with probability `power`.
+    """Return the mean that a two-sided t test detects, with the right sign, with probability `power`.
 
     Args:
         spread: standard deviation of the differences.
-        n: their number.
-        power: the probability of finding it.
-        level: of the test.
+        n: number of differences.
+        power: probability of detection.
+        level: significance level of the test.
     """
     critical = t.ppf(1 - level / 2, n - 1)
     # the shift of the non-central t distribution whose mass above the critical value is the power
@@ -178,7 +179,7 @@ def detectable_mean(spread: float, n: int, *, power: float = 0.8, level: float =
 
 
 def holm(p: Mapping[str, float] | Sequence[float]) -> np.ndarray:
-    """Return Holm's adjusted p-values in the order given: rejecting all below 5 % keeps the familywise error at 5 %.
+    """Return Holm's adjusted p-values, in the given order: rejecting all below 5 % keeps the familywise error at 5 %.
 
     Holm 1979, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6.
     """

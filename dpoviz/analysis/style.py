@@ -1,4 +1,4 @@
-"""The style that all figures share: colours, axes, ticks, and text that prints."""
+"""The common style of all figures: colours, axes, ticks, legends, and fonts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from dpoviz.analysis.text import number, short
 
 TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
-"""The colour of a task, everywhere; the order is that of axes and legends."""
+"""The colour of each known task in all figures, in the order of axes and legends."""
 
 _FURTHER_COLORS = ("#2E8B57", "#8C564B", "#17808F", "#6F7F00", "#6B6B6B")
 
@@ -27,21 +27,21 @@ TERM_COLORS = {
     "consistency": "#EE7733",
     "entropy": "#7A1A0C",
 }
-"""The colour of a term of the total loss, in the order of legends."""
+"""The colour of each term of the total loss, in the order of legends."""
 
 GREY, INK = "#5A5A5A", "#222222"
-"""The colours of lines and texts that belong to no task and no term."""
+"""The colours of lines and texts that belong to neither a task nor a term."""
 
 
 def task_colors(tasks: Iterable[str]) -> dict[str, str]:
     """Return the colour of each task, in the order of axes and legends.
 
     Args:
-        tasks: names, repeated or not.
+        tasks: names of tasks, possibly repeated.
 
     Returns:
-        The tasks of `TASK_COLORS` with their colours, then the others by name with colours from a fixed
-        cycle of five.
+        The tasks of `TASK_COLORS` with their colours, then the others, sorted by name, with colours from a fixed cycle
+        of five.
     """
     tasks = set(tasks)
     others = sorted(tasks - set(TASK_COLORS))
@@ -50,7 +50,7 @@ def task_colors(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def require_columns(table: pd.DataFrame, columns: list[str], name: str) -> None:
-    """Refuse a table that lacks one of the columns, or has no rows."""
+    """Raise ValueError if a table lacks one of the columns or has no rows."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(f"{name}: missing columns {missing}, expected {columns}")
@@ -59,14 +59,14 @@ def require_columns(table: pd.DataFrame, columns: list[str], name: str) -> None:
 
 
 def open_axes(ax: Axes | None) -> Axes:
-    """Return the Axes, or one of a new Figure, without the top and right spines."""
+    """Return the given Axes, or those of a new Figure, without the top and right spines."""
     ax = Figure(figsize=(6, 4), layout="constrained").add_subplot() if ax is None else ax
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 class _PlainLogLocator(LogLocator):
-    """Places at least three round numbers: 1, 2, 5 of each decade, or more of them on a short axis."""
+    """A locator of at least three round numbers: 1, 2 and 5 of each decade, and more on a short axis."""
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         low, high = sorted((vmin, vmax))
@@ -84,7 +84,7 @@ def plain_ticks(axis: Axis) -> None:
 
 
 def legend_above(ax: Axes, ncols: int) -> None:
-    """Put the legend in rows above the axes, where it hides nothing; no legend where nothing has a label."""
+    """Put the legend above the Axes, where it hides nothing; no legend if nothing has a label."""
     if not ax.get_legend_handles_labels()[1]:
         return
     tight = {"handlelength": 1.5, "handletextpad": 0.4, "columnspacing": 1.0, "borderaxespad": 0.3}
@@ -99,9 +99,9 @@ _CHINESE_FONTS = (
 
 
 def printable(text: str) -> tuple[dict[str, Any], str]:
-    """Return the font properties and the text to draw; letters that no installed font has become boxes.
+    """Return font properties and text to draw; characters that no installed font has are replaced by boxes.
 
-    matplotlib would draw a box for such a letter too, with a warning.
+    matplotlib would also draw a box for such a character, but with a warning.
     """
     known = get_font(findfont(FontProperties()))
     if all(letter == "\n" or known.get_char_index(ord(letter)) for letter in text):
@@ -114,16 +114,17 @@ def printable(text: str) -> tuple[dict[str, Any], str]:
 
 
 def use_known_letters(texts: Iterable[Text]) -> None:
-    """Give each text a font that has its letters, or boxes in their place."""
+    """Set a font that has the characters of each text, or replace them by boxes."""
     for text in texts:
         font, shown = printable(text.get_text())
         text.set(text=shown, **font)
 
 
 def task_label(task: str) -> str:
-    """Return a task's name for a figure: one short line, whatever the name is.
+    """Return the label of a task in a figure: its name as one short line.
 
-    A dollar sign starts no formula, and a name that begins with an underscore is not left out of the legend.
+    Dollar signs are escaped, so that they start no formula. A leading underscore gets a space before it, because
+    matplotlib leaves labels that begin with one out of the legend.
     """
     label = short(task, 24).replace("$", r"\$") or "(no name)"
     return f" {label}" if label.startswith("_") else label

@@ -1,6 +1,6 @@
-"""Tables: one row per prompt, pair or estimator; their summaries; and their files.
+"""Make, summarise, write and read tables with a row per prompt, pair or estimator.
 
-Tensors end here. What is drawn or reported afterwards is a `pandas.DataFrame`.
+Tensors are converted here: everything drawn or reported afterwards is a `pandas.DataFrame`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from dpoviz.forms import Form, scale
 COLUMNS = ("form", "seed", "task", "prompt", "beta", "scale", "ref_entropy", "ref_entropy_se")
 
 EXPECTED_ORDER = ("math", "code", "dialogue")
-"""The tasks in the order of beta that the derivation expects (§5.1.2), smallest first."""
+"""The tasks in the order of beta that the derivation expects (§5.1.2), smallest beta first."""
 
 POOLED = "all"
-"""The name of the row over all tasks in a summary; no task may have it."""
+"""The task of summary rows over all tasks; no task may have this name."""
 
 TEXT_COLUMNS = ("form", "task", "prompt", "answer", "arm", "variant", "group", "estimator")
-"""The columns of text in the files of a run; every other column holds numbers, or true and false."""
+"""The text columns in the files of a run; all other columns hold numbers or booleans."""
 
 OPTIONAL_TEXT = ("group",)
-"""The columns of text in which a value may be missing (None), which is not the empty text."""
+"""The text columns whose values may be missing (None), which differs from the empty text."""
 
 
 class TensorLike(Protocol):
-    """A tensor, told by its method: this module works without torch."""
+    """A tensor, recognised by its method, since this module does not import torch."""
 
     def detach(self) -> TensorLike: ...
 
@@ -53,24 +53,24 @@ def beta_table(
     ref_entropy: Numbers,
     ref_entropy_se: Numbers,
 ) -> pd.DataFrame:
-    """Return beta at each held-out prompt beside the entropy of the reference there, for one form and one seed.
+    """Return a table of beta and the reference's entropy at each held-out prompt, for one form and one seed.
 
     Args:
         form: "inverse" or "standard", for every row.
         seed: the seed of the run, for every row.
         task: (N,) the task of each prompt.
-        prompt: (N,) the prompts, each once in its task.
-        beta: (N,) positive.
+        prompt: (N,) the prompts, each once per task.
+        beta: (N,) beta at each prompt, positive.
         ref_entropy: (N,) H(π_ref(·|x)) in nats per token, at least 0.
-        ref_entropy_se: (N,) its standard error, in nats per token, 0 where H is exact.
+        ref_entropy_se: (N,) standard error of the entropy, in nats per token; 0 if it is exact.
 
     Returns:
         N rows with the columns `COLUMNS`; `scale` is the factor of h in the loss: 1/β (inverse) or β (standard).
-        Numbers are float64.
+        Numbers are stored as float64.
 
     Raises:
-        ValueError: no rows, other lengths than N, not one finite number per row, beta not positive, a negative
-            entropy or error, a prompt that is twice in its task, a task called "all", or another form.
+        ValueError: no rows, lengths that differ, a number that is not finite, a beta that is not positive, a negative
+            entropy or standard error, a repeated prompt in a task, a task called "all", or an unknown form.
     """
     task, prompt = list(task), list(prompt)
     if not prompt:
@@ -95,9 +95,9 @@ def _mean_of_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _numbers(name: str, values: Numbers, n: int) -> np.ndarray:
-    """Return values as a float64 array (n,), or raise a ValueError."""
+    """Return finite values as a float64 array (n,); raise ValueError if they are not."""
     given: Any = values
-    if hasattr(given, "detach"):  # a tensor, perhaps on a graph, on another device, or in bfloat16
+    if hasattr(given, "detach"):  # a tensor, perhaps with a gradient, on another device, or in bfloat16
         given = given.detach().cpu().double().numpy()
     found = np.array(given, dtype=np.float64)
     if found.shape != (n,):
@@ -140,34 +140,34 @@ def _require_once(table: pd.DataFrame) -> None:
 
 
 def in_order(tasks: Iterable[str]) -> list[str]:
-    """Return the tasks, each once: those of `EXPECTED_ORDER` first, then the others by name."""
+    """Return the distinct tasks: those of `EXPECTED_ORDER` first, then the others by name."""
     tasks = set(tasks)
     return [task for task in EXPECTED_ORDER if task in tasks] + sorted(tasks - set(EXPECTED_ORDER))
 
 
 def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return medians, quartiles and Spearman's rank correlation of beta with entropy, by form and task.
+    """Return medians and quartiles of beta and its Spearman correlation with entropy, by form and task.
 
-    The interval of rho is the percentile bootstrap over prompts, at 95 %. A prompt's rows of several seeds
-    are resampled together: they are not independent prompts. All other numbers are over rows.
+    The interval of rho is a 95 % percentile bootstrap over prompts. The rows of one prompt from several seeds are
+    resampled together, because they are not independent. All other statistics are over rows.
 
     Args:
-        table: what `beta_table` returned, or several of them concatenated.
+        table: the table of `beta_table`, or several of them concatenated.
         n_boot: number of bootstrap resamples, at least 100.
         seed: seed of the bootstrap.
 
     Returns:
         A row per form and task, and one per form over all tasks (`task` "all"): form, task, n (prompts),
         beta_median, beta_q1, beta_q3, scale_median, ref_entropy_mean (nats per token), rho, rho_low,
-        rho_high, order_share. Forms in the order "inverse", "standard"; tasks in `EXPECTED_ORDER`, others by name,
-        "all" last. rho and its interval are NaN where beta or the entropy is constant, or there are fewer than three
-        prompts. order_share, the same in all rows of a form, is the fraction of resamples of each task's prompts in
-        which the medians of beta keep the order of beta_median, ties not counted. It covers the choice of prompts, not
-        another training; it is NaN with one task, or a task of one prompt.
+        rho_high, order_share. Forms are in the order "inverse", "standard"; tasks as in `in_order`, "all" last. rho and
+        its interval are NaN if beta or the entropy is constant, or if there are fewer than three prompts. order_share,
+        the same in all rows of a form, is the fraction of resamples of each task's prompts in which the medians of beta
+        keep the order of beta_median (a tie counts as a change). It reflects the choice of prompts only, not variation
+        between training runs; it is NaN if there is only one task, or a task with one prompt.
 
     Raises:
-        ValueError: an empty table, missing columns, a prompt that is twice in its form, seed and task, a task
-            called "all", or n_boot below 100.
+        ValueError: an empty table, missing columns, a prompt repeated within a form, seed and task, a task called
+            "all", or n_boot below 100.
     """
     _require_columns("table", table, COLUMNS)
     _require_resamples(n_boot)
@@ -189,7 +189,7 @@ def _medians_order_share(groups: Sequence[pd.DataFrame], n_boot: int, seed: int)
     rng = np.random.default_rng(seed)
     medians = []
     for group in sorted(groups, key=lambda group: group["beta"].median()):
-        beta = group.pivot(index="prompt", columns="seed", values="beta").to_numpy()  # NaN where not in a seed
+        beta = group.pivot(index="prompt", columns="seed", values="beta").to_numpy()  # NaN if a seed lacks the prompt
 
         def median(prompts: np.ndarray, beta: np.ndarray = beta) -> np.ndarray:
             return np.nanmedian(beta[prompts].reshape(len(prompts), -1), axis=1)
@@ -200,7 +200,7 @@ def _medians_order_share(groups: Sequence[pd.DataFrame], n_boot: int, seed: int)
 
 def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
     q1, median, q3 = group["beta"].quantile([0.25, 0.5, 0.75])
-    # (prompts, seeds), NaN where a prompt is not in a seed
+    # (prompts, seeds), NaN if a seed lacks the prompt
     wide = group.pivot(index=["task", "prompt"], columns="seed", values=["beta", "ref_entropy"])
     rho, low, high = _rank_correlation(wide["beta"].to_numpy(), wide["ref_entropy"].to_numpy(), n_boot, seed)
     return {
@@ -217,7 +217,7 @@ def _summary(group: pd.DataFrame, n_boot: int, seed: int) -> dict[str, float]:
 
 
 def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: int) -> tuple[float, float, float]:
-    """Return Spearman's rho of two arrays (prompts, seeds), and its interval from resampled prompts."""
+    """Return Spearman's rho of two arrays (prompts, seeds), and its interval over resampled prompts."""
 
     def rho(prompts: np.ndarray) -> np.ndarray:
         resampled = (values[prompts].reshape(len(prompts), -1) for values in (beta, entropy))
@@ -232,9 +232,9 @@ def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: 
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Spearman's rho along the last axis, leaving NaN out; NaN where one side is constant.
+    """Return Spearman's rho along the last axis, ignoring NaN; NaN where one side is constant.
 
-    `scipy.stats.spearmanr` takes one pair of samples per call, too slow for thousands of resamples.
+    `scipy.stats.spearmanr` takes one pair of samples per call, which is too slow for thousands of resamples.
     """
     a, b = (stats.rankdata(values, axis=-1, nan_policy="omit") for values in (a, b))
     a, b = (ranks - np.nanmean(ranks, axis=-1, keepdims=True) for ranks in (a, b))
@@ -244,27 +244,27 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the reward accuracy on held-out pairs by arm and task, and its difference from the baseline's.
+    """Return the reward accuracy on held-out pairs by variant and task, and its difference from the baseline's.
 
-    The accuracy is the fraction of pairs with h > 0; a tie, |h| ≤ 1e-4, counts one half. Intervals are percentile
-    bootstraps at 95 % over groups of pairs: pairs of one `group`, or where that is None of one prompt, are resampled
-    together. All arms have the same resamples, so that the difference is paired.
+    The accuracy is the fraction of pairs with h > 0; |h| ≤ 1e-4 is a tie, which counts one half. Intervals are 95 %
+    percentile bootstraps over groups of pairs: pairs of one `group`, or of one prompt if that is None, are resampled
+    together. All variants use the same resamples, so that differences are paired.
 
     Args:
-        scores: a row per arm and pair: arm, task, group, prompt, h (nats). Every arm has the same pairs, in the
-            same order.
-        baseline: the arm that the others are compared with.
+        scores: a row per variant and pair: arm (the variant), task, group, prompt, h (nats). Every variant has the same
+            pairs, in the same order.
+        baseline: the variant that the others are compared with.
         n_boot: number of bootstrap resamples, at least 100.
         seed: seed of the bootstrap.
 
     Returns:
-        A row per arm and task, and one per arm over all tasks (`task` "all"): arm, task, n (pairs), groups,
+        A row per variant and task, and one per variant over all tasks (`task` "all"): arm, task, n (pairs), groups,
         accuracy, accuracy_low, accuracy_high, difference, difference_low, difference_high; the last three are NaN
         for the baseline.
 
     Raises:
-        ValueError: missing columns, no rows of the baseline, arms with other pairs, a task called "all", or n_boot
-            below 100.
+        ValueError: missing columns, no rows of the baseline, variants with different pairs, a task called "all", or
+            n_boot below 100.
     """
     _require_columns("scores", scores, ("arm", "task", "group", "prompt", "h"))
     arms = {arm: rows.reset_index(drop=True) for arm, rows in scores.groupby("arm", sort=False)}
@@ -290,7 +290,7 @@ def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 200
 def _accuracies(
     correct: pd.DataFrame, clusters: pd.DataFrame, baseline: str, task: str, n_boot: int, seed: int
 ) -> list[dict[str, object]]:
-    """Return the rows of one task, an arm each; `correct` has a column per arm and a row per pair."""
+    """Return the rows of one task, one per variant; `correct` has a column per variant and a row per pair."""
     number = clusters.groupby(["grouped", "name"], sort=False).ngroup().to_numpy()
     pairs = np.bincount(number)  # (groups,)
     sums = np.stack([np.bincount(number, weights=values) for _, values in correct.items()], axis=1)  # (groups, arms)
@@ -324,17 +324,17 @@ def _with_interval(name: str, estimate: float, resampled: pd.Series) -> dict[str
 
 
 def summarize_estimators(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Return the mean entropy of each task by each estimator, and the order of the tasks with its uncertainty.
+    """Return the mean entropy by estimator and task, and the order of the tasks with its uncertainty.
 
     Args:
-        table: a row per estimator and prompt: columns estimator, task, entropy; in the estimator's unit.
-        n_boot: number of bootstrap resamples of the prompts, each task on its own, at least 100.
+        table: a row per estimator and prompt: estimator, task, entropy (in the estimator's unit).
+        n_boot: number of bootstrap resamples of the prompts, separately by task, at least 100.
         seed: seed of the bootstrap.
 
     Returns:
-        A row per estimator and task, in the order in which they first appear: estimator, task, n (prompts), mean,
-        se (of the mean over prompts: their standard deviation over √n; NaN for one), order (the estimator's tasks by
-        rising mean, as "math < code"), order_share (the fraction of resamples of the prompts that keep this order).
+        A row per estimator and task, in order of first appearance: estimator, task, n (prompts), mean, se (standard
+        error over prompts; NaN for one prompt), order (the tasks by increasing mean, such as "math < code"),
+        order_share (the fraction of resamples of the prompts that keep this order).
 
     Raises:
         ValueError: missing columns, no rows, an entropy that is not finite, or n_boot below 100.
@@ -359,22 +359,22 @@ def summarize_estimators(table: pd.DataFrame, *, n_boot: int = 2000, seed: int =
 
 
 _FORMULA = "=+-@\t\r\n＝＋－＠"
-"""Characters with which a spreadsheet starts a formula (or skips, to find one), in half and full width."""
+"""Characters that start a formula in a spreadsheet, or that it skips before one, in half and full width."""
 
 
 def write_table(table: pd.DataFrame, path: Path | str) -> None:
     """Write a table as CSV that `read_table` reads back exactly.
 
-    Text is quoted. A text that a spreadsheet would take for a formula gets a leading apostrophe, which spreadsheets
-    hide and `read_table` takes off; so do texts that begin with an apostrophe, and the empty text. An empty cell is a
-    missing value. Numbers have as many digits as tell them from their neighbours.
+    Text is quoted. A text that a spreadsheet would read as a formula gets a leading apostrophe, which spreadsheets
+    hide and `read_table` removes; so do texts that begin with an apostrophe, and the empty text. An empty cell is a
+    missing value. Numbers are written with all digits needed to read them back exactly.
 
     Args:
-        table: text in columns of `TEXT_COLUMNS` alone, missing only in columns of `OPTIONAL_TEXT`.
+        table: a table with text only in `TEXT_COLUMNS`, and missing text only in `OPTIONAL_TEXT`.
         path: of the file.
 
     Raises:
-        ValueError: text in another column, or missing text.
+        ValueError: there is text in another column, or text is missing.
     """
     written = {}
     for name, values in table.items():
@@ -389,21 +389,21 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
             rows = np.flatnonzero(missing.to_numpy()).tolist()
             raise ValueError(f"table: column {name!r} has no text in rows {rows}, expected text in every row")
         written[name] = ["" if none else _guarded(str(v)) for v, none in zip(values, missing, strict=True)]
-    # quotes around all text: the csv module leaves a lone carriage return unquoted, which would end the row
+    # quote all text: the csv module leaves a lone carriage return unquoted, which would end the row
     quoting = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
     pd.DataFrame(written, columns=table.columns).to_csv(path, index=False, encoding="utf-8", **quoting)
 
 
 def read_table(path: Path | str) -> pd.DataFrame:
-    """Return a table that `write_table` wrote, text as text whatever it looks like.
+    """Return a table that `write_table` wrote; text stays text, whatever it looks like.
 
-    Columns of `TEXT_COLUMNS` hold str, or None where a value is missing. Every other column holds integers, booleans,
-    or floating numbers, NaN where missing.
+    Columns of `TEXT_COLUMNS` hold str, or None for a missing value. All other columns hold integers, booleans, or
+    floating-point numbers, with NaN for a missing value.
 
     Raises:
-        ValueError: a column that is neither text nor numbers.
+        ValueError: a column outside `TEXT_COLUMNS` holds text.
     """
-    # the names are read as a row of values: as a header, pandas would rename the empty and the repeated ones
+    # names are read as a row of values: in a header, pandas would rename empty and repeated names
     cells = pd.read_csv(path, header=None, dtype=str, na_filter=False, skip_blank_lines=False, encoding="utf-8")
     names = cells.iloc[0].tolist()
     cells = cells.iloc[1:].reset_index(drop=True)
@@ -423,7 +423,7 @@ def _guarded(text: str) -> str:
 
 
 def _unguarded(cell: str) -> str:
-    """Take the apostrophe of `_guarded` off, and leave those of files that are older than it."""
+    """Remove the apostrophe that `_guarded` added; keep one that an older file has as text."""
     return cell[1:] if re.match(rf"'([{re.escape(_FORMULA)}']|\Z)", cell) else cell
 
 
@@ -434,7 +434,7 @@ def _read_numbers(name: str, cells: pd.Series, path: Path | str) -> pd.Series:
     if len(cells) and cells.str.fullmatch(r"-?[0-9]{1,18}").all():
         return cells.astype(np.int64)
     try:
-        # float() and not pandas' parser, which rounds the last digit its own way
+        # float(), because pandas' own parser rounds the last digit differently
         return cells.map(lambda cell: float(cell) if cell else np.nan).astype(np.float64)
     except ValueError as error:
         raise ValueError(f"{path}: column {name!r} holds text ({error}), expected numbers") from None

@@ -1,4 +1,4 @@
-"""Tables that the figures of the comparison draw: gains over the reference, means over seeds, first values."""
+"""Compute the tables for the figures of the comparison: gains over the reference, and means over seeds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import pandas as pd
 from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 
 TASKS = (*EXPECTED_ORDER, POOLED)
-"""The tasks of the small world, and their mean."""
+"""The tasks of the small world, and the name of their mean."""
 
 TUNING_SEEDS = 1000
-"""Seeds from here on belong to worlds for tuning, which no figure shows."""
+"""The first seed of the tuning worlds, which no figure shows."""
 
 PARTS = ("h", "s", "margin", "kl")
-"""The parts of the margin s·h, and the KL, that `parts_by_seed` summarizes."""
+"""The measures that `parts_by_seed` summarises: the margin s·h with its factors, and the KL."""
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the main runs with columns gain/<task>: the reward minus that of the reference of the same world.
+    """Return the main runs with columns gain/<task>: the reward minus the reference's in the same world.
 
     Args:
         table: columns phase, contender, noise, seed, value and reward/<task> for each task and "all".
@@ -39,15 +39,15 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier_points(rows: pd.DataFrame, task: str) -> pd.DataFrame:
-    """Return KL and gain of each contender, learning rate and value: means over seeds with their standard errors.
+    """Return KL and gain by variant, learning rate and value: means over seeds with standard errors.
 
     Args:
-        rows: what `gains` returned, of one level of noise.
+        rows: the table of `gains`, for one level of noise.
         task: a task, or "all".
 
     Returns:
-        A row per contender, learning rate and value, KL rising within a contender: contender, learning_rate, value,
-        kl, gain, kl_se, gain_se. The standard error of a single seed is 0.
+        A row per contender (variant), learning rate and value, sorted by KL: contender, learning_rate, value, kl, gain,
+        kl_se, gain_se. The standard error of a single seed is 0.
     """
     groups = rows.groupby(["contender", "learning_rate", "value"])[[f"kl/{task}", f"gain/{task}"]]
     points = groups.mean().join(groups.sem().fillna(0.0).add_suffix("_se"))
@@ -56,10 +56,9 @@ def frontier_points(rows: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def first_value(rows: pd.DataFrame, contender: str) -> pd.DataFrame:
-    """Return the rows of a contender at the first of its values.
+    """Return the rows of a variant at its first value.
 
-    The constant is taken at the value and the learning rate that most of the others have there, so that they can be
-    compared.
+    For the constant, this is the most common first value and learning rate of the other variants, for comparability.
     """
     of_contender = rows[rows["contender"] == contender]
     if contender != "constant":
@@ -74,13 +73,13 @@ def first_value(rows: pd.DataFrame, contender: str) -> pd.DataFrame:
 
 
 def parts_by_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the parts of the margin of each contender at its first value: means over seeds with standard errors.
+    """Return the measures of `PARTS` for each variant at its first value: means over seeds with standard errors.
 
     Args:
-        rows: the main runs of one level of noise, with columns <part>/<task> for each of `PARTS`.
+        rows: the main runs at one level of noise, with columns <part>/<task> for each of `PARTS`.
 
     Returns:
-        A row per contender, part and task: contender, part, task, mean, se (0 for a single seed).
+        A row per contender (variant), part and task: contender, part, task, mean, se (0 for a single seed).
     """
     found = []
     for contender in rows["contender"].unique():

@@ -1,4 +1,4 @@
-"""Numbers and tables as text: one way to print a number, on the page, in a picture and in the terminal."""
+"""Format numbers and tables as text, alike on the page, in pictures and in the terminal."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 import pandas as pd
 
 MISSING = "–"
-"""Printed where there is no number."""
+"""The text printed in place of NaN."""
 
 
 def number(value: float, digits: int = 3, *, trim: bool = False) -> str:
-    """Return a number in so many significant digits, never with an exponent; "–" for NaN.
+    """Return a number with `digits` significant digits and without an exponent; "–" for NaN.
 
     Args:
         value: finite, or NaN.
-        digits: how many.
-        trim: drop zeros at the end of a fraction.
+        digits: number of significant digits.
+        trim: remove trailing zeros after the decimal point.
     """
     if math.isnan(value):
         return MISSING
-    # numpy's format_float_positional drops the zeros of a number that it rounds up: 0.51996 becomes 0.52, not 0.520
+    # not numpy's format_float_positional, which drops zeros when it rounds up: 0.51996 becomes 0.52, not 0.520
     text = format(Decimal(f"{value:.{digits - 1}e}"), "f")
     return _minus(text.rstrip("0").rstrip(".") if trim and "." in text else text)
 
 
 def fixed(value: float, decimals: int = 2, *, sign: bool = False) -> str:
-    """Return a number with so many decimals, with its sign if wanted; "–" for NaN."""
+    """Return a number with fixed decimals; `sign` adds a plus sign to positive numbers; "–" for NaN."""
     return MISSING if math.isnan(value) else _minus(f"{value:{'+' if sign else ''}.{decimals}f}")
 
 
 def interval(value: float, low: float, high: float, decimals: int = 2, *, sign: bool = False) -> str:
-    """Return an estimate with its interval, as "+0.50 [+0.10, +0.75]"; "–" where the estimate is NaN."""
+    """Return an estimate with its interval, such as "+0.50 [+0.10, +0.75]"; "–" if the estimate is NaN."""
     if math.isnan(value):
         return MISSING
     estimate, below, above = (fixed(x, decimals, sign=sign) for x in (value, low, high))
@@ -47,7 +47,7 @@ def rho(row: Any) -> str:
 
 
 def short(text: str, most: int) -> str:
-    """Return a text on one line, cut to at most so many characters."""
+    """Return a text on one line, truncated to at most `most` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -71,7 +71,7 @@ def as_text(summary: pd.DataFrame) -> str:
 
 
 def entropy_as_text(summary: pd.DataFrame) -> str:
-    """Return the table of `summarize_estimators` as text, estimators by tasks."""
+    """Return the table of `summarize_estimators` as text, a row per estimator and a column per task."""
     cells = [f"{number(row.mean)} ± {number(row.se)} (n={row.n})" for row in summary.itertuples()]
     wide = summary.assign(cell=cells).pivot(index="estimator", columns="task", values="cell")
     return wide.loc[summary["estimator"].unique(), summary["task"].unique()].to_string(na_rep=MISSING)

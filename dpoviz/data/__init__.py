@@ -1,1 +1,1 @@
-"""Preference pairs: load and validate records, cut them into tokens; layouts of public sets; the synthetic tasks."""
+"""Preference pairs: records, tokens, layouts of public data sets, synthetic tasks."""

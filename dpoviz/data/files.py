@@ -1,4 +1,4 @@
-"""Read rows from files, folders, data sets and the hub: each with its place, and its problem where it has one."""
+"""Read rows from files, folders, data sets and the hub, each with its place and, if unreadable, its problem."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from huggingface_hub import HfApi
 
 logger = logging.getLogger(__name__)
 
-_HUB_TIMEOUT = 5.0  # seconds that the hub has to answer at all
+_HUB_TIMEOUT = 5.0  # seconds before the hub counts as unreachable
 
-_BATCH = 1000  # rows of Parquet in memory at once
+_BATCH = 1000  # Parquet rows in memory at once
 
-_DEEPEST = 25  # levels of lists and objects in a row: what makes columns of them is recursive, and fails at 40
+_DEEPEST = 25  # nesting levels in a row: Arrow's conversion is recursive and fails at 40
 
 _BESIDE = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"}
-"""Files that stand beside data and hold none."""
+"""JSON files that lie beside data and hold metadata only."""
 
 _PACKINGS: dict[bytes, tuple[str, Callable[[Path], Any]]] = {
     b"\x1f\x8b": ("gzip", gzip.open),
@@ -41,7 +41,7 @@ _PACKINGS: dict[bytes, tuple[str, Callable[[Path], Any]]] = {
     b"\xfd7zXZ": ("xz", lzma.open),
     b"\x28\xb5\x2f\xfd": ("zstd", lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd"))),
 }
-"""How compressed files begin; by their first bytes, whatever their names say."""
+"""Compression formats by magic number; the file name is not trusted."""
 
 _PACKED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 
@@ -57,7 +57,7 @@ Source: TypeAlias = Path | str | Dataset | DatasetDict | list[Path | str] | tupl
 
 
 class Row(NamedTuple):
-    """A record as it was read, or the problem that kept it from being read; `place` and `number` say where it stood."""
+    """A record and its position, or the problem that made it unreadable."""
 
     place: str
     number: int
@@ -67,15 +67,15 @@ class Row(NamedTuple):
 
 
 def rows(source: Source, split: str) -> Iterator[Row]:
-    """Yield the rows of a source, in their order.
+    """Yield the rows of a source in order.
 
     Args:
-        source: what `load_pairs` takes.
-        split: the part of a hub's set, of its clone, of a saved set or of a `DatasetDict`.
+        source: as in `load_pairs`.
+        split: split of a hub data set, of its clone, of a saved data set or of a `DatasetDict`.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: a file that is not what its name says, or a split or set that does not exist.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: a file's content does not match its suffix, or the split or data set does not exist.
     """
     parts = list(_parts(source, split))
     paths = [part for part in parts if isinstance(part, Path)]
@@ -89,12 +89,12 @@ def rows(source: Source, split: str) -> Iterator[Row]:
 
 
 def exists(path: str) -> bool:
-    """Return whether there is a file or folder of this name."""
+    """Return whether a file or folder of this name exists."""
     return Path(path).exists()
 
 
 def named(source: Source) -> str:
-    """Return a source's name for messages."""
+    """Return the name of a source for messages."""
     if isinstance(source, (Dataset, DatasetDict)):
         return "the data set"
     return str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
@@ -171,10 +171,10 @@ def _is_data(path: Path) -> bool:
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """Return the files of each split, as the folder's README or the files' names say; none if they say nothing."""
+    """Return the files of each split, read from the README or the file names; empty if neither names splits."""
     try:
         files = load_dataset_builder(str(folder.absolute())).config.data_files
-    except Exception:  # nothing that `datasets` makes a set of
+    except Exception:  # `datasets` finds no data set in this folder
         return {}
     return {
         str(name): [folder / os.path.relpath(path, folder.absolute()) for path in own] for name, own in files.items()
@@ -182,7 +182,7 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def kind(path: Path) -> str:
-    """Return the suffix that says how a file is read: lower case, without that of its packing."""
+    """Return the suffix that selects the reader: lower case, without a compression suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     while suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
@@ -200,7 +200,7 @@ def _from_hub(name: str, split: str) -> Dataset:
     if not offline:
         try:
             HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)
-        except Exception as error:  # the hub's client raises what the HTTP library of its release raises
+        except Exception as error:  # the exception type depends on the HTTP library of the hub client's release
             raise ValueError(
                 f"data: {name} is no file or folder, and the hub has no such set or cannot be reached; {instead}, or "
                 "set HF_HUB_OFFLINE=1 to use what was downloaded before"
@@ -239,13 +239,13 @@ def _file(path: Path, label: str) -> Iterator[Row]:
 
 
 def _encoding(start: bytes) -> str:
-    """Return the encoding that a text's first bytes give away, UTF-8 where they give away nothing."""
+    """Return the encoding detected from the first bytes; UTF-8 by default."""
     found = json.detect_encoding(start[:4])
     return "utf-8-sig" if found == "utf-8" else found
 
 
 def _lines(path: Path, open_: Callable[[], IO[bytes]]) -> Iterator[str | UnicodeDecodeError]:
-    """Yield the lines of a text, whatever ends them; a line that is not UTF-8 as its error."""
+    """Yield the lines of a text with any line ending; for a line that is not UTF-8, yield its error."""
     with open_() as file:
         encoding = _encoding(file.read(4))
     with open_() as file:
@@ -253,7 +253,7 @@ def _lines(path: Path, open_: Callable[[], IO[bytes]]) -> Iterator[str | Unicode
             yield from _decoded(path, file, encoding)
             return
         for chunk in file:
-            for line in chunk.splitlines() or [b""]:  # of bytes: ends at \n, \r and \r\n alone
+            for line in chunk.splitlines() or [b""]:  # bytes.splitlines splits at \n, \r and \r\n only
                 try:
                     yield line.decode("utf-8-sig")
                 except UnicodeDecodeError as error:
@@ -269,7 +269,7 @@ def _decoded(path: Path, file: IO[bytes], encoding: str, newline: str | None = N
 
 
 class _Twice(dict):
-    """A JSON object in which `key` stands twice."""
+    """A JSON object that contains `key` twice."""
 
     key = ""
 
@@ -285,10 +285,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _json(text: str) -> Any:
-    """Return what a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or holds a number of too many digits.
+        ValueError: the text is not JSON, is nested too deeply, or contains a number with too many digits.
     """
     try:
         return json.loads(text, object_pairs_hook=_object)
@@ -297,10 +297,10 @@ def _json(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Return what a JSON text inside a row holds.
+    """Parse a JSON text inside a row.
 
     Raises:
-        ValueError: it is not JSON, holds a key twice, or is nested too deeply.
+        ValueError: the text is not JSON, contains a key twice, or is nested too deeply.
     """
     value = _json(text)
     flaw = _flaw(value)
@@ -310,7 +310,7 @@ def parse_json(text: str) -> Any:
 
 
 def _flaw(record: object) -> str | None:
-    """Return what is wrong with a row before its fields are looked at: a key twice, or too deep a nest."""
+    """Return the structural problem of a row, a duplicate key or too deep nesting; None if there is none."""
     level: list[object] = [record]
     for _ in range(_DEEPEST):
         twice = next((value for value in level if isinstance(value, _Twice)), None)
@@ -324,7 +324,7 @@ def _flaw(record: object) -> str | None:
 
 
 def _inside(values: object) -> list[object]:
-    """Return the lists and objects among some values."""
+    """Return the lists and dicts among the values."""
     if not isinstance(values, (list, type({}.values()))):
         return []
     return [value for value in values if isinstance(value, (dict, list))]
@@ -348,7 +348,7 @@ def _json_lines(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Itera
 
 
 def _is_whole(path: Path, open_: Callable[[], IO[bytes]]) -> bool:
-    """Whether JSON is one list or object over several lines, and not a record per line."""
+    """Return whether the file is one JSON value over several lines rather than one record per line."""
     first = next((text for text in _lines(path, open_) if isinstance(text, UnicodeDecodeError) or text.strip()), "")
     return isinstance(first, str) and re.match(r"\s*(\[\s*(\{|$)|\{\s*$)", first) is not None
 
@@ -361,7 +361,7 @@ def _json_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterat
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and not _is_whole(path, open_):  # JSON Lines under the other name
+        if error.msg == "Extra data" and not _is_whole(path, open_):  # JSON Lines with the suffix .json
             yield from _json_lines(path, label, open_)
             return
         place = f"line {error.lineno}, character {error.colno}"
@@ -378,7 +378,7 @@ def _json_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterat
 
 
 def _is_table(content: dict[str, Any]) -> bool:
-    """Whether an object holds a column per key, as `DataFrame.to_json` writes it: by number, or a list of texts."""
+    """Return whether an object maps column names to columns, as `DataFrame.to_json` writes it."""
     firsts = [v.get("0") if isinstance(v, dict) else v[:1] if isinstance(v, list) else None for v in content.values()]
     return bool(firsts) and all(
         first and not (isinstance(first, list) and isinstance(first[0], dict)) for first in firsts
@@ -386,8 +386,8 @@ def _is_table(content: dict[str, Any]) -> bool:
 
 
 def _csv_rows(path: Path, label: str, open_: Callable[[], IO[bytes]]) -> Iterator[Row]:
-    """Yield the rows of CSV or TSV as texts: nothing is guessed from how a cell looks."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a long answer is one cell
+    """Yield CSV or TSV rows with every cell as text; no types are guessed."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default limit is too small for a long answer
     with open_() as file:
         encoding = _encoding(file.read(4))
     with open_() as file:
@@ -449,4 +449,4 @@ READERS: dict[str, Callable[[Path, str, Callable[[], IO[bytes]]], Iterator[Row]]
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
 }
-"""By suffix, in lower case, without that of a packing."""
+"""Readers by lower-case suffix, without a compression suffix."""

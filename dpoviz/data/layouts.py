@@ -1,7 +1,7 @@
-"""Find a row's prompt, answers and label, under whatever names: what is read from where, and what is refused.
+"""Find the prompt, the answers and the label of a row by its column names; refuse what is ambiguous.
 
-Nothing that could change the prompt or the label is left out in silence: such a column is read, stands in the prompt
-already, is ignored by the user's own word, or is refused by name.
+No column that could change the prompt or the label is dropped silently: it is read, repeats what the prompt already
+says, is ignored on the user's request, or is refused by name.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FIELDS = ("prompt", "chosen", "rejected", "task")
 ROLES = ("system", "user", "assistant", "tool")
 
 OWN = ("prompt_ids", "chosen_ids", "rejected_ids", "line", "file")
-"""Columns that later steps write, with all that begin with ref_."""
+"""Columns that later steps write, besides those that begin with ref_."""
 
 RENAMED = (*FIELDS, "group", "system", "tools")
-"""Names of ours that --columns may give."""
+"""Names that --columns may assign."""
 
-# --- what names mean -------------------------------------------------------------------------------------------------
+# --- column names ----------------------------------------------------------------------------------------------------
 
 ANSWERS = (
     ("chosen", "rejected"),
@@ -52,10 +52,10 @@ ANSWERS = (
     ("pos", "neg"),
     ("y_w", "y_l"),
 )
-"""Two columns whose names say which answer is the better one."""
+"""Pairs of column names that say which answer is better: (better, worse)."""
 
 MARKERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"), ("one", "two"))
-"""What tells two answers' columns apart where a label says which is better: response_0 and response_1."""
+"""Words that distinguish two answer columns where a label says which is better: response_0 and response_1."""
 
 ANSWER_WORDS = frozenset(
     "response responses answer answers output completion candidate reply generation conversation summary continuation "
@@ -63,7 +63,7 @@ ANSWER_WORDS = frozenset(
 )
 
 SCORES = {"score": 1, "rating": 1, "reward": 1, "grade": 1, "points": 1, "votes": 1, "winner": 1, "wins": 1, "rank": -1}
-"""Numbers of which each answer has its own; 1 where the higher is better."""
+"""Scores that each answer has; 1 where higher is better, -1 where lower is."""
 
 LABELS = frozenset(
     "label labels winner preference preferences preferred prefer better best safer choice vote verdict judgement "
@@ -73,10 +73,10 @@ MAYBE_LABELS = frozenset(
     "gold annotation annotations select selected selection favorite favourite outcome result target decision pick "
     "picked correct answer rank ranking feedback y".split()
 )
-"""Words of a label's name that beside ordered answers are as often another thing's."""
+"""Words that may name a label; beside ordered answers they as often name something else."""
 
 NO_LABELS = frozenset("by model source statement reason explanation elaboration annotator type date confidence".split())
-"""Words that make of a label's name another thing's: preference_statement."""
+"""Words that show that a column is not the label itself: preference_statement."""
 
 TIES = frozenset({"tie", "both", "neither", "equal", "same", "draw", "none"})
 
@@ -92,13 +92,13 @@ OTHER_WORDS = frozenset(
     "image images picture pictures audio audios video videos pixels thinking thought thoughts reasoning cot "
     "scratchpad".split()
 )
-"""What models read beside text, or write before an answer."""
+"""Inputs other than text, and reasoning that a model writes before its answer."""
 
 FILLERS = frozenset(
     "text texts content message msg str string full user human retrieved supporting shot list json definitions "
     "schema schemas available few chosen rejected prompt instruction instructions".split()
 )
-"""Words that leave a name's meaning as it is: context_text."""
+"""Words that do not change the meaning of a name: context_text."""
 
 MESSAGE_KEYS = (("role", "content"), ("from", "value"))
 
@@ -114,16 +114,16 @@ SPEAKERS = {
 } | {role: role for role in ROLES}
 
 CARRIED = ("thinking", "reasoning", "reasoning_content", "tool_calls", "tool_call_id", "name")
-"""Fields of a prompt's message that templates read; they stay in it."""
+"""Message fields that chat templates read; they are kept in the prompt."""
 
 IDLE = frozenset(
     "id index idx turn timestamp time date model score rating weight loss train language lang source author".split()
 )
-"""Fields of a message that no template reads."""
+"""Message fields that no chat template reads."""
 
 
 class Refused(ValueError):
-    """A row that cannot be read; `column` where the fault is the column's, and so the same in each row."""
+    """A row that cannot be read; `column` is set if the problem is the column's and so the same in every row."""
 
     def __init__(self, message: str, column: str | None = None) -> None:
         super().__init__(message)
@@ -135,22 +135,22 @@ class Tie(Exception):
 
 
 class _Pair(NamedTuple):
-    """Two columns that hold two answers, and what tells them apart."""
+    """Two columns that hold two answers, and the words that distinguish their names."""
 
     first: str
     second: str
     markers: tuple[str, str]
 
 
-@cache  # a set's rows have the same few names
+@cache  # the rows of a data set share a few names
 def words(name: str) -> tuple[str, ...]:
-    """Return the words of a column's name, in lower case: betterResponse_id is better, response, id."""
+    """Return the lower-case words of a column name: betterResponse_id → (better, response, id)."""
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name))
 
 
 @cache
 def _means(name: str, meaning: frozenset[str]) -> bool:
-    """Whether a name says one of some things, and nothing else."""
+    """Return whether a name contains a word of `meaning` and otherwise only fillers."""
     own = set(words(name))
     return bool(own & meaning) and own <= meaning | FILLERS
 
@@ -160,12 +160,12 @@ def is_system(name: str) -> bool:
 
 
 def is_context(name: str) -> bool:
-    """Whether a column is, by its name, something that a model reads."""
+    """Return whether a column's name says that the model reads it."""
     return _means(name, PROMPT_WORDS | SYSTEM_WORDS | TOOL_WORDS | OTHER_WORDS)
 
 
 def is_label(name: str, value: Any) -> bool:
-    """Whether a column says, by its name and its value, which of two answers is better."""
+    """Return whether a column, by name and value, says which of two answers is better."""
     own = set(words(name))
     which = own & LABELS or (own & {"chosen", "rejected"} and own & {"id", "index", "idx", "position"})
     return bool(which) and not own & NO_LABELS and _short(value)
@@ -179,11 +179,11 @@ def _short(value: Any) -> bool:
 
 
 class Reader:
-    """Reads rows, and counts what the user should know of them.
+    """Reader of rows that counts what the user should be told.
 
     Attributes:
-        counts: what was found in how many rows.
-        seen: names of columns and of messages' fields that were met, to find a mistyped one.
+        counts: number of rows per observation.
+        seen: ignored columns and message fields that occurred; the others are mistyped.
     """
 
     def __init__(self, columns: Mapping[str, str], ignored: Iterable[str]) -> None:
@@ -192,10 +192,10 @@ class Reader:
         self.seen: set[str] = set()
 
     def read(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the row with `prompt`, `chosen`, `rejected`, `messages` and `tools` where it has them.
+        """Return the row with those of `prompt`, `chosen`, `rejected` and `tools` that it contains.
 
         Raises:
-            Refused: a column that cannot be used, contradictory labels, or answers that hold no prompt.
+            Refused: a column cannot be used, labels disagree, or no prompt can be read from the answers.
             Tie: the label prefers neither answer.
         """
         left = self._set_aside(self._named_as_ours(row))
@@ -229,7 +229,7 @@ class Reader:
         return {name: _unpacked(name, value) for name, value in {**kept, **renamed}.items()}
 
     def _set_aside(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Give columns that later steps write another name."""
+        """Rename columns whose names later steps write."""
         ours = {name: f"own_{name}" for name in row if name in OWN or name.startswith("ref_")}
         for name, other in ours.items():
             if other in row:
@@ -240,7 +240,7 @@ class Reader:
     # --- answers and label
 
     def _answers(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Take the better and the worse answer out of a row; nothing if it has none."""
+        """Remove the better and the worse answer from a row and return them; empty if it has none."""
         named = next((pair for pair in ANSWERS if pair[0] in row and pair[1] in row), None)
         if named is not None:
             self._require_no_label(row, named)
@@ -253,7 +253,7 @@ class Reader:
         return {"chosen": row.pop(named[0]), "rejected": row.pop(named[1])}
 
     def _require_no_label(self, row: Mapping[str, Any], named: tuple[str, str]) -> None:
-        """Refuse a label beside answers that are ordered already: it may say the contrary."""
+        """Refuse a label beside answers that are already ordered: it may contradict the order."""
         theirs = {ours: name for name, ours in self.columns.items()}
         marked = [_stem_and_marker(theirs[ours]) for ours in ("chosen", "rejected") if ours in theirs]
         markers = tuple(own[1] for own in marked if own is not None)
@@ -292,14 +292,14 @@ class Reader:
     # --- prompt
 
     def _prompt(self, row: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:
-        """Return `prompt`, `chosen`, `rejected`, `messages` and `tools`; takes what it uses out of the row."""
+        """Return `prompt`, `chosen`, `rejected` and `tools`; remove the columns used from the row."""
         answers = {name: self._chat(value) for name, value in answers.items()}
         whole = bool(answers) and all(isinstance(own, list) and len(own) > 1 for own in answers.values())
         prompt = self._given_prompt(row, whole)
         system, tools = self._system(row), _tools(row.pop("tools", None))
         if whole and (prompt is None or isinstance(prompt, str) or _begin(answers, prompt)):
             if isinstance(prompt, str):
-                row["prompt"] = prompt  # it must stand in the chat
+                row["prompt"] = prompt  # checked later: the chat must contain it
             prompt, answers = _shared_messages(answers)
         elif prompt is None and answers and all(isinstance(own, str) for own in answers.values()):
             prompt, answers = _shared_text(answers)
@@ -316,7 +316,7 @@ class Reader:
         return {"prompt": prompt, **answers} | ({"tools": json.dumps(tools, ensure_ascii=False)} if tools else {})
 
     def _system(self, row: dict[str, Any]) -> str | None:
-        """Take the system's text out of a row: "" where its column is empty, None where there is none."""
+        """Remove the system message from a row and return it: "" if its column is empty, None if there is none."""
         name = next((own for own in row if is_system(own)), None)
         if name is None:
             return None
@@ -329,7 +329,7 @@ class Reader:
         return value.strip() and value if isinstance(value, str) else ""
 
     def _given_prompt(self, row: dict[str, Any], whole: bool) -> Any:
-        """Take the prompt out of a row: a text, a chat, or None where no column holds one, or whole chats do."""
+        """Remove the prompt from a row and return it: a text, a chat, or None if no column holds it."""
         there = [name for name in row if _means(name, PROMPT_WORDS | {"prompt"}) and not _empty(row[name])]
         if "prompt" in row and (_empty(row["prompt"]) <= (not there)):
             own = self._chat(row.pop("prompt"))
@@ -340,7 +340,7 @@ class Reader:
             return _alpaca(row)
         if whole:
             return None
-        if len(there) > 1:  # the column that says all that the others say
+        if len(there) > 1:  # the column that contains all the others
             there = [name for name in there if all(_said(row[o], _texts(row[name])) for o in there)][:1] or there
         if len(there) > 1:
             raise Refused(
@@ -365,12 +365,12 @@ class Reader:
         return self._chat(value)
 
     def _is_rendered(self, value: list, text: Any, tools: Any) -> bool:
-        """Whether a chat in words is this text: a record of ours that was saved and is read again."""
+        """Return whether the text is this chat as `as_text` writes it: a saved record that is read again."""
         chat = [self._message(message) for message in value]
         return not any(_message_flaw(message) for message in chat) and as_text(chat, tools) == text
 
     def _without_prompt(self, prompt: Any, answers: dict[str, Any]) -> dict[str, Any]:
-        """Cut the prompt off answers that repeat it; one or two words may begin an answer by chance."""
+        """Cut the prompt off answers that repeat it; a prompt of one or two words may match by chance and is kept."""
         last = prompt[-1] if isinstance(prompt, list) and prompt else prompt
         text = last.get("content") if isinstance(last, dict) else last
         texts = {name: own[0]["content"] if _is_answer(own) else own for name, own in answers.items()}
@@ -390,9 +390,9 @@ class Reader:
         return {name: own.lstrip() if isinstance(prompt, list) else own for name, own in cut.items()}
 
     def _require_said(self, row: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Refuse a column that a model would read, unless it is empty or says what the record says already."""
+        """Refuse a column that the model should read, unless it is empty or repeats the record."""
         for name, value in row.items():
-            # numbers are no texts to read; a text must stand in the prompt itself, a conversation may hold the answers
+            # numbers are not read; a text must occur in the prompt, a conversation may contain the answers too
             if isinstance(value, (bool, int, float)) or _empty(value):
                 continue
             if not is_context(name) and not _is_media(value):
@@ -408,7 +408,7 @@ class Reader:
     # --- chats
 
     def _chat(self, value: Any) -> Any:
-        """Return messages in one spelling; anything else as it is."""
+        """Return messages with the keys role and content; return anything else unchanged."""
         if isinstance(value, dict) and any(role in value for role, _ in MESSAGE_KEYS):
             value = [value]
         if not isinstance(value, list):
@@ -447,7 +447,7 @@ def _empty(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number, also one in a text, as CSV has them; None where a value is none."""
+    """Return a value as a number, also from text, as CSV has it; None if it is not a number."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) else math.nan
     except (ValueError, OverflowError):
@@ -459,9 +459,9 @@ _CODED = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
 def _unpacked(name: str, value: Any) -> Any:
-    """Return a chat that stands in a text as JSON."""
+    """Return the value; parse it if it is a chat as JSON text."""
     if name == "chat_template_kwargs" and isinstance(value, dict):
-        return json.dumps(_filled(value), ensure_ascii=False)  # as a column of objects it would be filled with None
+        return json.dumps(_filled(value), ensure_ascii=False)  # Arrow would fill a column of objects with None
     if not isinstance(value, str) or not _CODED.match(value):
         return value
     try:
@@ -473,7 +473,7 @@ def _unpacked(name: str, value: Any) -> Any:
 
 
 def _filled(value: Any) -> Any:
-    """Return a value without the None that Arrow fills into objects."""
+    """Return a value without the None entries that Arrow adds to objects."""
     if isinstance(value, dict):
         return {name: _filled(own) for name, own in value.items() if own is not None}
     return [_filled(own) for own in value] if isinstance(value, list) else value
@@ -483,7 +483,7 @@ def _filled(value: Any) -> Any:
 
 
 def _stem_and_marker(name: str) -> tuple[tuple[str, ...], str] | None:
-    """Return a name's words and what tells it from its like: response_0 is ("response",) and "0"."""
+    """Return the stem and the marker of a name: response_0 → (("response",), "0")."""
     own = words(name)
     for i in (-1, 0):
         if len(own) > 1 and (len(own[i]) == 1 or any(own[i] in pair for pair in MARKERS)):
@@ -492,7 +492,7 @@ def _stem_and_marker(name: str) -> tuple[tuple[str, ...], str] | None:
 
 
 def _two_answers(row: Mapping[str, Any]) -> _Pair | None:
-    """Return the two columns that hold answers without saying which is better.
+    """Return the two columns that hold answers whose names do not say which is better.
 
     Raises:
         Refused: there are more than two.
@@ -515,11 +515,11 @@ def _two_answers(row: Mapping[str, Any]) -> _Pair | None:
 
 
 def _preferred(row: Mapping[str, Any], pair: _Pair) -> int:
-    """Return 1 where the first answer is better and -1 where the second is.
+    """Return 1 if the first answer is better and -1 if the second is.
 
     Raises:
         Tie: neither is.
-        Refused: no column says, one says it in a way that is not certain, or two disagree.
+        Refused: no column says which, one is ambiguous, or two disagree.
     """
     votes = {}
     for name, value in row.items():
@@ -560,7 +560,7 @@ def _preferred(row: Mapping[str, Any], pair: _Pair) -> int:
 
 
 def _may_be_label(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> bool:
-    """Whether a column beside two answers may be their label, though its name does not say how to read it."""
+    """Return whether a column may be the label of two answers although its name does not say how to read it."""
     value, own = row[name], set(words(name))
     other = _other_marker(row, name, markers)
     if not own.isdisjoint(IDLE - SCORES.keys()):
@@ -572,7 +572,7 @@ def _may_be_label(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -
 
 
 def _other_marker(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> str | None:
-    """Return the column that says of the other answer what this one says of its own: score_b for score_a."""
+    """Return the counterpart of a column for the other answer: score_b for score_a."""
     own = list(words(name))
     here = [i for i, word in enumerate(own) if word in markers]
     if len(here) != 1:
@@ -582,7 +582,7 @@ def _other_marker(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -
 
 
 def _by_scores(row: Mapping[str, Any], name: str, markers: tuple[str, str]) -> int | None:
-    """Return what two numbers say, one for each answer: 1, -1 or 0; None where these columns are no scores."""
+    """Compare the scores of both answers: 1 if the first is better, -1 if the second, 0 if equal, None if no scores."""
     other, sign = _other_marker(row, name, markers), _score_of(name)
     if other is None or not sign:
         return None
@@ -613,14 +613,14 @@ def _by_label(name: str, value: Any, markers: tuple[str, str]) -> int | None:
 
 
 _ABOUT = frozenset("model assistant system id is the better human wins win won preferred".split())
-"""Words beside an answer's mark in a label: "model_a", "assistant B wins"."""
+"""Words that may accompany the marker in a label: "model_a", "assistant B wins"."""
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def _alpaca(row: dict[str, Any]) -> Any:
-    """Take Alpaca's prompt out of a row, joined as LLaMA-Factory joins it: instruction, a line end, input."""
+    """Remove Alpaca's prompt from a row and return it, joined as in LLaMA-Factory: instruction, newline, input."""
     parts = [row.pop("instruction"), row.pop("input", None)]
     history = row.pop("history", None)
     if any(part is not None and not isinstance(part, str) for part in parts):
@@ -635,7 +635,7 @@ def _alpaca(row: dict[str, Any]) -> Any:
 
 
 def _with_system(prompt: Any, system: str | None) -> Any:
-    """Return the prompt with the system's message before it; a column for it makes a text a user's message."""
+    """Return the prompt with the system message prepended; a system column turns a text into a user message."""
     if system is None or _empty(prompt):
         if system:
             raise Refused("column 'system': there is no prompt that it could stand before", "system")
@@ -658,10 +658,10 @@ def _with_system(prompt: Any, system: str | None) -> Any:
 
 
 def _require_no_other_prompt(row: Mapping[str, Any]) -> None:
-    """Refuse to take what two answers share for the prompt where another column may hold it."""
+    """Refuse to use the common beginning of the answers as the prompt if another column may hold it."""
     for name, value in row.items():
         if is_context(name) and not _empty(value):
-            continue  # refused with its own words, unless the answers say it
+            continue  # `_require_said` refuses it, unless the answers contain it
         if name not in ("task", "group") and isinstance(value, str) and len(_pieces(value)) >= 3:
             raise Refused(
                 f"column {name!r}: may hold the prompt, which is else what both answers begin with; name it (--columns "
@@ -671,12 +671,12 @@ def _require_no_other_prompt(row: Mapping[str, Any]) -> None:
 
 
 def _pieces(text: str) -> list[str]:
-    """Return a text's words; an ideograph is one."""
+    """Return the words of a text; an ideograph counts as one."""
     return [piece for piece in _BOUNDARY.split(text) if piece[:1].isalnum()]
 
 
 def _begin(answers: Mapping[str, Any], prompt: Any) -> bool:
-    """Whether both answers, whole chats, begin with the prompt's messages."""
+    """Return whether both answers, as whole chats, begin with the prompt's messages."""
     if not isinstance(prompt, list):
         return False
     return all(isinstance(own, list) and own[: len(prompt)] == prompt for own in answers.values())
@@ -692,7 +692,7 @@ def _shared_messages(answers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _shared_text(answers: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Cut two texts behind the words that they share; a blank between prompt and answer belongs to the answer."""
+    """Split two texts after their common words; a space between prompt and answer belongs to the answer."""
     chosen, rejected = answers["chosen"], answers["rejected"]
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     _require_two(chosen[same:].strip(), rejected[same:].strip(), chosen == rejected)
@@ -713,11 +713,11 @@ def _require_two(chosen: Sequence, rejected: Sequence, identical: bool) -> None:
         )
 
 
-_BOUNDARY = regex.compile(r"\b", regex.WORD)  # of Unicode's words: not inside 3.50 or don't, between two ideographs
+_BOUNDARY = regex.compile(r"\b", regex.WORD)  # Unicode's: none inside 3.50 or don't, one between ideographs
 
 
 def _boundary(text: str, at: int) -> int:
-    """Return the last place up to `at` that is not inside a word."""
+    """Return the last position up to `at` that is not inside a word."""
     if at in (0, len(text)) or text[at - 1].isspace() or text[at].isspace():
         return at
     begin = at - 1
@@ -728,7 +728,7 @@ def _boundary(text: str, at: int) -> int:
 
 
 def _tools(value: Any) -> list | None:
-    """Return the schemas of tools: a list, as such or in JSON."""
+    """Return the tool schemas from a list or its JSON text; None if there are none."""
     if isinstance(value, str) and value.strip():
         try:
             value = parse_json(value)
@@ -742,7 +742,7 @@ def _tools(value: Any) -> list | None:
 
 
 def _calls(content: Any) -> list[dict]:
-    """Return ShareGPT's function_call, an object or a list of such in JSON, as tool calls."""
+    """Return the tool calls of ShareGPT's function_call, one object or a list of them, maybe as JSON text."""
     try:
         calls = parse_json(content) if isinstance(content, str) else content
         calls = calls if isinstance(calls, list) else [calls]
@@ -763,13 +763,13 @@ def _is_answer(value: Any) -> bool:
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a value is an image or a sound, as `datasets` keeps them."""
+    """Return whether a value is an image or audio in the representation of `datasets`."""
     items = value if isinstance(value, list) else [value]
     return any(isinstance(item, dict) and {"bytes", "path"} <= set(item) for item in items)
 
 
 def _texts(value: Any) -> list[str]:
-    """Return all texts in a value, the names of speakers apart."""
+    """Return all texts in a value except the names of speakers."""
     if isinstance(value, str):
         return [" ".join(value.split())]
     if isinstance(value, dict):
@@ -778,14 +778,14 @@ def _texts(value: Any) -> list[str]:
 
 
 def _said(value: Any, texts: Sequence[str]) -> bool:
-    """Whether each text of a value stands in one of some texts, as whole words."""
+    """Return whether every text of a value occurs in one of `texts` as whole words."""
     if not isinstance(value, (str, list, dict)):
         return False
     return all(any(_stands_in(own, text) for text in texts) for own in _texts(value) if own)
 
 
 def _stands_in(own: str, text: str) -> bool:
-    """Whether some words stand in a text, whole."""
+    """Return whether `own` occurs in a text as whole words."""
     at = text.find(own)
     while at >= 0:
         if not (text[at - 1 : at] + own[:1]).isalnum() or at == 0:
@@ -797,7 +797,7 @@ def _stands_in(own: str, text: str) -> bool:
 
 
 def as_text(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-    """Return a chat in plain words, all that tells it from another: tools and further fields in JSON."""
+    """Return a chat as text that identifies it; tools and further fields are written as JSON."""
     said = [f"tools: {tools}"] if tools else []
     for message in messages:
         more = {name: value for name, value in message.items() if name not in ("role", "content")}
@@ -808,7 +808,7 @@ def as_text(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
 
 
 def _message_flaw(message: Any) -> str | None:
-    """Return what is wrong with a message."""
+    """Return the problem of a message; None if there is none."""
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         return f"got {str(message)[:60]!r}, expected an object with role and content"
     if message["role"] not in ROLES:
@@ -821,7 +821,7 @@ def _message_flaw(message: Any) -> str | None:
 
 
 def chat_flaws(messages: list, field: str) -> list[str]:
-    """Return what is wrong with a prompt's or an answer's messages."""
+    """Return the problems of the messages of a prompt or an answer."""
     if not messages:
         return ["got no messages"]
     found = []

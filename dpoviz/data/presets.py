@@ -1,4 +1,4 @@
-"""Public preference sets whose layout is known: where they are, what they weigh, and how a row becomes pairs."""
+"""Public preference data sets of known layout: their source, size and licence, and how a row becomes pairs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from itertools import product
 
 @dataclass(frozen=True)
 class Preset:
-    """A public set.
+    """A public preference data set.
 
     Attributes:
-        hub: its name on Hugging Face's hub; None where it is a file elsewhere.
-        page: where it is described.
-        task: what its pairs are; None where the rows say.
-        pairs: about how many.
-        licence: as its page gives it; look again before you use one.
-        preferred_by: who or what made one answer the better one.
-        convert: gives the pairs of a row, none where it carries no preference.
-        split: of the hub's set.
-        columns: those that no other set has together, by which its files are recognised; none where there are no such.
+        hub: its name on the Hugging Face Hub; None if it is not loaded from there.
+        page: URL of its description.
+        task: task of all pairs; None if the rows name it.
+        pairs: approximate number of pairs.
+        licence: as stated on its page; check again before use.
+        preferred_by: the source of the preferences.
+        convert: yields the pairs of a row; none if the row has no preference.
+        split: split on the hub.
+        columns: a combination of columns that identifies its files; empty if there is none.
     """
 
     hub: str | None
@@ -37,7 +37,7 @@ class Preset:
 
 
 def recognised(row: Mapping[str, object]) -> str | None:
-    """Return the name of the set whose row this is, by its columns; None if it may be anybody's."""
+    """Return the name of the data set that a row's columns identify; None if they identify none."""
     chosen = row.get("chosen")
     if (
         set(row) - {"task", "group"} == {"chosen", "rejected"}
@@ -49,7 +49,7 @@ def recognised(row: Mapping[str, object]) -> str | None:
 
 
 def _renamed(**names: str) -> Callable[[dict], Iterator[dict]]:
-    """Rows that need other names alone: ours = theirs."""
+    """Return a converter that only renames columns: new name = old name."""
 
     def convert(row: dict) -> Iterator[dict]:
         yield {ours: row[theirs] for ours, theirs in names.items()}
@@ -58,7 +58,7 @@ def _renamed(**names: str) -> Callable[[dict], Iterator[dict]]:
 
 
 def _gsm8k_solutions(row: dict) -> Iterator[dict]:
-    """Each right solution with each wrong one; calculator annotations, <<3+4=7>>, are taken out."""
+    """Yield every correct solution with every wrong one, without calculator annotations such as <<3+4=7>>."""
     models = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
     solutions = [row[name] for name in models]
     texts = {right: [s["solution"] for s in solutions if s["is_correct"] == right] for right in (True, False)}
@@ -82,7 +82,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def _hh(row: dict) -> Iterator[dict]:
-    """Dialogues as one string, whose turns begin with an empty line and a speaker."""
+    """Yield the pair of two dialogues, each one string whose turns begin with an empty line and a speaker."""
     yield {name: _turns(row[name]) for name in ("chosen", "rejected")}
 
 
@@ -100,7 +100,7 @@ _DOMAINS = {"general": "dialogue", "stem": "math", "code": "code", "multilingual
 
 
 def _helpsteer3(row: dict) -> Iterator[dict]:
-    """Preference from -3 (the first is much better) to 3 (the second is); 0 is none."""
+    """Yield the pair of a row; the preference runs from -3 (first much better) to 3 (second), and 0 yields none."""
     preference = row["overall_preference"]
     if preference == 0:
         return
@@ -120,7 +120,7 @@ def _user(text: str) -> list[dict]:
 
 
 def _ordered(prompt: object, first: object, second: object, better: int) -> Iterator[dict]:
-    """The pair of two answers of which one is better, 1 or 2; none where neither is."""
+    """Yield the pair of two answers, given the better one, 1 or 2; none if `better` is 0."""
     if better:
         chosen, rejected = (first, second) if better == 1 else (second, first)
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -130,7 +130,7 @@ _HELPSTEER_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def _helpsteer2(row: dict) -> Iterator[dict]:
-    """Preference from -3 (the first is much better) to 3 (the second is); 0 is none. Turns are marked in the text."""
+    """Yield the pair of a row, as `_helpsteer3`; turns are marked in the text."""
     first, *parts = _HELPSTEER_TURN.split(row["prompt"])
     said = zip(parts[::2], parts[1::2], strict=True)
     chat = [*_user(first), *({"role": speaker.lower(), "content": text} for speaker, text in said)]
@@ -139,7 +139,7 @@ def _helpsteer2(row: dict) -> Iterator[dict]:
 
 
 def _shp(row: dict) -> Iterator[dict]:
-    """Label 1 prefers A, 0 prefers B; the scores, votes of readers, say the same."""
+    """Yield the pair of a row; label 1 prefers A, 0 prefers B, and the scores, readers' votes, must agree."""
     better = {1: 1, 0: 2}[int(row["labels"])]
     if (int(row["score_A"]) > int(row["score_B"])) != (better == 1):
         raise ValueError(f"labels: got {row['labels']}, against the scores {row['score_A']} and {row['score_B']}")
@@ -147,20 +147,20 @@ def _shp(row: dict) -> Iterator[dict]:
 
 
 def _pku(row: dict) -> Iterator[dict]:
-    """The more helpful answer; which one is safer is another label, and not read."""
+    """Yield the pair ordered by helpfulness; the safety label is not used."""
     better = int(row["better_response_id"]) + 1
     yield from _ordered(_user(row["prompt"]), row["response_0"], row["response_1"], better)
 
 
 def _arena(row: dict) -> Iterator[dict]:
-    """Whole conversations, and the winner's name."""
+    """Yield two whole conversations, ordered by the winner's name."""
     better = {"model_a": 1, "model_b": 2}.get(row["winner"], 0)
     for pair in _ordered(None, row["conversation_a"], row["conversation_b"], better):
         yield {name: pair[name] for name in ("chosen", "rejected")}
 
 
 def _arena_55k(row: dict) -> Iterator[dict]:
-    """What was said in lists of texts in JSON, and a column per outcome."""
+    """Yield two whole conversations; turns are JSON lists of texts, and each outcome has a column."""
     asked, first, second = (json.loads(row[name]) for name in ("prompt", "response_a", "response_b"))
     better = 1 if int(row["winner_model_a"]) else 2 if int(row["winner_model_b"]) else 0
     for pair in _ordered(None, _dialogue(asked, first), _dialogue(asked, second), better):
@@ -176,7 +176,7 @@ def _dialogue(asked: list[str], answered: list[str]) -> list[dict]:
 
 
 def _stack_exchange(row: dict) -> Iterator[dict]:
-    """Answer j has more votes than answer k."""
+    """Yield the pair of a row; answer j has more votes than answer k."""
     yield from _ordered(_user(row["question"]), row["response_j"], row["response_k"], 1)
 
 
@@ -304,4 +304,4 @@ PRESETS = {
         columns=("question", "response_j", "response_k"),
     ),
 }
-"""By the name that `load_pairs` takes."""
+"""Presets by the name that `load_pairs` takes."""

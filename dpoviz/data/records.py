@@ -1,8 +1,8 @@
 """Preference pairs as records: read, validate, split.
 
-A record has `prompt`, `chosen`, `rejected` and `task`, all text, and if wanted `group`: pairs of one group are never
-split between training and held-out data. A prompt that is a chat stands in `messages` as well, and its `prompt` is
-the chat in plain words; `tools` holds the schemas of its tools in JSON. Other fields are kept.
+A record has the text fields `prompt`, `chosen`, `rejected` and `task`, and optionally `group`: pairs of one group are
+never split between training and held-out data. If the prompt is a chat, `messages` holds the chat, `prompt` its
+rendering as plain text, and `tools` the JSON schemas of its tools. Other fields are kept.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dpoviz.data.presets import PRESETS, Preset, recognised
 logger = logging.getLogger(__name__)
 
 RESERVED_TASKS = ("all",)
-"""Names that tables give to the pairs of all tasks together."""
+"""Names that tables use for all tasks together."""
 
 _SHOWN = 10  # problems listed in one message
 
-_ROWS_AT_ONCE = 1000  # that stand in Python's objects, ten times as large as Arrow's columns
+_ROWS_AT_ONCE = 1000  # held as Python objects, which take ten times the memory of Arrow columns
 
 _CHAT = List({"role": Value("string"), "content": Value("string")})
 
@@ -44,38 +44,38 @@ def load_pairs(
     split: str = "train",
     ignore_columns: Sequence[str] = (),
 ) -> Dataset:
-    """Read preference pairs, all of them or none.
+    """Read preference pairs; refuse the whole source if any record is invalid.
 
-    The prompt is a text or a list of chat messages, ``{"role": …, "content": …}``, whose last one is the user's; an
-    answer is a text, or one assistant's message. `data/README.md` says which columns are read, and under which names.
-    The prompt may be left out where both answers begin with it: it is then the messages, or the words, that they share
-    (the two layouts that TRL documents as explicit and implicit prompts). What could change the prompt or the label
-    and cannot be used is refused by name.
+    The prompt is a text or a list of chat messages, ``{"role": …, "content": …}``, the last of them the user's; an
+    answer is a text or one assistant message. `data/README.md` lists the columns that are read and their names. The
+    prompt may be missing if both answers begin with it: it is then the messages, or the words, that they share (TRL's
+    explicit and implicit prompts). Anything that could change the prompt or the label and cannot be used is refused by
+    name.
 
     Args:
-        source: a file (JSON Lines, JSON, CSV, TSV, Parquet, compressed or not), a folder of such files, of a hub's
-            set or of `Dataset.save_to_disk`, several of these, a `datasets.Dataset`, the name of a preset, or a set on
-            Hugging Face's hub.
-        task: the task of all pairs. Where records name one, it must be this.
-        columns: other people's names of columns, to ours: ``{"question": "prompt"}``.
-        preset: the layout of a known public set, one of `PRESETS`, for a file or a `Dataset` of it; recognised by
-            itself where its columns are its own. Pairs that cannot be used, such as those with two equal answers, are
-            left out there, and counted in a warning.
-        tasks: the task names that are expected; None takes any.
-        split: the part of a hub's set, or of a `DatasetDict`.
-        ignore_columns: columns, or fields of messages, that are left out as if they were not there.
+        source: a file (JSON Lines, JSON, CSV, TSV, Parquet, compressed or not), a folder (of such files, of a clone
+            of a hub data set, or of `Dataset.save_to_disk`), a list of these, a `datasets.Dataset`, the name of a
+            preset, or a data set on the Hugging Face Hub.
+        task: task of all pairs; records that name a task must name this one.
+        columns: column names of the source mapped to ours: ``{"question": "prompt"}``.
+        preset: layout of a known public data set, a key of `PRESETS`, for a file or `Dataset` of it; detected if its
+            columns are unique. Unusable pairs of a preset, such as identical answers, are left out and counted in a
+            warning.
+        tasks: the accepted task names; None accepts any.
+        split: split of a hub data set or of a `DatasetDict`.
+        ignore_columns: columns, or fields of messages, to skip.
 
     Returns:
-        A data set with the records' fields, `group` (None where there is none), `line` (where each stood: the line of
-        a text file, the number of the record elsewhere, from 1), `messages` where a prompt is a chat (None where not),
-        `tools` where there are some, and `file` where there are several. A column of several types becomes JSON text.
+        A data set with the records' fields, `group` (None if missing), `line` (line number in a text file, record
+        number elsewhere, from 1), `messages` if a prompt is a chat (None in the other rows), `tools` if there are any,
+        and `file` if there are several files. A column of several types becomes JSON text.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
-        ValueError: records that are no objects, lack a field, hold something else than text or messages, an empty
-            answer, two identical answers, a task that is not expected, a column that would be lost or that a later
-            step writes: each named by file, line and field; a preset that is not known; a hub that cannot be reached,
-            within seconds.
+        FileNotFoundError: the file or folder does not exist.
+        ValueError: a record is not an object, lacks a field, has a field that is neither text nor messages, an empty
+            answer, two identical answers, an unexpected task, or a column that would be lost or that a later step
+            writes (each named by file, line and field); the preset is unknown; the hub does not respond within
+            seconds.
     """
     source, layout, split = _resolve(source, preset, split)
     if layout is not None and columns:
@@ -93,7 +93,7 @@ def load_pairs(
 
 
 def _resolve(source: Source, preset: str | None, split: str) -> tuple[Source, Preset | None, str]:
-    """Return what to read, in which layout, and which part of it."""
+    """Return the source to read, its layout, and its split."""
     if preset is None and isinstance(source, str) and source in PRESETS and not files.exists(source):
         preset = source
         source = PRESETS[preset].hub
@@ -115,21 +115,21 @@ def _require_renaming(columns: Mapping[str, str]) -> None:
 
 
 class _Loading:
-    """The rows of a source on their way to a data set: pairs, problems, and what the user should know of them."""
+    """Collector of the pairs, problems and warnings of a source."""
 
     def __init__(
         self, name: str, reader: Reader, layout: Preset | None, task: str | None, tasks: Sequence[str] | None
     ) -> None:
         self.name, self.reader, self.layout, self.task, self.tasks = name, reader, layout, task, tasks
         self.pairs = _Columns(name)
-        self.files: dict[str, Preset | None] = {}  # and in which layout each is
+        self.files: dict[str, Preset | None] = {}  # with the layout of each
         self.problems: list[str] = []
         self.left_out: list[str] = []
         self.of_columns: set[str] = set()
-        self.said, self.contrary = array("q"), array("q")  # hashes of the pairs, and of them the other way round
+        self.said, self.contrary = array("q"), array("q")  # hashes of the pairs, and of the pairs flipped
 
     def add(self, row: Row) -> None:
-        """Add the pairs of a row, or what is wrong with it."""
+        """Add the pairs of a row, or its problems."""
         if row.file not in self.files:
             self.files[row.file] = self.layout or self._recognised(row)
         layout = self.files[row.file]
@@ -140,7 +140,7 @@ class _Loading:
             if not wrong:
                 self.pairs.add({**record, "line": row.number, "file": row.file})
                 self._count(record)
-            else:  # people's own data are refused; a public set is as it is
+            else:  # the user can mend their own data, but not a public data set
                 (self.problems if layout is None else self.left_out).extend(f"{row.place}: {text}" for text in wrong)
 
     def _recognised(self, row: Row) -> Preset | None:
@@ -148,7 +148,7 @@ class _Loading:
             return None
         record = self.reader.without_ignored(row.record)
         name = recognised(record)
-        # what the set does not have makes it another: its own reader would leave a system's text out
+        # with an extra context column it is another data set: the preset's converter would drop a system message
         if name is None or any(is_context(own) and own not in {*PRESETS[name].columns} for own in record):
             return None
         found = PRESETS[name]
@@ -184,7 +184,7 @@ class _Loading:
                 yield self._canonical(record, layout)
 
     def _canonical(self, record: dict, layout: Preset | None) -> tuple[dict, list[str]]:
-        """Return the record with its prompt and answers as texts and its chat beside them; or what is wrong with it."""
+        """Return the record with prompt and answers as text and its chat in `messages`, and its problems."""
         problems = []
         task = self.task or (layout.task if layout is not None and "task" not in record else None)
         if task is not None:
@@ -221,7 +221,7 @@ class _Loading:
         self.contrary.append(hash((prompt, rejected, chosen)))
 
     def _count_repeats(self) -> None:
-        """Count pairs that stand there twice, or once each way round."""
+        """Count duplicate pairs, and pairs that also occur flipped."""
         said = np.array(self.said)
         self.reader.counts["say the same as one before"] = len(said) - len(np.unique(said))
         self.reader.counts["say the contrary of another: the same answers, the other way round"] = int(
@@ -229,7 +229,7 @@ class _Loading:
         )
 
     def whole(self) -> Dataset:
-        """Return the pairs.
+        """Return the pairs, and log the warnings.
 
         Raises:
             ValueError: there are problems, or no pairs.
@@ -267,7 +267,7 @@ def _field_flaws(record: Mapping, field: str) -> list[str]:
 
 
 def _surrogates(record: Mapping, messages: list[dict] | None) -> list[str]:
-    """Return which fields hold half of a surrogate pair: legal in JSON, and no text in any encoding."""
+    """Return the fields with an unpaired surrogate, which JSON allows and no encoding can write."""
     texts = {name: record.get(name) or "" for name in (*FIELDS, "group", "tools")}
     texts["prompt"] += json.dumps(messages, ensure_ascii=False)
     texts |= {f"name {name!a}": name for name in record}
@@ -281,14 +281,14 @@ def _surrogates(record: Mapping, messages: list[dict] | None) -> list[str]:
 
 
 class _Columns:
-    """Converts records to Arrow in chunks of 1,000; missing fields become None, values of several types JSON text."""
+    """Converter of records to Arrow, in chunks of 1,000; missing fields become None, mixed types JSON text."""
 
     def __init__(self, name: str) -> None:
         self.name, self.count = name, 0
         self.records: list[dict] = []
         self.tables: list[pa.Table] = []
-        self.in_json: dict[str, set[int]] = {}  # of each field of several types the chunks that are JSON text already
-        self.rich = False  # whether a message has more than a role and a content
+        self.in_json: dict[str, set[int]] = {}  # per field of mixed types, the chunks already converted to JSON text
+        self.rich = False  # a message has fields besides role and content
 
     def __len__(self) -> int:
         return self.count
@@ -315,7 +315,7 @@ class _Columns:
         self.records = []
 
     def whole(self, *, several_files: bool) -> Dataset:
-        """Return the columns as a data set, in the order in which their fields first appeared."""
+        """Return the columns as a data set, ordered by first appearance of their fields."""
         if self.records:
             self._turn()
         found = {name: self._joined(name) for name in dict.fromkeys(n for t in self.tables for n in t.column_names)}
@@ -338,7 +338,7 @@ class _Columns:
         parts = [table.select([field] if field in table.column_names else []) for table in self.tables]
         if field not in self.in_json:
             try:
-                # a number may be whole in some rows, and a field may be missing in all rows of a part
+                # chunks may mix int and float, and a field may be missing in a whole chunk
                 return pa.concat_tables(parts, promote_options="permissive")[field]
             except pa.ArrowException:
                 self.in_json[field] = set()
@@ -350,19 +350,19 @@ class _Columns:
 
 
 def _in_json(values: list) -> pa.Array:
-    """Return values as JSON text, None as None."""
+    """Return values as JSON text; None stays None."""
     return pa.array([None if value is None else json.dumps(value, default=str) for value in values], pa.string())
 
 
 def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
-    """The pairs, with the plain prompts of some tasks put to the model as a user's message.
+    """Turn the text prompts of some tasks into chats of one user message.
 
     Args:
-        pairs: records as `load_pairs` returns them; their `prompt` stays as it is.
-        tasks: which.
+        pairs: records as returned by `load_pairs`; `prompt` is unchanged.
+        tasks: the tasks whose prompts become chats.
 
     Raises:
-        ValueError: a task that no pair has.
+        ValueError: no pair has one of the tasks.
     """
     unknown = sorted(set(tasks) - set(pairs["task"]))
     if unknown:
@@ -384,22 +384,22 @@ def as_chat(pairs: Dataset, tasks: Sequence[str]) -> Dataset:
 
 
 def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split so that no prompt and no group stands on both sides, the same share of each task's groups.
+    """Split pairs into training and held-out data, stratified by task, with no prompt or group in both.
 
     Args:
-        pairs: records with `prompt`, `task` and, if some pairs belong together, `group`.
-        held_out: share of each task's groups that is held out; at least one group a task. Pairs of several tasks
-            that are tied to each other count for the first one's task.
-        seed: which ones.
+        pairs: records with `prompt`, `task` and optionally `group`.
+        held_out: fraction of each task's groups to hold out, at least one group per task. Pairs connected by a prompt
+            or group count towards the task of the first of them.
+        seed: random seed.
 
     Returns:
-        The pairs to train on, and those held out.
+        The training pairs and the held-out pairs.
 
     Raises:
-        ValueError: `held_out` is not between 0 and 1, or a task has a single group.
+        ValueError: `held_out` is not between 0 and 1, or a task has only one group.
     """
     if not 0 < held_out < 1:
-        raise ValueError(f"held_out: got {held_out}, expected a share between 0 and 1")
+        raise ValueError(f"held_out: got {held_out}, expected a fraction between 0 and 1")
     group = _components(pairs)
     of_task: dict[str, list[int]] = {}
     tasks = pairs["task"][:]
@@ -418,7 +418,7 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
 
 
 def _components(pairs: Dataset) -> list[int]:
-    """For each pair the number of the first pair that it is tied to, by a shared prompt or a shared group."""
+    """Return, per pair, the index of the first pair it is connected to by shared prompts and groups."""
     n = len(pairs)
     parent = list(range(n))
 

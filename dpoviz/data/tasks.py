@@ -1,12 +1,12 @@
-"""The synthetic tasks of the small world: prompts, answers, exact rewards, reliability of the labels.
+"""The synthetic tasks of the small world: prompts, answers, exact rewards, label reliability.
 
-Three families. *math* has one right answer, which its program computes. *code* asks for a Python expression
-and has many right answers, judged by running them on test inputs in a restricted evaluator. *dialogue* has
-many acceptable replies, judged by a graded score of politeness, relevance and length.
+There are three families. *math* has one correct answer, which the program computes. *code* asks for a Python
+expression; many are correct, and a restricted evaluator runs them on test inputs. *dialogue* has many acceptable
+replies, scored by politeness, relevance and length.
 
-A family's `reliability` is the factor of a Bradley-Terry labeller on the true reward,
-P(a preferred to b) = sigmoid(reliability * (reward_a - reward_b)): large for math, small for dialogue.
-Entropy is planted nowhere: it is what a model has that was trained on the families' demonstrations.
+A family's `reliability` scales the true reward in a Bradley-Terry labeller, P(a ≻ b) = σ(reliability·(r_a − r_b)):
+large for math, small for dialogue. Entropy is not set anywhere; it results from training a model on the
+demonstrations.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TASKS = ("math", "code", "dialogue")
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, and what its program needs to judge an answer.
+    """A prompt with the key to judge answers to it.
 
     Attributes:
-        task: the family's name, one of `TASKS`.
-        prompt: the text that the model reads; ends with a line break.
-        key: the right number (math), a right expression (code), the opener's topic (dialogue).
+        task: name of the family, one of `TASKS`.
+        prompt: text that the model reads; ends with a newline.
+        key: the worked solution (math), a correct expression (code), the topic (dialogue).
     """
 
     task: str
@@ -45,9 +45,9 @@ class Family:
     """One task family.
 
     Attributes:
-        reliability: factor on the difference of rewards, in nats of preference logit per unit of reward.
-        problem: draws a problem.
-        demonstrate: draws an answer as the training corpus has it.
+        reliability: scale of the reward difference, in nats of preference logit per unit of reward.
+        problem: samples a problem.
+        demonstrate: samples an answer for the training corpus.
         reward: true reward of an answer, in [0, 1].
     """
 
@@ -97,7 +97,7 @@ def _math_problem(rng: random.Random) -> Problem:
 
 
 def _steps(kind: str, a: int, b: int, c: int) -> str:
-    """The worked solution; its last number is the answer."""
+    """Return the worked solution; its last number is the answer."""
     value = {"+": a + b, "-": a - b}.get(kind, a * b)
     text = f"{a} {kind[0]} {b} = {value}"
     if len(kind) == 2:
@@ -106,7 +106,7 @@ def _steps(kind: str, a: int, b: int, c: int) -> str:
 
 
 def last_integer(text: str) -> int | None:
-    """The last integer written in `text`, or None."""
+    """Return the last integer in `text`; None if there is none, or it has 12 characters or more."""
     found = re.findall(r"-?\d+", text)
     return int(found[-1]) if found and len(found[-1]) < 12 else None
 
@@ -117,7 +117,7 @@ def _math_reward(problem: Problem, answer: str) -> float:
 
 # ---------------------------------------------------------------------------------------------- code
 
-# phrase, expressions for it (e is the expression so far, already safe to be an operand; k a number)
+# phrase: expressions for it; {e} is the expression so far, in parentheses if needed, {k} a number
 _STEPS_OF_X = {
     "double it": ("2 * {e}", "{e} * 2", "{e} + {e}"),
     "triple it": ("3 * {e}", "{e} * 3", "{e} + {e} + {e}"),
@@ -200,7 +200,7 @@ def _code_demonstration(problem: Problem, rng: random.Random) -> str:
 
 
 def _read(text: str, phrases: Mapping[str, object]) -> tuple[str, int | None]:
-    """Which phrase `text` is, and its number."""
+    """Return the phrase that `text` is an instance of, and its number."""
     number = re.search(r"\d+", text)
     phrase = text if number is None else text.replace(number.group(), "{k}")
     if phrase not in phrases:
@@ -214,7 +214,7 @@ def _code_reward(problem: Problem, answer: str) -> float:
         got = [evaluate_expression(answer, inputs) for inputs in _INPUTS]
     except ValueError:
         return 0.0
-    # `True` counts as 1 inside a sum, but a comparison is no number, nor is a list
+    # True counts as 1 inside a sum, but a bool or a list is not an answer
     return float(all(type(g) is int and g == w for g, w in zip(got, wanted, strict=True)))
 
 
@@ -251,25 +251,24 @@ _MAX_CHARS, _MAX_STEPS, _MAX_INT, _MAX_LIST = 200, 2_000, 10**9, 1_000
 
 
 def evaluate_expression(source: str, inputs: Mapping[str, object]) -> object:
-    """Value of a small Python expression, without ever handing it to Python's own evaluator.
+    """Evaluate a small Python expression without `eval`.
 
-    The text is parsed, and its tree is walked here: integers, lists, the names in `inputs`, + - * // % **,
-    comparisons, conditional expressions, indexing, comprehensions over one list, and abs, len, max, min,
-    sorted and sum. Length, steps, the size of integers and of lists are bounded, so that any text ends
-    quickly.
+    The syntax tree is interpreted: integers, lists, the names in `inputs`, + - * // % **, comparisons, conditional
+    expressions, indexing, comprehensions over one list, and abs, len, max, min, sorted and sum. The length of the
+    text, the number of steps, and the size of integers and lists are bounded, so evaluation always ends quickly.
 
     Args:
         source: the expression, at most 200 characters.
-        inputs: values of the names that it may read.
+        inputs: values of the names that the expression may read.
 
     Raises:
-        ValueError: whatever else `source` holds or does (it is not an expression, or it fails when run).
+        ValueError: `source` is not an expression, uses other syntax, exceeds a bound, or fails when evaluated.
     """
     if len(source) > _MAX_CHARS:
         raise ValueError(f"expression of {len(source)} characters, at most {_MAX_CHARS} are read")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model's text may look odd to the parser
+            warnings.simplefilter("ignore")  # parsing a model's text may warn, such as about its escapes
             tree = ast.parse(source.strip(), mode="eval")
         return _Walk(inputs).value(tree.body)
     except ValueError:
@@ -279,7 +278,7 @@ def evaluate_expression(source: str, inputs: Mapping[str, object]) -> object:
 
 
 class _Walk:
-    """One evaluation: the names in force and the steps left."""
+    """Interpreter of one expression, with the names in scope and the steps left."""
 
     def __init__(self, names: Mapping[str, object]) -> None:
         self.names = dict(names)
@@ -321,7 +320,7 @@ class _Walk:
         raise ValueError(f"not allowed here: {type(node).__name__}")
 
     def _binary(self, op: type[ast.operator], left: Any, right: Any) -> Any:
-        # numbers only: lists added or multiplied by integers would grow before they can be measured
+        # numbers only: list arithmetic would allocate before the size check
         if not (isinstance(left, int) and isinstance(right, int)):
             raise ValueError("arithmetic on something that is not a number")
         if op is ast.Pow and not 0 <= right <= 8:
@@ -419,7 +418,7 @@ def _dialogue_demonstration(problem: Problem, rng: random.Random) -> str:
     style = rng.random()
     if style < 0.15:
         return rng.choice(_CURT)
-    # people drift from the topic now and then
+    # people sometimes drift from the topic
     topic = problem.key if rng.random() < 0.8 else rng.choice(_TOPICS)
     words = {slot: rng.choice(choices) for slot, choices in _WORDS.items()}
     body = rng.choice(_BODIES).format(t=topic, is_=_is(topic), **words)
@@ -435,7 +434,7 @@ def _is(topic: str) -> str:
 
 
 def _dialogue_reward(problem: Problem, answer: str) -> float:
-    """0.4 politeness (0, 1 or 2 polite words) + 0.4 relevance (names the topic) + 0.2 length (6 to 16 words)."""
+    """Return 0.4·politeness (0, 1 or 2 polite words) + 0.4·relevance (names the topic) + 0.2·length (6 to 16 words)."""
     words = len(answer.split())
     polite = min(len(_POLITE.findall(answer)), 2) / 2
     relevant = float(re.search(rf"\b{problem.key}\b", answer, re.IGNORECASE) is not None)
@@ -443,7 +442,7 @@ def _dialogue_reward(problem: Problem, answer: str) -> float:
     return 0.4 * polite + 0.4 * relevant + 0.2 * length
 
 
-# ------------------------------------------------------------------------------------- the three together
+# ------------------------------------------------------------------------------------- all families
 
 FAMILIES: Mapping[str, Family] = {
     "math": Family(6.0, _math_problem, lambda problem, rng: problem.key, _math_reward),
@@ -459,10 +458,10 @@ def _family(task: str) -> Family:
 
 
 def sample_problems(task: str, n: int, seed: int) -> list[Problem]:
-    """`n` problems of a family, no two with the same prompt.
+    """Sample `n` problems of a family with distinct prompts.
 
     Raises:
-        ValueError: unknown task, or the family has not that many prompts.
+        ValueError: the task is unknown, or the family has fewer prompts.
     """
     family, rng = _family(task), random.Random(f"problems {task} {seed}")
     problems: dict[str, Problem] = {}
@@ -475,7 +474,7 @@ def sample_problems(task: str, n: int, seed: int) -> list[Problem]:
 
 
 def corpus(n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` demonstrations (prompt, answer), the three families in turn: what a reference model learns from."""
+    """Sample `n` demonstrations (prompt, answer), cycling through the families, to train a reference model on."""
     rng = random.Random(f"corpus {seed}")
     pairs = []
     for i in range(n):
@@ -486,31 +485,31 @@ def corpus(n: int, seed: int) -> list[tuple[str, str]]:
 
 
 def reward(problem: Problem, answer: str) -> float:
-    """True reward of an answer, in [0, 1]: 0 or 1 for math and code, graded for dialogue."""
+    """Return the true reward of an answer, in [0, 1]: 0 or 1 for math and code, graded for dialogue."""
     return _family(problem.task).reward(problem, answer)
 
 
 def preference_probability(task: str, reward_a: float, reward_b: float) -> float:
-    r"""P(a preferred to b) = sigmoid(reliability * (reward_a - reward_b)), Bradley-Terry on the true reward."""
+    """Return P(a ≻ b) = σ(reliability·(r_a − r_b)), Bradley-Terry on the true reward."""
     logit = _family(task).reliability * (reward_a - reward_b)
     return 1.0 / (1.0 + math.exp(-logit))
 
 
 def label_pairs(problem: Problem, answers: Sequence[str], n: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Labelled pairs out of answers to one problem.
+    """Sample labelled pairs of answers to one problem.
 
-    Only answers of different reward are paired, each text once, empty ones never: a labeller who sees no
-    difference has nothing to say. Which one is chosen is drawn by `preference_probability`.
+    Only distinct, non-empty answers of different reward are paired: between equal rewards there is no preference.
+    The chosen one is sampled with `preference_probability`.
 
     Args:
         problem: the problem that was answered.
         answers: texts, for example sampled from a model.
-        n: the most pairs to return.
-        rng: the draws.
+        n: maximum number of pairs.
+        rng: random generator.
 
     Returns:
-        At most `n` records: prompt, chosen, rejected, task, group, and the true rewards of both answers.
-        An empty list where all answers earn the same.
+        At most `n` records with prompt, chosen, rejected, task, group, reward_chosen and reward_rejected; none if all
+        answers have the same reward.
     """
     rewards = {answer: reward(problem, answer) for answer in answers if answer.strip()}
     texts = sorted(rewards)

@@ -1,8 +1,8 @@
-"""Chats written out by a tokenizer's chat template, in a process of its own.
+"""Render chats with a tokenizer's chat template, in a separate process.
 
-A template is a program that comes with a model's files. It can loop without end, or ask for more memory than there is,
-in places where no exception of Python reaches it; a process can be limited from outside. The same process writes one
-date on all days, so that a run can be repeated.
+A template is a program that comes with a model's files. It can loop forever or exhaust the memory where no Python
+exception stops it, but a process can be limited from outside. The process also fixes today's date, so that a run can
+be repeated.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = datetime(2024, 7, 26)
-"""What a template that asks for today's date is told: the one that Llama 3.1's falls back to where it has no clock."""
+"""Date given to templates that ask for today's: the fallback of Llama 3.1's template where no clock is available."""
 
-_SECONDS = 5.0  # of processor time, and for each chat a little more: one takes a tenth of a millisecond
+_SECONDS = 5.0  # CPU time, plus an allowance per chat; a chat takes about 0.1 ms
 _SECONDS_PER_CHAT = 0.01
 _MEMORY = 2 << 30  # bytes of address space
-_CHARACTERS = 10**8  # of one chat
+_CHARACTERS = 10**8  # per chat
 
 
 class Chat(NamedTuple):
-    """A chat to be written out.
+    """A chat to render.
 
     Attributes:
-        messages: dicts with a role, a content and what else the template reads.
-        tools: descriptions of the functions that may be called.
-        prompt: whether the place where an answer begins is opened (`add_generation_prompt`).
-        options: other variables of the template.
+        messages: dicts with role, content and further fields that the template reads.
+        tools: schemas of the functions that may be called.
+        prompt: append the header of an answer (`add_generation_prompt`).
+        options: further variables of the template.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -50,12 +50,12 @@ class Chat(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """What became of a chat.
+    """The result of rendering a chat.
 
     Attributes:
-        text: the chat as the template writes it; empty where it was refused.
-        refusal: the template's own words where it refuses the chat.
-        dated: whether it asked for the date.
+        text: the rendered chat; empty if refused.
+        refusal: error message of the template if it refuses the chat.
+        dated: the template asked for the date.
     """
 
     text: str
@@ -64,10 +64,10 @@ class Rendered(NamedTuple):
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Rendered]:
-    """Return each chat as the tokenizer's `apply_chat_template` writes it, on the day `DATE`.
+    """Render each chat as the tokenizer's `apply_chat_template` does, with `DATE` as today's date.
 
     Raises:
-        ValueError: the template takes too long, or too much memory.
+        ValueError: the template takes too much time or memory.
     """
     if _overrides(tokenizer):
         return [_by_its_own_code(tokenizer, chat) for chat in chats]
@@ -86,7 +86,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[Re
 
 
 def _overrides(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether a class of tokenizers writes chats by code of its own."""
+    """Return whether the tokenizer's class overrides `apply_chat_template`."""
     from transformers import PreTrainedTokenizerBase as Base
 
     return type(tokenizer).apply_chat_template is not Base.apply_chat_template
@@ -102,13 +102,13 @@ def _by_its_own_code(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Rendered
             **tools,
             **(chat.options or {}),
         )
-    except Exception as error:  # whatever the class raises where it refuses a chat
+    except Exception as error:  # the class may raise anything to refuse a chat
         return Rendered("", _words(error), False)
     return Rendered(text, None, False)
 
 
 class _Process:
-    """The process that renders: started when first asked, ended with this one, or by its limits."""
+    """The rendering process: started on first use, ended with this process or by its limits."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -123,22 +123,22 @@ class _Process:
                 pickle.dump(jobs, to_it)
                 to_it.flush()
                 return [json.loads(from_it.readline()) for _ in jobs]
-            except (BrokenPipeError, json.JSONDecodeError):  # it ended, in the middle of a line or before
+            except (BrokenPipeError, json.JSONDecodeError):  # the process has ended, perhaps in the middle of a line
                 raise ValueError(f"tokenizer: its chat template {self._end()}; give another one") from None
-            except BaseException:  # Ctrl-C: what it still writes must not be taken for the next answer
+            except BaseException:  # such as Ctrl-C: the remaining output must not be read as the next answer
                 running.kill()
                 self._end()
                 raise
 
     def _started(self) -> subprocess.Popen[bytes]:
-        # a fork of this process has its pipes, which are not its own
+        # a fork inherits the pipes, but they belong to its parent
         if self.running is None or self.owner != os.getpid():
             program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
             self.running = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for this process; the other ends when its input does
+                start_new_session=True,  # Ctrl-C reaches only this process; the other one ends at the end of its input
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
             self.owner = os.getpid()
@@ -146,7 +146,7 @@ class _Process:
         return self.running
 
     def _end(self) -> str:
-        """End the process and return why it had ended, if it had."""
+        """End the process and return the reason why it ended."""
         running, self.running = self.running, None
         assert running is not None
         self._stop(running, self.owner)
@@ -174,7 +174,7 @@ _PROCESS = _Process()
 
 
 def serve() -> None:
-    """Render the chats that standard input brings, until it ends: what the process of `render` does."""
+    """Render the chats read from standard input until it ends; the main function of the rendering process."""
     from transformers.utils import chat_template_utils
 
     asked = SimpleNamespace(date=False)
@@ -201,14 +201,14 @@ def serve() -> None:
                 if len(text) > _CHARACTERS:
                     raise ValueError(f"it writes {len(text)} characters")
                 found = [text, None, asked.date]
-            except Exception as error:  # whatever a program may raise
+            except Exception as error:  # a template may raise anything
                 found = ["", _words(error), asked.date]
             out.write(json.dumps(found).encode() + b"\n")
         out.flush()
 
 
 def _words(error: Exception) -> str:
-    """Return the template's own words, or Python's behind the name of the error, in one short line."""
+    """Return the message of a template's error, or the name and message of another one, in one short line."""
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ == "TemplateError" and text:
         return text
@@ -216,7 +216,7 @@ def _words(error: Exception) -> str:
 
 
 def _limit_memory() -> None:
-    with suppress(ImportError, ValueError, OSError):  # a system without such a limit
+    with suppress(ImportError, ValueError, OSError):  # this system has no such limit
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -224,7 +224,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Let the kernel end this process after so much more processor time: on a busy machine it waits longer."""
+    """Limit the further CPU time of this process; CPU time, so that a busy machine does not shorten it."""
     with suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,8 +1,8 @@
-"""Pairs to token ids: prompt and answer as one text, cut at a token; one begin token, one end token.
+"""Convert pairs to token ids: prompt and answer are tokenised together and split at a token.
 
-Prompt and answer are written as one text, a chat through the tokenizer's template, and turned into tokens once. The
-prompt is the tokens that the prompt alone and both whole texts begin with; the rest is the answer. That is what a
-model meets, and what TRL trains: a blank, a "▁" or a header between prompt and answer is where the text has it.
+Prompt and answer are rendered as one text, a chat with the tokenizer's template, and tokenised once. The prompt is the
+longest common prefix of the tokens of the prompt alone and of both full texts; the rest is the answer. This is what a
+model sees and what TRL trains on: a space, a "▁" or a header between prompt and answer stays where the text has it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dpoviz.data.templates import DATE, Chat, Rendered, render
 logger = logging.getLogger(__name__)
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""What `tokenize_pairs` adds."""
+"""Columns that `tokenize_pairs` adds."""
 
-_CHECKED = 20  # rows whose ids are compared with the tokenizer's, where there are ids already
-_SHOWN = 10  # pairs named in one message
-_ROWS_AT_ONCE = 1000  # that stand in Python's objects
+_CHECKED = 20  # rows in which existing ids are compared with the tokenizer's
+_SHOWN = 10  # pairs listed in one message
+_ROWS_AT_ONCE = 1000  # held as Python objects
 _PROBE = "a plain answer"
 _QUESTION = ({"role": "user", "content": "a question"},)
 
@@ -43,19 +43,19 @@ _SAID = {
     "same": "both answers give the same tokens, so that nothing can be learned from them",
     "dated": f"{{template}} writes today's date; it is told {DATE:%d %b %Y} on all days, so that a run can be repeated",
 }
-"""The warnings of `tokenize_pairs`, by what was found in a pair."""
+"""Warnings of `tokenize_pairs` by finding."""
 
 
 _Value = TypeVar("_Value")
 
 
 class _Turn(NamedTuple):
-    """What a template writes behind an assistant's answer.
+    """The text that a template writes after an assistant's answer.
 
     Attributes:
-        tail: the text behind the answer.
-        end: the token that ends the answer: the first added token of the tail, or the tokenizer's own end token.
-        count: how many of it the tail has; 0 where the template writes none.
+        tail: the text after the answer.
+        end: token that ends the answer: the first added token in the tail, or the tokenizer's end token.
+        count: occurrences of `end` in the tail; 0 if the template writes none.
     """
 
     tail: str
@@ -68,12 +68,12 @@ class _Written(NamedTuple):
 
     Attributes:
         prompt: the prompt alone.
-        wholes: prompt and answer, for both answers, up to the end token or farther.
-        answers: both answers alone, without an end token of their own.
-        end: the token that ends the answers.
-        count: how many of it stand behind an answer.
-        chat: whether a template wrote it.
-        found: what is to be said about it, by the names of `_SAID`, or "refused".
+        wholes: prompt with each answer, at least up to the end token.
+        answers: both answers alone, without trailing end tokens.
+        ends: token that ends each answer.
+        count: occurrences of the end token after an answer.
+        chat: a template rendered the pair.
+        found: findings about the pair, by the keys of `_SAID` or "refused".
     """
 
     prompt: str
@@ -86,7 +86,7 @@ class _Written(NamedTuple):
 
 
 class _Cut(NamedTuple):
-    """A pair as token ids, and what is to be said about it."""
+    """A pair as token ids, with the findings about it."""
 
     prompt: list[int]
     chosen: list[int]
@@ -97,30 +97,29 @@ class _Cut(NamedTuple):
 def tokenize_pairs(
     pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, too_long: str = "refuse"
 ) -> Dataset:
-    """Add `prompt_ids`, `chosen_ids` and `rejected_ids`, where they are not yet; both answers end with the end token.
+    """Add `prompt_ids`, `chosen_ids` and `rejected_ids`, unless already present; both answers end with the end token.
 
-    The ids are those of TRL's `DPOTrainer` up to the first end token. TRL goes on behind it where a template does
-    (a newline, as a rule), and has two begin or end tokens where a text brings its own.
+    The ids equal those of TRL's `DPOTrainer` up to the first end token. TRL continues after it if the template does
+    (usually with a newline), and has two begin or end tokens if a text contains its own.
 
-    - A chat goes through the tokenizer's chat template, with the column `tools` (a list of descriptions, or its
-      JSON) and the variables in `chat_template_kwargs`. Its end token is what the template writes behind an answer.
-    - A text stands as it is, behind the tokens that the tokenizer puts before every text. Its end token is the
-      tokenizer's, or that of the template's turns where the answer brings it.
+    - A chat is rendered with the tokenizer's chat template, the column `tools` (a list of schemas, or its JSON) and
+      the variables in `chat_template_kwargs`. Its end token is the one that the template writes after an answer.
+    - A text is used unchanged, after the tokens that the tokenizer puts before every text. Its end token is the
+      tokenizer's, or the template's if the answer contains that one.
 
-    Warnings, each once, say where prompt and answer cut by themselves would give other tokens, what the template
-    leaves out, and what else is not as one would expect (`_SAID`).
+    Each warning is given once: where separate tokenisation of prompt and answer would differ, what the template
+    leaves out, and the other findings of `_SAID`.
 
     Args:
-        pairs: records as `load_pairs` returns them.
-        tokenizer: with an end token, and with a chat template if a prompt is a chat.
+        pairs: records as returned by `load_pairs`.
+        tokenizer: needs an end token, and a chat template if a prompt is a chat.
         max_length: limit of the prompt and one answer together, in tokens.
-        too_long: "refuse" pairs over the limit, or "drop" them, which is said in a warning that counts and
-            names them.
+        too_long: "refuse" pairs over the limit, or "drop" them, with a warning that counts and names them.
 
     Raises:
-        ValueError: the tokenizer has no end token, or no chat template for a chat; the template refuses a chat, or
-            does not end; a text has tools; a prompt gives no token; pairs are over the limit; answers end with
-            different tokens; ids that another tokenizer gave.
+        ValueError: the tokenizer has no end token, or no chat template for a chat; the template refuses a chat or
+            does not terminate; a text has tools; a prompt gives no tokens; pairs are over the limit; answers end with
+            different tokens; existing ids are another tokenizer's.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no end token (eos_token), so that an answer could not end; set one")
@@ -139,10 +138,10 @@ def tokenize_pairs(
 
 
 def end_id(pairs: Dataset) -> int:
-    """Return the token that ends the answers of tokenised pairs: where answers drawn at their prompts should stop.
+    """Return the token that ends the answers of tokenised pairs, at which sampled answers should stop.
 
     Raises:
-        ValueError: they do not all end with the same.
+        ValueError: the answers end with different tokens.
     """
     arrow = pairs.select_columns(list(IDS[1:])).with_format("arrow")
     first: dict[int, int] = {}
@@ -154,28 +153,28 @@ def end_id(pairs: Dataset) -> int:
     if len(first) > 1:
         found = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
         raise ValueError(
-            f"pairs: got answers that end with different tokens ({found}), expected one that answers can be drawn up "
-            "to; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers bring the same end"
+            f"pairs: got answers that end with different tokens ({found}), expected one at which sampled answers "
+            "can stop; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers end alike"
         )
     return next(iter(first))
 
 
 def token_counts(pairs: Dataset) -> np.ndarray:
-    """(N, 3) tokens of the prompt, the chosen and the rejected answer of each tokenised pair."""
+    """Return (N, 3) the numbers of tokens of the prompt, the chosen and the rejected answer of tokenised pairs."""
     arrow = pairs.select_columns(list(IDS)).with_format("arrow")
     return np.stack([pc.list_value_length(arrow[name][:]).to_numpy() for name in IDS], axis=1)
 
 
 def highest_ids(pairs: Dataset) -> list[int]:
-    """Return the highest token id of the prompts, of the chosen and of the rejected answers."""
+    """Return the highest token id of the prompts, the chosen answers and the rejected answers."""
     arrow = pairs.select_columns(list(IDS)).with_format("arrow")
     return [pc.max(pc.list_flatten(arrow[name][:])).as_py() for name in IDS]
 
 
 def digest(pairs: Dataset, columns: Sequence[str] | None = None) -> str:
-    """A hash of the values in some columns, or in all.
+    """Return a hash of the values of some columns, or of all.
 
-    A thousand rows at a time, and lists of numbers as they lie in memory: neither takes much of it.
+    Rows are read in chunks, and lists of numbers are hashed as bytes, to save memory.
     """
     found = hashlib.blake2b(digest_size=16)
     pairs = pairs.select_columns(sorted(columns or pairs.column_names)).with_format("arrow")
@@ -204,16 +203,16 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[list[dict] | None] | None = None,
 ) -> list[list[int]]:
-    """Token ids of prompts by themselves: a chat up to where the answer begins, a text as it stands.
+    """Return the token ids of prompts without answers: a chat up to where the answer begins, a text unchanged.
 
     Args:
-        prompts: the texts.
-        messages: for each its chat, or None.
-        tokenizer: with a chat template, where there is a chat.
-        tools: for each chat the functions that may be called.
+        prompts: N texts.
+        messages: N chats, None where the prompt is a text.
+        tokenizer: needs a chat template if there is a chat.
+        tools: N lists of schemas of the functions that may be called, None where there are none.
 
     Raises:
-        ValueError: there is no template for a chat, or the template refuses it.
+        ValueError: a chat has no template, or the template refuses it.
     """
     tools = tools or [None] * len(messages)
     chats = {i: Chat(own, tools[i], prompt=True) for i, own in enumerate(messages) if own}
@@ -228,14 +227,14 @@ def encode_prompts(
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, object]] | None = None) -> int:
-    """Return the token that ends an answer to a chat, or to a text: where an answer that is drawn should stop.
+    """Return the token that ends an answer to a chat or a text, at which a sampled answer should stop.
 
     Args:
-        tokenizer: with an end token, and with a chat template if there is a chat.
-        chat: a prompt's messages; None for a text.
+        tokenizer: needs an end token, and a chat template if there is a chat.
+        chat: messages of the prompt; None for a text.
 
     Raises:
-        ValueError: there is no template for a chat, or the template refuses it.
+        ValueError: the chat has no template, or the template refuses it.
     """
     if not chat:
         return tokenizer.eos_token_id
@@ -247,7 +246,7 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, o
 
 
 def _with_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The pairs with their ids; what is to be said about them is said."""
+    """Return the pairs with their ids, and log the findings."""
     ids: dict[str, list[np.ndarray]] = {name: [] for name in IDS}
     found: dict[str, list[tuple[int, str]]] = {}
     cuts = tqdm(_cuts(pairs, tokenizer), "cutting into tokens", len(pairs), unit="pair", delay=2, disable=None)
@@ -278,7 +277,7 @@ def _with_ids(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
 
 def _within(pairs: Dataset, max_length: int, too_long: str) -> Dataset:
-    """The tokenised pairs that keep the limit."""
+    """Return the tokenised pairs within the limit."""
     lengths = [(prompt, max(answers)) for prompt, *answers in token_counts(pairs).tolist()]
     long = [i for i, (prompt, answer) in enumerate(lengths) if prompt + answer > max_length]
     if not long:
@@ -295,7 +294,7 @@ def _within(pairs: Dataset, max_length: int, too_long: str) -> Dataset:
 
 
 def _cuts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
-    """Each pair as token ids."""
+    """Yield each pair as token ids."""
     turn = None
     for start in range(0, len(pairs), _ROWS_AT_ONCE):
         some = pairs.select(range(start, min(start + _ROWS_AT_ONCE, len(pairs))))
@@ -307,7 +306,7 @@ def _cuts(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
 
 
 def _chats(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Chat | None]:
-    """The prompts that are chats, with their tools; None for a text."""
+    """Return the prompts that are chats, with their tools; None for a text."""
     names, found = ("messages", "tools", "chat_template_kwargs"), []
     columns = [pairs[name][:] if name in pairs.column_names else [None] * len(pairs) for name in names]
     for i, (messages, tools, options) in enumerate(zip(*columns, strict=True)):
@@ -329,7 +328,7 @@ def _chats(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[Chat | No
 def _first_turn(
     tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat | None], answers: Sequence[tuple[str, str]]
 ) -> _Turn | None:
-    """How the template ends an answer, if that is asked: by a chat, or by a text's answer that brings an end token."""
+    """Return how the template ends an answer, if a prompt is a chat or an answer contains an end token."""
     known = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     probes = [chat for chat in chats if chat]
     if not probes and tokenizer.chat_template and any(own.rstrip().endswith(known) for both in answers for own in both):
@@ -339,14 +338,14 @@ def _first_turn(
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> _Turn | Rendered:
-    """How the template ends an answer to a chat, read off one that it writes; or its refusal."""
+    """Return how the template ends an answer, read from a rendered probe; or its refusal."""
     (whole,) = render(tokenizer, [chat._replace(messages=[*chat.messages, _assistant(_PROBE)], prompt=False)])
     if whole.refusal is not None:
         return whole
     if _PROBE not in whole.text:
         return whole._replace(refusal="it does not write the assistant's answer")
     tail = whole.text[whole.text.rindex(_PROBE) + len(_PROBE) :]
-    # some vocabularies have runs of blanks among their added tokens
+    # some vocabularies have runs of spaces among their added tokens
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
     end = next((i for i in ids if i in added), None)
@@ -360,7 +359,7 @@ def _write(
     turn: _Turn | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[_Written]:
-    """Each pair as texts."""
+    """Return each pair as texts."""
     ends = {tokenizer.eos_token: tokenizer.eos_token_id}
     if turn is not None:
         ends[tokenizer.convert_ids_to_tokens(turn.end)] = turn.end
@@ -385,7 +384,7 @@ def _two(values: Iterable[_Value]) -> tuple[_Value, _Value]:
 
 
 def _jobs(chat: Chat, answers: Sequence[str]) -> list[Chat]:
-    """What is to be rendered of a chat: the prompt, both whole texts, and the prompt without its tools."""
+    """Return the chats to render for a pair: prompt, prompt with each answer, and prompt without its tools."""
     wholes = [chat._replace(messages=[*chat.messages, _assistant(own)]) for own in answers]
     prompt = chat._replace(prompt=True)
     return [prompt, *wholes, *([prompt._replace(tools=None)] if chat.tools else [])]
@@ -411,7 +410,7 @@ def _written(
         found["dated"] = ""
     if chat.tools and rendered[3].text == prompt:
         found["tools"] = ""
-    # that it leaves out what an earlier answer thought is what a template is for
+    # templates drop the reasoning of earlier answers on purpose
     said = [(message["role"], message["content"], wholes[0]) for message in chat.messages]
     said = [part for part in said if part[0] != "assistant" and isinstance(part[1], str)]
     said += [("assistant", own, whole) for own, whole in zip(answers, wholes, strict=True)]
@@ -422,7 +421,7 @@ def _written(
 
 
 def _without_end(text: str, ends: Mapping[str, int]) -> tuple[str, str | None]:
-    """A text without the end tokens at its end, and the first of these."""
+    """Return a text without its trailing end tokens, and the first of these."""
     found = None
     while True:
         bare = text.rstrip()
@@ -433,7 +432,7 @@ def _without_end(text: str, ends: Mapping[str, int]) -> tuple[str, str | None]:
 
 
 def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Cut]:
-    """Each pair as token ids, cut where the prompt alone and both whole texts part."""
+    """Yield each pair as token ids, split after the common prefix of the prompt alone and both full texts."""
     chat = [own.chat for own in written]
     alone = _encode(tokenizer, [own.prompt for own in written], chat)
     first, second = (_encode(tokenizer, [own.wholes[side] for own in written], chat) for side in (0, 1))
@@ -457,21 +456,21 @@ def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Ite
 
 
 def _up_to_end(ids: list[int], end: int, count: int) -> tuple[list[int], bool]:
-    """An answer's ids up to its end token, and whether the same token stands before.
+    """Return the ids of an answer up to its end token, and whether that token also occurs earlier.
 
     Args:
-        ids: the answer's, and what the template writes behind it.
+        ids: tokens of the answer and of the template's text after it.
         end: the end token.
-        count: how many of it stand behind the answer.
+        count: occurrences of the end token after the answer.
     """
     places = [i for i, token in enumerate(ids) if token == end]
-    if not places:  # a tokenizer that takes special tokens for text
+    if not places:  # this tokenizer reads special tokens as text
         return [*ids, end], False
     return ids[: places[-count:][0] + 1], len(places) > count
 
 
 def _shared(ids: list[int], others: list[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences."""
     if others[: len(ids)] == ids:
         return len(ids)
     return next(i for i, (own, other) in enumerate(zip([*ids, None], [*others, None], strict=False)) if own != other)
@@ -480,7 +479,7 @@ def _shared(ids: list[int], others: list[int]) -> int:
 def _difference(
     tokenizer: PreTrainedTokenizerBase, one: tuple[list[int], list[int]], apart: tuple[list[int], list[int]]
 ) -> str:
-    """The tokens around the place where two ways to cut a pair differ, | between prompt and answer."""
+    """Show the tokens around the place where two tokenisations of a pair differ, with | after the prompt."""
     boundary = min(len(one[0]), len(apart[0]))
     place = _shared(one[0] + one[1], apart[0] + apart[1])
     start = max(0, min(boundary, place) - 3)
@@ -494,7 +493,7 @@ def _difference(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bare: Sequence[bool]) -> list[list[int]]:
-    """Token ids, behind what the tokenizer puts before every text, once; nothing is put before bare ones."""
+    """Return token ids with the tokenizer's opening tokens, once; bare texts get none."""
     if not texts:
         return []
     ids = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -506,7 +505,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bare: Sequ
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer puts before every text."""
+    """Return the tokens that a tokenizer puts before every text."""
     bare, dressed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     return next(dressed[:i] for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
 

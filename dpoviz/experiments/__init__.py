@@ -1,1 +1,1 @@
-"""Whole runs: the small world, any model, the comparison, generated pairs, the benchmark; and their folders."""
+"""Whole runs and their folders: the small world, any model, the comparison, generated pairs, the benchmark."""

@@ -1,4 +1,4 @@
-"""A peer and us side by side: the same model and pairs, in turn; medians with their range."""
+"""Time dpoviz against a peer on the same model and pairs, in turn; report medians with their range."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.state import adamw
 
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
-"""Who takes a training step."""
+"""The methods whose training step is timed."""
 
-ALONE = "of it β(x) and its terms"
-"""The part of a step that a fixed β does not have: by itself, because it is less than whole steps differ by chance."""
+ALONE = "β(x) and its terms alone"
+"""What a step adds to that of a fixed β: timed alone, because it is smaller than the noise of whole steps."""
 
 
 def bench_steps(
@@ -58,29 +58,29 @@ def bench_steps(
     max_length: int,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """A DPO training step on the pairs of each task: forward, backward, clipping and AdamW on all weights.
+    """Time a DPO training step on the pairs of each task: forward, backward, clipping and AdamW on all weights.
 
-    All take the same pairs in the same order and start from the same weights; the learning rate is 0, so that they
-    stay there, and the losses of the first three must agree.
+    All methods use the same pairs in the same order and the same weights, which a learning rate of 0 leaves unchanged.
+    The losses of those with a fixed β must agree.
 
     Args:
         model: a causal language model in float32 or bfloat16, on its device.
         tokenizer: its tokenizer.
-        scored: what `reference_pass` returned.
-        batch_size: pairs in a step, drawn from those of each task.
-        repeats: timed steps of each, in turn, after one that is not timed; memory is measured in one more.
-        max_length: what TRL is told to cut at; no pair is longer.
+        scored: pairs scored by `reference_pass`.
+        batch_size: pairs per step, sampled from those of each task.
+        repeats: timed steps of each method, in turn, after an untimed one; memory is measured in one more.
+        max_length: length at which TRL truncates, in tokens; no pair is longer.
         progress: show a bar.
 
     Returns:
-        A row per task and contestant: task, who, pairs, tokens (each prompt and answer once), seconds (median), low,
-        high, pairs_per_second, operations (a second, of those that are needed), ratio (median over the turns of TRL's
-        seconds over its own; NaN without TRL), over_fixed (median over the turns of its own seconds over those of ours
-        with a fixed β), memory (peak over what was held before, MiB), loss. `ALONE` is a part of a step, for which
+        A row per task and method: task, who (the method), pairs, tokens (each prompt and answer once), seconds
+        (median), low, high, pairs_per_second, operations (needed operations per second), ratio (TRL's time over this
+        method's, median over repeats; NaN without TRL), over_fixed (this method's time over that of dpoviz with a
+        fixed β, median over repeats), memory (peak increase, MiB), loss. `ALONE` is a part of a step:
         pairs_per_second, operations and ratio are NaN.
 
     Raises:
-        FloatingPointError: the losses differ by more than float32 or bfloat16 explains: the contestants do not do the
+        FloatingPointError: the losses differ by more than rounding in float32 or bfloat16: the methods do not do the
             same work.
     """
     rows = []
@@ -98,7 +98,7 @@ def bench_steps(
             seconds = measured.seconds
             peer = taken[PEER].seconds if PEER in taken else []
             ratios = [a / b for a, b in zip(peer, seconds, strict=False)] if who != ALONE else []
-            whole = 1 / statistics.median(seconds) if who != ALONE else float("nan")  # steps a second
+            whole = 1 / statistics.median(seconds) if who != ALONE else float("nan")  # steps per second
             over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
             rows.append(
                 {
@@ -189,7 +189,7 @@ def _contestants(
 def _trl(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
 ) -> Callable[[], float] | None:
-    """A step of TRL's trainer, the reference's log-probabilities precomputed; None where TRL is not installed."""
+    """Return a step of TRL's trainer, with precomputed reference log-probabilities; None if TRL is not installed."""
     try:
         import trl
     except ImportError:
@@ -205,8 +205,8 @@ def _trl(
     data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"]).select([0])
     trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
     optimizer = trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what trainer.train() would set
-    # our tokens and our reference: its loss is another as soon as it scores anything else
+    trainer.current_gradient_accumulation_steps = 1  # as trainer.train() sets it
+    # our tokens and our reference's scores: the losses agree only if TRL scores exactly these
     rows = pairs.select_columns([*IDS, "ref_chosen_logps", "ref_rejected_logps"]).to_list()
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
 
@@ -230,13 +230,13 @@ def bench_reference(
     repeats: int,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Log-probabilities, entropies and prompt features, against the bare forward of the same tokens.
+    """Time the scoring of log-probabilities, entropies and prompt features against a bare forward of the same tokens.
 
-    The bare forward is the model's layers over the same shared-prefix rows, and its head where an answer is predicted.
+    The bare forward runs the model's layers on the same shared-prefix rows, and its head where an answer is predicted.
 
     Returns:
-        Two rows: who, seconds (median over all pairs), low, high, tokens_per_second, operations (a second, of
-        those that are needed), ratio (seconds over the bare forward's, median over the turns), memory (MiB).
+        Two rows: who, seconds (for all pairs, median over repeats), low, high, tokens_per_second, operations (needed
+        operations per second), ratio (time over that of the bare forward, median over repeats), memory (MiB).
     """
     rows = pairs[:]
     answers, length = _answers(rows), token_counts(pairs).sum(axis=1).tolist()
@@ -267,23 +267,23 @@ def bench_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
     new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8), progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
-    """Entropies from sampled answers, against `generate` alone, which gives no entropies.
+    """Time entropies from sampled answers against `generate` alone, which gives no entropies.
 
-    No answer ends before `new_tokens`, so that both make as many.
+    No answer ends before `new_tokens`, so that both sample the same number of tokens.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         prompts: token ids.
-        samples: answers a prompt.
-        new_tokens: tokens an answer.
-        repeats: timed turns, after one that is not timed.
-        at_once: numbers of prompts that are answered side by side, each of which is tried.
+        samples: answers per prompt.
+        new_tokens: tokens per answer.
+        repeats: timed calls of each, after an untimed one.
+        at_once: batch sizes to try, in prompts.
 
     Returns:
-        A row for each number and each of the two: who, prompts (at once), seconds (median), low, high,
-        tokens_per_second (of the answers), operations (a second, of those that are needed), ratio (seconds over those
-        of `generate` at its best), memory (MiB).
+        A row per method and batch size: who, prompts (per batch), seconds (median), low, high, tokens_per_second (of
+        the answers), operations (needed operations per second), ratio (time over that of `generate` at its best batch
+        size), memory (MiB).
     """
     pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
@@ -324,11 +324,11 @@ def bench_sampling(
 def bench_pairs(
     counts: Sequence[int] = (100, 1_000, 10_000, 100_000), *, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """Time and memory of everything but the model, for made-up pairs of about 600 characters.
+    """Measure time and memory of everything but the model, on generated pairs of about 600 characters.
 
     Returns:
-        A row per number of pairs: pairs; microseconds a pair to read and check them, to cut them into tokens and to
-        lay them out in batches of 32; memory (MiB over what was held before).
+        A row per number of pairs: pairs; read, tokens and batches (microseconds per pair to load and check, to
+        tokenise, and to pack into batches of 32); memory (peak increase, MiB).
     """
     draw = random.Random(seed)
     words = [f"word{i}" for i in range(300)]
@@ -363,20 +363,20 @@ def bench_pairs(
 def bench_batches(
     model: PreTrainedModel, pad_id: int, *, repeats: int, longest: int = 256, seed: int = 0, progress: bool = True
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Forward and backward pass of random pairs: as they grow longer, and as they come to share their prompts.
+    """Time forward and backward passes of random pairs, by length and by the number of pairs that share a prompt.
 
     Args:
         model: a causal language model.
-        pad_id: token that fills the rows.
-        repeats: timed turns, after one that is not timed.
+        pad_id: id of the padding token.
+        repeats: timed calls of each, after an untimed one.
         longest: tokens of the longest prompt, and of each of its answers.
-        seed: the tokens.
+        seed: random seed of the tokens.
 
     Returns:
-        Two pairs, prompt and answers of as many tokens each: a row per length: tokens (computed), seconds (median),
-        low, high, microseconds_per_token, operations (a second), memory (MiB). And eight pairs with answers of a
-        quarter of their prompt: a row per number of different prompts among them: prompts, tokens, and the same; ratio
-        (seconds over those of eight prompts, median over the turns).
+        Two tables. For two pairs whose prompts and answers have equal lengths, a row per length: length, tokens
+        (computed), seconds (median), low, high, microseconds_per_token, operations (per second), memory (MiB). For
+        eight pairs whose answers are a quarter as long as their prompts, a row per number of different prompts:
+        prompts, tokens and the same columns, with ratio (time over that of eight prompts, median over repeats).
     """
     draw = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
@@ -412,11 +412,11 @@ def bench_batches(
 def bench_vocabulary(
     sizes: Sequence[int] = (49_152, 100_000, 150_000), *, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """A reference pass as the vocabulary grows: 16 prompts of two answers, a model 64 wide.
+    """Time the reference's scores as the vocabulary grows: 16 prompts with two answers each, a model of width 64.
 
     Returns:
-        A row per size: vocabulary, tokens, seconds, all_logits (MiB that they would take at once), memory (peak
-        beyond the weights, MiB).
+        A row per size: vocabulary, tokens, seconds, all_logits (MiB of all logits together), memory (peak increase,
+        MiB).
     """
     rows = []
     for size in tqdm(sizes, desc="growth with the vocabulary", unit="size", disable=hidden(progress)):
@@ -426,7 +426,7 @@ def bench_vocabulary(
         model = LlamaForCausalLM(config).eval()
         prompts = torch.randint(size, (16, 60)).tolist()
         answers = torch.randint(size, (16, 2, 100)).tolist()
-        score_answers(model, prompts[:1], answers[:1], pad_id=0)  # the trial of shared prefixes is no part of it
+        score_answers(model, prompts[:1], answers[:1], pad_id=0)  # untimed: tries shared prefixes
         with _memory(torch.device("cpu")) as peak:
             began = time.perf_counter()
             score_answers(model, prompts, answers, pad_id=0, entropy=True, features=True)
@@ -440,7 +440,7 @@ def bench_vocabulary(
 
 
 def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the tables of `bench` as they are done, and leave each in the folder as <name>.csv.
+    """Yield the tables of `bench` as they are finished, and save each in the folder as <name>.csv.
 
     Raises:
         ValueError: fewer pairs of a task than a batch, or as `experiments.real.load`.
@@ -478,10 +478,10 @@ def bench(
     new_tokens: int = 32,
     progress: bool = True,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """All of them on one model and one set of scored pairs: a name and a table, each as soon as it is there.
+    """Yield the name and the table of each measurement, on one model and one set of scored pairs.
 
-    The tables of what the model does have beside their numbers the share of the machine's matrix rate that is reached:
-    the operations that are needed (`forward_operations`), in each second, over `matrix_rate`.
+    Tables that time the model have a column share_of_matrix_rate: the needed operations per second
+    (`forward_operations`) over the machine's `matrix_rate`.
     """
     mixed = scored.shuffle(seed=0)  # of all tasks
     some = mixed.select(range(min(len(mixed), 4 * batch_size)))
@@ -508,7 +508,7 @@ def bench(
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations a second that the machine reaches in one large matrix product, the best of several."""
+    """Return the floating-point operations per second of one large matrix product, the best of `repeats`."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):
@@ -523,10 +523,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, r
 def forward_operations(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
 ) -> float:
-    """Floating-point operations that a forward pass needs; a training step needs three times as many.
+    """Return the floating-point operations that a forward pass needs; a training step needs three times as many.
 
-    Each prompt once, and each different answer to it once: the linear layers over their tokens, the head where an
-    answer is predicted, attention over what is seen.
+    Counted once for each distinct prompt and each distinct answer to it: the linear layers on their tokens, the head
+    where an answer is predicted, and attention to the tokens before.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
@@ -549,7 +549,7 @@ def _unique(
 
 
 def _tokens(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> int:
-    """Tokens that have to be fed in: the last one of an answer is not."""
+    """Return the number of tokens that the model must read: an answer's last one is only predicted."""
     unique = _unique(prompts, answers)
     return sum(len(prompt) + sum(len(answer) - 1 for answer in own) for prompt, own in unique.items())
 
@@ -559,7 +559,7 @@ def _answers(rows: Mapping[str, list]) -> list[list[list[int]]]:
 
 
 class _Measured(NamedTuple):
-    """Of one contestant: seconds of each turn, peak over what was held before (MiB), and what it returned last."""
+    """The measurements of one method: seconds of each call, peak memory increase in MiB, last returned value."""
 
     seconds: list[float]
     memory: float
@@ -572,15 +572,15 @@ _Who = TypeVar("_Who", bound=Hashable)
 def _in_turn(
     calls: Mapping[_Who, Callable[[], Any]], repeats: int, device: torch.device, said: str | None
 ) -> dict[_Who, _Measured]:
-    """Call all of them in turn, each turn in another order, after a turn that does not count; `said` beside a bar.
+    """Time all calls in turn, each turn in a new order, after a turn that is not timed; `said` labels the bar.
 
-    Memory has a turn of its own, at the end: giving free memory back, so that a peak can be seen, costs the next
-    allocations time.
+    Memory is measured in an extra turn at the end: returning free memory first, so that the peak is visible, slows the
+    allocations that follow.
     """
     seconds: dict[_Who, list[float]] = {who: [] for who in calls}
     memory, result = {}, {}
     order = random.Random(0)
-    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=said is None):
+    for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=hidden(said is not None)):
         for who, call in order.sample(list(calls.items()), len(calls)):
             if turn <= repeats:
                 gc.collect()
@@ -598,7 +598,7 @@ def _in_turn(
 
 
 def _rows(taken: Mapping[_Who, _Measured], base: _Who, **amounts: float) -> pd.DataFrame:
-    """A row for each; of each amount of work what is done of it in a second."""
+    """Return a row per call; each of `amounts` of work becomes a column of work per second."""
     rows = []
     for who, (seconds, memory, _) in taken.items():
         ratios = [b / a for a, b in zip(taken[base].seconds, seconds, strict=True)]
@@ -623,7 +623,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _memory(device: torch.device):
-    """Gives a call that says the peak over what was held at the start, MiB: allocated on a GPU, resident elsewhere."""
+    """Yield a function that returns the peak increase of memory in MiB: allocated on a GPU, resident elsewhere."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -655,7 +655,7 @@ def _memory(device: torch.device):
 
 
 def _trim() -> None:
-    """Give free memory back, where the C library can: what an earlier call left would hide what this one takes."""
+    """Return free memory to the system if the C library can: what an earlier call left would hide a peak."""
     import ctypes
 
     try:

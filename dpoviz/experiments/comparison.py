@@ -1,8 +1,8 @@
-"""Does beta(x) help? Every rule against one well-chosen constant, in the small world, where the true reward is known.
+"""Compare every rule for beta with one well-chosen constant, in the small world, where the true reward is known.
 
-The experiment is a table of independent jobs. A *tuning* job tries one learning rate; a *main* job is one run at its
-method's best rate; a *reference* job measures the reference itself. Each leaves one file, and what is there is not run
-again; `gather` makes a table of the files.
+The experiment is a table of independent jobs. A *tuning* job tries one learning rate; a *main* job runs a variant at
+its best rate; a *reference* job measures the reference itself. Each job writes one file and is not run again while
+that file exists; `gather` collects the files into a table.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dpoviz.experiments.comparison_config import BASELINE, CONTENDERS, CompareCo
 
 
 def job_table(config: CompareConfig) -> pd.DataFrame:
-    """`jobs` as a table, with their names."""
+    """Return `jobs` as a table, with their names."""
     rows = jobs(config)
     return pd.DataFrame(rows).assign(name=[job.name for job in rows])
 
 
 def best_rates(config: CompareConfig, out: Path) -> dict[str, float]:
-    """The learning rate of each contender, found on the worlds for tuning.
+    """Return the best learning rate of each variant, found on the tuning worlds.
 
-    Of the constants it is the rate whose curve is highest on average over KL budgets of 0.5 to 4 nats; of each
-    method the rate at which the run of its last value lies highest above that curve.
+    For the constants it is the rate whose curve is highest on average over the KL budgets of `BUDGETS`; for every other
+    variant, the rate at which the run of its last value lies highest above that curve.
 
     Raises:
         ValueError: a tuning job that has not been run.
@@ -59,18 +59,18 @@ def best_rates(config: CompareConfig, out: Path) -> dict[str, float]:
 
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0)
-"""KL budgets, in nats an answer, at which the best reward is asked for."""
+"""KL budgets, in nats per answer, at which the best rewards are compared."""
 
 
 _LISTS = ("training_betas", "reliability", "betas")
 
 
 def gather(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """The runs that are done, a row each: the job, learning_rate, seconds, and the numbers.
+    """Return the finished runs, a row each: the job, learning_rate, seconds, and the measurements.
 
-    Of each task and of "all": reward, kl, kl_k1, kl_k3, entropy, length with <name>_se (see `evaluate_policy`);
-    accuracy, h, s, margin (held-out pairs); beta (geometric mean), beta_spread (standard deviation of log beta), rho
-    (Spearman, beta against entropy); and brier and ece.
+    Measured by task and over "all", as <name>/<task>: reward, kl, kl_k1, kl_k3, entropy, length with <name>_se (see
+    `evaluate_policy`); accuracy, h, s, margin (on held-out pairs); beta (geometric mean), beta_spread (standard
+    deviation of log beta), rho (Spearman's, between beta and entropy). Measured once: brier and ece.
     """
     rows = []
     for job in jobs(config):
@@ -82,7 +82,7 @@ def gather(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def gather_betas(config: CompareConfig, out: Path, *, noise: float, seed: int) -> pd.DataFrame:
-    """Beta of each rule in the run of its first value, controls left out: contender, form, task, ref_entropy, beta."""
+    """Return beta of each rule at its first value, without controls: contender, form, task, ref_entropy, beta."""
     parts = []
     for name in config.contenders:
         value = config.values(name)[0]
@@ -94,7 +94,10 @@ def gather_betas(config: CompareConfig, out: Path, *, noise: float, seed: int) -
 
 
 def gather_reliability(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """Of all main runs, pooled over seeds: contender, value, learning_rate, noise, bin, n, predicted, truth."""
+    """Return reliability by bin, pooled over the seeds of the main runs.
+
+    Columns: contender, value, learning_rate, noise, bin, n, predicted, truth.
+    """
     parts = []
     for job in jobs(config):
         file = out / "runs" / f"{job.name}.json"
@@ -111,19 +114,20 @@ def gather_reliability(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Each contender against the constants of the same world at the same learning rate, seed by seed.
+    """Compare each variant with the constants of the same world at the same learning rate, seed by seed.
 
     Args:
-        table: what `gather` returned.
+        table: the table of `gather`.
 
     Returns:
-        A row per contender, noise, seed and task ("all" among them):
-        above: mean over its runs of their reward minus the constants' at the same KL;
-        area: the mean difference of the two curves over the KL that both reach;
-        mean_scale/reward, mean_scale/kl: mean over its runs of reward and KL minus those of a constant with the run's
-        own mean scale (over all held-out pairs; between the constants that were run, on the log of the scale);
-        best/<budget>, best_difference/<budget>: the highest reward at a KL of at most so many nats, and that minus
-        the constants', which here have the runs at all learning rates.
+        A row per contender (variant), noise, seed and task ("all" among them), with columns
+
+        above: the reward minus that of the constants at the same KL, mean over the variant's runs;
+        area: the mean difference of the two curves over the KL range that both reach;
+        mean_scale/reward, mean_scale/kl: reward and KL minus those of a constant with the run's mean scale over all
+        held-out pairs (interpolated between the constants on the log of the scale), mean over the variant's runs;
+        best/<budget>, best_difference/<budget>: the highest reward at a KL of at most <budget> nats, and its difference
+        from that of the constants, here at all their learning rates.
     """
     main = table[table["phase"] == "main"]
     starts = table[(table["phase"] == "reference") & (table["seed"] < 1000)].set_index("seed")
@@ -154,15 +158,16 @@ def differences(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def effects(found: pd.DataFrame, measure: str = "above") -> pd.DataFrame:
-    """The mean of a difference over the seeds, by contender, noise and task.
+    """Return the mean of a difference over the seeds, by variant, noise and task.
 
     Args:
-        found: what `differences` returned.
-        measure: one of its differences.
+        found: the table of `differences`.
+        measure: one of the columns of differences in `found`.
 
     Returns:
-        A row per contender but the constant, noise (NaN: the mean over all levels, seed by seed) and task: mean, low,
-        high, p, detectable (see `effect`), and holm: p adjusted over the contenders within a noise and a task.
+        A row per contender (every variant but the constant), noise (NaN: the mean over all levels, seed by seed) and
+        task: mean, low, high, p, detectable (see `effect`), and holm, the p adjusted over the variants of one noise and
+        task.
     """
     rivals = found[found["contender"] != BASELINE]
     pooled = rivals.groupby(["contender", "seed", "task"], as_index=False, sort=False)[measure].mean()
@@ -176,7 +181,7 @@ def effects(found: pd.DataFrame, measure: str = "above") -> pd.DataFrame:
 
 
 def against(found: pd.DataFrame, first: str, second: str, measure: str = "above") -> pd.DataFrame:
-    """The mean of first minus second over the seeds, by task, pooled over noise; columns as `effects`."""
+    """Return the mean of first minus second over the seeds, by task, pooled over noise; columns as `effects`."""
     wide = found.groupby(["contender", "seed", "task"], sort=False)[measure].mean()
     rows = []
     for task in dict.fromkeys(found["task"]):

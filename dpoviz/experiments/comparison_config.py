@@ -1,4 +1,4 @@
-"""The settings of the comparison, who takes part, and its table of jobs. Importing this loads no torch."""
+"""The settings of the comparison, its variants, and its table of jobs. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from dpoviz.forms import Form
 
 
 class Contender(NamedTuple):
-    """A method as it takes part.
+    """A variant that takes part in the comparison.
 
     Attributes:
-        method: a name of `METHODS`; of a control, the one whose beta(x) it takes.
+        method: a name of `RULES`; for a control, the rule whose trained beta(x) it takes.
         form: the form of its loss.
-        swept: what its points differ in: the scale s0 that multiplies h at the start, or the method's strength.
-        strength: of the method; None is its default.
-        calibrated: beta learns from pairs that the policy is not trained on.
-        control: "" for none; else what is made of the trained beta(x) of `method`, which is then held fixed:
-            "frozen" as it is, "shuffled" over all prompts, "shuffled within tasks", "random" (a draw of the same mean
-            and spread).
+        swept: the setting that is swept: the scale s that multiplies h at the start, or the rule's strength.
+        strength: value of the rule's hyperparameter; None: its default.
+        calibrated: train beta on pairs on which the policy is not trained.
+        control: "" if it is none. Otherwise beta is fixed to the trained beta(x) of `method`: "frozen" (unchanged),
+            "shuffled" over all prompts, "shuffled within tasks", or "random" (sampled with the same mean and spread).
     """
 
     method: str
@@ -32,7 +31,7 @@ class Contender(NamedTuple):
 
     @property
     def rates_of(self) -> str:
-        """The contender whose learning rate it takes: a control that of its method."""
+        """The variant whose learning rate a control uses; "" for all others."""
         return f"{self.method} {self.form}" if self.control else ""
 
 
@@ -51,36 +50,36 @@ CONTENDERS: dict[str, Contender] = {
     **{f"{control}, {form}": Contender("network", form, control=control)
        for control in ("frozen", "shuffled", "shuffled within tasks", "random") for form in ("inverse", "standard")},
 }  # fmt: skip
-"""Who takes part, by name; the constant is what the others are compared with."""
+"""The variants, by name; all others are compared with the constant."""
 
 STRENGTHS = {"lsc": (0.2, 0.4), "dual-kl": (0.2, 0.5), "dual-kl-task": (0.2, 0.5)}
-"""What is swept of the methods whose strength is: LSC's published target and its half, and KL budgets (nats) that the
-training here comes to."""
+"""Values of the variants that are swept over their strength: LSC's published target and half of it, and KL budgets in
+nats that training reaches here."""
 
 BASELINE = "constant"
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The experiment.
+    """Train every rule for beta in many small worlds and compare it with constants at the same KL.
 
     Attributes:
         world: the small world; each seed has its own.
-        contenders: names of `CONTENDERS`; the constant always takes part.
+        contenders: variants to compare; one of them must be the constant.
         constants: scales of the constant, the frontier to beat.
-        scales: scales s0 of the methods that are swept over it; the others start at the first of them.
-        seeds: worlds and runs, numbered from 0.
-        noise: shares of the training pairs whose label is turned round; a larger share turns the same and more.
-        learning_rates: of the policy; each method uses its best, the constants run at all of them.
-        tuning_seeds: worlds of their own, numbered from 1000, on which the best is found.
-        tuning_noise: the share at which it is found, and at which the controls run; one of `noise`.
-        stage1_steps: steps with a fixed beta, where beta learns; the rule's own steps otherwise.
+        scales: initial scales of the variants that are swept over the scale; all others start at the first.
+        seeds: number of worlds, each with its own runs, numbered from 0.
+        noise: fractions of the training labels that are flipped; the flipped sets are nested.
+        learning_rates: learning rates of the policy; each variant uses its best, the constants run at all of them.
+        tuning_seeds: number of further worlds, numbered from 1000, on which the best rates are found.
+        tuning_noise: fraction of flipped labels for tuning and for the controls; one of `noise`.
+        stage1_steps: steps with a fixed beta, if the rule is trainable; with the rule otherwise.
         stage2_steps: steps with the rule.
-        batch_size: pairs in a step.
-        beta_learning_rate: of beta, where it learns.
-        calibration: share of the training prompts that "calibrated" takes for beta.
-        prompts: fresh prompts a task that a policy is measured on.
-        samples: answers at each.
+        batch_size: pairs per step.
+        beta_learning_rate: learning rate of a trainable beta.
+        calibration: fraction of the training prompts on which the calibrated variants train beta.
+        prompts: fresh prompts per task on which a policy is measured.
+        samples: answers per prompt.
     """
 
     world: WorldConfig = field(default_factory=lambda: WorldConfig(
@@ -105,12 +104,12 @@ class CompareConfig:
         unknown = sorted(set(self.contenders) - set(CONTENDERS))
         if unknown:
             raise ValueError(f"contenders: got {unknown}, expected some of {', '.join(CONTENDERS)}")
-        if BASELINE not in self.contenders:
-            raise ValueError(f"contenders: got {self.contenders}, expected {BASELINE!r} among them")
+        if BASELINE not in self.contenders:  # what all others are compared with
+            object.__setattr__(self, "contenders", (BASELINE, *self.contenders))
         if self.seeds < 3 or self.tuning_seeds < 1:
             raise ValueError(f"seeds, tuning_seeds: got {self.seeds}, {self.tuning_seeds}, expected at least 3 and 1")
         if any(not 0 <= share < 0.5 for share in self.noise):
-            raise ValueError(f"noise: got {self.noise}, expected shares from 0 to below 0.5")
+            raise ValueError(f"noise: got {self.noise}, expected fractions from 0 to below 0.5")
         if self.tuning_noise not in self.noise:
             raise ValueError(f"tuning_noise: got {self.tuning_noise}, expected one of {self.noise}")
         for name in ("constants", "scales", "noise", "learning_rates"):
@@ -120,7 +119,7 @@ class CompareConfig:
 
     @classmethod
     def fast(cls, **settings) -> CompareConfig:
-        """A tiny version, for tests and a first look: its numbers say nothing."""
+        """Return a tiny version for tests and a first look; its numbers mean nothing."""
         world = WorldConfig(demonstrations=9000, hidden_size=48, layers=2, problems=32, samples=6, entropy_samples=2,
                             max_new_tokens=24)  # fmt: skip
         tiny = {"world": world, "constants": (0.1, 0.4), "scales": (0.1,), "seeds": 3, "noise": (0.15,),
@@ -129,7 +128,7 @@ class CompareConfig:
         return cls(**{**tiny, **settings})
 
     def values(self, contender: str) -> tuple[float, ...]:
-        """What is swept of a contender."""
+        """Return the values of the swept setting of a variant."""
         if contender == BASELINE:
             return self.constants
         values = STRENGTHS[contender] if CONTENDERS[contender].swept == "strength" else self.scales
@@ -141,11 +140,11 @@ class Job(NamedTuple):
 
     Attributes:
         phase: "reference", "tuning" or "main".
-        contender: a name of `CONTENDERS`, or "reference".
-        value: of what is swept.
-        learning_rate: of a tuning run and of the constants, which run at all of them; 0 is the method's best.
-        noise: share of labels turned round.
-        seed: of the world and of the run.
+        contender: the variant, a name of `CONTENDERS`; or "reference".
+        value: value of the swept setting.
+        learning_rate: learning rate of the policy; 0 stands for the variant's best, found by tuning.
+        noise: fraction of the training labels that are flipped.
+        seed: seed of the world and of the run.
     """
 
     phase: str
@@ -157,13 +156,13 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file, without the suffix."""
         parts = (self.phase, self.contender, f"{self.value:g}", f"{self.learning_rate:g}", f"{self.noise:g}", self.seed)
         return "_".join(str(part).replace(" ", "-").replace(",", "") for part in parts)
 
 
 def jobs(config: CompareConfig) -> list[Job]:
-    """The table of jobs, each world's together; a number of `dpoviz compare --only` is a row of it."""
+    """Return the table of jobs, grouped by world; `dpoviz compare --only` takes the number of a row."""
     rows = []
     for seed in range(1000, 1000 + config.tuning_seeds):
         rows.append(Job("reference", "reference", 0.0, 0.0, 0.0, seed))

@@ -1,4 +1,4 @@
-"""What a finished comparison leaves in its folder: tables, pictures, and sentences that follow from the numbers."""
+"""Report a finished comparison: tables, pictures, and sentences computed from the numbers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from dpoviz.experiments.comparison import (
 from dpoviz.experiments.comparison_config import CompareConfig
 
 TABLES = ("compare", "betas", "reliability")
-"""The tables of a comparison, each as <name>.csv; all else follows from them."""
+"""The tables of a comparison, each as <name>.csv; everything else is computed from them."""
 
 
 def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """Gather the runs into tables, draw the pictures, and return `effects` of the mean over tasks and noise.
+    """Gather the runs into tables, draw the pictures, and return `effects`; empty if only the constants were run.
 
-    Left in the folder: compare.csv (`gather`), betas.csv (`gather_betas` of seed 0 at the middle noise),
-    reliability.csv, differences.csv, effects.csv, and a picture of each kind, at the middle noise where it shows one.
+    Files written: compare.csv (`gather`), betas.csv (`gather_betas` of seed 0 at the middle noise), reliability.csv,
+    differences.csv, effects.csv and a picture of each kind, at the middle noise if it shows a single level.
     """
     middle = sorted(config.noise)[len(config.noise) // 2]
     tables = {
@@ -64,7 +64,7 @@ def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def effects_as_text(measured: pd.DataFrame) -> str:
-    """`effects` of the mean over tasks and over noise as text, the largest first."""
+    """Return `effects` of the mean over tasks and over noise as text, the largest first."""
     if measured.empty:
         return "nothing to compare the constants with"
     rows = measured[measured["noise"].isna() & (measured["task"] == "all")].sort_values("mean", ascending=False)
@@ -80,7 +80,7 @@ def effects_as_text(measured: pd.DataFrame) -> str:
 
 
 def best_as_text(found: pd.DataFrame, *, task: str = "all") -> str:
-    """`differences` as a table: the best reward within each KL budget, mean over noise, ± standard error over seeds."""
+    """Return the best reward within each KL budget of `differences` as text: mean over noise, ± standard error."""
     own = found[found["task"] == task].groupby(["contender", "seed"], sort=False).mean(numeric_only=True)
     groups = own.groupby("contender", sort=False)
     table = pd.DataFrame(
@@ -99,7 +99,7 @@ def best_as_text(found: pd.DataFrame, *, task: str = "all") -> str:
 
 
 def reading_of_effects(measured: pd.DataFrame) -> list[str]:
-    """Sentences: what differs from the constants beyond noise, and what could have been seen."""
+    """Return sentences on which variants differ from the constants, and which differences were detectable."""
     if measured.empty:
         return []
     rows = measured[measured["noise"].isna() & (measured["task"] == "all")]

@@ -1,4 +1,4 @@
-"""Run the jobs of the comparison: each trains a policy and measures it; several run side by side."""
+"""Run the jobs of the comparison: each trains and measures one policy; several run in parallel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dpoviz.analysis.evaluate import MEASURES, calibration, evaluate_policy, rel
 from dpoviz.beta import Beta, ConstantBeta
 from dpoviz.data import tasks
 from dpoviz.data.records import split_by_group
-from dpoviz.experiments.comparison import best_rates
+from dpoviz.experiments.comparison import best_rates, job_table
 from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
 from dpoviz.experiments.small import World, small_world
 from dpoviz.experiments.workers import cores, run_side_by_side
@@ -41,11 +41,11 @@ from dpoviz.training.probes import correctly_ranked, log_ratios
 
 
 class _Ground(NamedTuple):
-    """What all jobs of a seed share."""
+    """The data that all jobs of one seed share."""
 
     world: World
     problems: list[tasks.Problem]
-    preference: np.ndarray  # of each held-out pair: P(chosen preferred)
+    preference: np.ndarray  # (N,) probability that the chosen answer is preferred, for each held-out pair
 
 
 @lru_cache(maxsize=2)
@@ -54,7 +54,7 @@ def _ground(config: CompareConfig, cache_dir: str, seed: int) -> _Ground:
     known = {*world.train["prompt"], *world.held_out["prompt"]}
     problems = []
     for task in tasks.TASKS:
-        # so many that enough are fresh, whichever they are
+        # enough that `config.prompts` of them are fresh, whichever they are
         drawn = tasks.sample_problems(task, config.world.problems + config.prompts, 10_000 + seed)
         problems += [problem for problem in drawn if problem.prompt not in known][: config.prompts]
     held_out = world.held_out[:]
@@ -77,7 +77,7 @@ def _noisy(config: CompareConfig, cache_dir: str, seed: int, noise: float) -> Da
 
 
 def flip_labels(pairs: Dataset, share: float, seed: int) -> Dataset:
-    """The pairs with chosen and rejected exchanged in a share of them; a larger share turns the same and more."""
+    """Return the pairs with chosen and rejected exchanged in a fraction of them; the flipped sets are nested."""
     turned = np.random.default_rng([seed, 7]).random(len(pairs)) < share
     columns = pairs.to_dict()
     found = {}
@@ -89,7 +89,7 @@ def flip_labels(pairs: Dataset, share: float, seed: int) -> Dataset:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The last digits of a sum depend on the number of threads: every job has one, wherever it runs."""
+    """Run on one thread: the last digits of a sum depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -100,10 +100,10 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -> dict:
-    """Run a job on one thread and leave its file, or read what is there.
+    """Run a job on one thread and write its file; if the file exists, read it instead.
 
     Raises:
-        ValueError: a main job whose tuning jobs have not all been run.
+        ValueError: a main job whose tuning jobs are not finished.
     """
     file = out / "runs" / f"{job.name}.json"
     if file.is_file():
@@ -126,7 +126,7 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
 
 
 LAST = 10
-"""Steps at the end of training whose betas are what is told of a rule that is no function of the prompt."""
+"""For rules that are not functions of the prompt, beta is summarised over this many final steps."""
 
 
 def _settings(config: CompareConfig, job: Job, rate: float) -> TrainConfig:
@@ -167,7 +167,7 @@ def _trained(config: CompareConfig, job: Job, rate: float, ground: _Ground, out:
     policy = copy.deepcopy(world.reference)
     common = {"pad_id": world.tokenizer.pad_token_id, "eos_id": world.tokenizer.eos_token_id, "progress": False}
     common |= {"reference": world.reference}
-    # what learns, and what was learned, starts from a fixed beta; the others are themselves from the first step
+    # trainable betas, and controls made of them, start from a fixed beta; the other rules act from the first step
     first = ConstantBeta(settings.beta0) if rule.trainable or contender.control else rule
     train(policy, first, pairs, settings, stage=1, **common)
     hook = rule.register_forward_hook(lambda _, given, gave: seen.append((given[0], gave)))
@@ -185,7 +185,7 @@ def _trained(config: CompareConfig, job: Job, rate: float, ground: _Ground, out:
 
 
 def _control(config: CompareConfig, job: Job, pairs: Dataset, out: Path, cache_dir: Path | str) -> Rule:
-    """The trained beta(x) of the network, frozen, dealt out anew, or drawn at random with its mean and spread."""
+    """Return the trained beta(x) of the network, frozen, shuffled, or sampled with the same mean and spread."""
     contender = CONTENDERS[job.contender]
     source = job._replace(contender=f"{contender.method} {contender.form}")
     betas = torch.tensor(run_job(config, source, out, cache_dir)["training_betas"])
@@ -198,8 +198,8 @@ def _control(config: CompareConfig, job: Job, pairs: Dataset, out: Path, cache_d
 
 
 def _measured(config: CompareConfig, ground: _Ground, policy: PreTrainedModel, seed: int) -> dict:
-    """Reward, KL and entropy of a policy on fresh prompts: <measure>/<task>, and <measure>_se/<task>."""
-    # the answers of a task are about as long: drawn by themselves, none waits for another task's
+    """Return the measures of a policy on fresh prompts: <measure>/<task> and <measure>_se/<task>."""
+    # answers of one task have similar lengths: sampled task by task, none waits for a longer one
     parts = [
         evaluate_policy(
             policy,
@@ -223,7 +223,7 @@ def _margins(
     config: CompareConfig, ground: _Ground, policy: PreTrainedModel, rule: Rule, form: Form,
     seen: Sequence[tuple[Observation, RuleOutput]],
 ) -> dict:  # fmt: skip
-    """On held-out pairs, whose labels nobody turned: accuracy, h, s, s·h, calibration; and where beta went."""
+    """Return accuracy, h, s, s·h, calibration and beta on held-out pairs, whose labels are not flipped."""
     held_out, truth = ground.world.held_out, ground.preference
     chosen, rejected = log_ratios(
         policy, held_out, pad_id=ground.world.tokenizer.pad_token_id, batch_size=64, progress=False
@@ -234,7 +234,7 @@ def _margins(
     of_task = np.array([name for given, _ in seen for name in given.task])
     entropy = torch.cat([given.ref_entropy for given, _ in seen]).double().numpy()
     own = isinstance(rule, PromptRule)
-    if isinstance(rule, PromptRule):  # a function of the prompt: its values at the held-out prompts
+    if isinstance(rule, PromptRule):  # a function of the prompt: take its values at the held-out prompts
         rule.eval()
         x = torch.tensor(held_out["ref_features"][:])
         entropy = np.array(held_out["ref_entropy"])
@@ -244,12 +244,12 @@ def _margins(
     else:
         logs = pd.Series(np.log(betas))
         means = logs.groupby(of_task).mean()
-        # a task that the last batches happened to lack has the mean of the others
+        # a task that is missing from the last batches gets the mean over all tasks
         at_pairs = np.exp([means.get(name, logs.mean()) for name in names])
     s = np.asarray(scale(torch.tensor(at_pairs), form))
     said = 1 / (1 + np.exp(-s * h))
     right = correctly_ranked(h)
-    # both ways round: labels are drawn by the truth, so that the chosen answer alone would have it above a half
+    # both orders: labels are sampled from the truth, so for the chosen answer alone it lies above one half on average
     both_said, both_truth = np.concatenate([said, 1 - said]), np.concatenate([truth, 1 - truth])
     found: dict[str, Any] = {"function_of_prompt": own, **calibration(both_said, both_truth)}
     for task in (*tasks.TASKS, "all"):
@@ -276,22 +276,24 @@ def compare(
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Run the jobs that are not done, on all cores; a killed experiment goes on where it was.
+    """Run the unfinished jobs on all cores; an interrupted experiment resumes.
 
     Args:
         config: the experiment.
-        out: the folder; each job leaves a file under out/runs.
-        cache_dir: where the small worlds are kept.
-        only: the row of `jobs` to run, and no other.
-        workers: processes; None takes one for each core.
+        out: the folder: jobs.csv (`job_table`), and a file under runs for each job.
+        cache_dir: folder in which the small worlds are cached.
+        only: run only this row of `jobs`.
+        workers: number of processes; None: one per core.
         progress: show a bar.
 
     Raises:
-        ValueError: `workers` is not positive, `only` is no row, or a main job whose tuning jobs have not been run.
+        ValueError: `workers` is not positive, `only` is not a row, or a main job's tuning jobs are not finished.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers: got {workers}, expected at least 1")
     rows = jobs(config)
+    out.mkdir(parents=True, exist_ok=True)
+    job_table(config).to_csv(out / "jobs.csv")
     if only is not None:
         if not 0 <= only < len(rows):
             raise ValueError(f"only: got {only}, expected a row from 0 to {len(rows) - 1}")
@@ -311,11 +313,11 @@ def _run_all(
     workers: int,
     done: Callable[[], object],
 ) -> None:
-    # a world is built once, by one process, before any of its jobs begins
+    # each world is built once, by one process, before any of its jobs starts
     seeds = sorted({job.seed for job in some})
     for _ in run_side_by_side(partial(_build, config, str(cache_dir)), seeds, workers=workers):
         pass
-    # a worker keeps the worlds that it works in: near jobs share one
+    # each worker caches its latest worlds; neighbouring jobs share one
     for _ in run_side_by_side(partial(run_job, config, out=out, cache_dir=cache_dir), some, workers=workers):
         done()
 

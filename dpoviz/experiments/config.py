@@ -1,4 +1,4 @@
-"""The settings of whole runs. Importing this loads no torch."""
+"""The settings of whole runs. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class WorldConfig:
     """The small world: its reference model and its preference pairs.
 
     Attributes:
-        demonstrations: answers that the reference learns from, over all tasks.
+        demonstrations: answers on which the reference is trained, over all tasks.
         hidden_size: width of the reference.
         layers: depth of the reference.
-        problems: prompts per task that answers are sampled for.
-        samples: answers sampled per prompt, out of which pairs are made.
-        pairs_per_prompt: the most pairs made of one prompt's answers.
-        held_out: fraction of the prompts that is held out.
+        problems: prompts per task for which answers are sampled.
+        samples: answers sampled per prompt, from which pairs are made.
+        pairs_per_prompt: the largest number of pairs per prompt.
+        held_out: fraction of the prompts to hold out.
         entropy_samples: answers per prompt for the entropy of the reference.
         max_new_tokens: limit of a sampled answer, in tokens.
         seed: random seed of the world.
@@ -48,16 +48,16 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train a tiny reference, DPO with a fixed beta, then with beta(x) in both forms.
+    """Train a tiny reference, then a policy by DPO with a fixed beta and with beta(x) in both forms.
 
-    Leaves the numbers, the pictures, the models and a report in a folder. A run that was killed goes on where it
-    stopped when the same command is given again.
+    Writes the numbers, the pictures, the models and a report into a folder. To resume a run that was killed, give the
+    same command again.
 
     Attributes:
         world: the small world.
         training: settings of training.
-        answers: held-out prompts per task whose answers before and after are kept.
-        fast: a tiny version for a first look, whose numbers say little.
+        answers: held-out prompts per task whose answers before and after training are saved.
+        fast: run a tiny version for a first look; its numbers mean little.
     """
 
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -67,11 +67,11 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         _require_whole(self, {"answers": 0})
-        self.training.in_form("inverse")  # refuses what is left open
+        self.training.in_form("inverse")  # raises if a setting is None
 
     @classmethod
     def default(cls, seed: int = 0, *, fast: bool = False) -> DemoConfig:
-        """Return the demo as the README shows it; `fast` is a minute's worth, for a first look and for tests."""
+        """Return the settings of the README's demo; `fast` takes a minute, for a first look and for tests."""
         world, training = WorldConfig(seed=seed), TrainSettings(seed=seed)
         if fast:
             world = replace(world, demonstrations=12_000, problems=64, entropy_samples=4)
@@ -107,27 +107,27 @@ def _real_training() -> TrainSettings:
 
 @dataclass(frozen=True)
 class RealConfig:
-    """Run the reference over your pairs, then train DPO with a fixed beta and with beta(x) in both forms.
+    """Score your pairs with the reference, then train DPO with a fixed beta and with beta(x) in both forms.
 
-    The fixed beta goes on for as many steps, as the baseline. Leaves the numbers, the pictures, the adapters and a
-    report in a folder. A run that was killed goes on where it stopped when the same command is given again.
+    The baseline continues with the fixed beta for the same number of steps. Writes the numbers, the pictures, the
+    adapters and a report into a folder. To resume a run that was killed, give the same command again.
 
     Attributes:
         data: files, folders, a hub name or a preset's name.
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
         preset: the layout of a known public set, for a file of it.
-        task: the task of all pairs, where they name none.
-        columns: other people's column names, to ours, as question=prompt.
-        ignore_columns: columns that would change the prompt and are not to be used.
+        task: the task of all pairs, if they name none.
+        columns: columns of the data to rename to ours, such as question=prompt.
+        ignore_columns: columns to ignore although they would change the prompt.
         chat: tasks whose plain prompts become a user's message.
-        pairs_per_task: the most pairs per task that are used, sampled by the seed; None: all.
-        held_out: fraction of the prompts that is held out.
-        max_length: limit of the prompt and one answer together, in tokens; longer pairs are left out and named.
+        pairs_per_task: the largest number of pairs per task, sampled by the seed; None: all.
+        held_out: fraction of the prompts to hold out.
+        max_length: limit of the prompt and one answer together, in tokens; longer pairs are dropped, with a warning.
         entropy_samples: answers per prompt for the entropy of the reference.
         lora_rank: rank of the adapters; 0 trains all weights.
-        rule: what gives beta, in the forms that it has.
+        rule: the rule for beta, trained in each form in which it is defined.
         strength: value of the rule's hyperparameter; None: its default.
-        answers: held-out prompts per task whose answers before and after are kept.
+        answers: held-out prompts per task whose answers before and after training are saved.
         training: settings of training.
     """
 
@@ -159,17 +159,17 @@ class RealConfig:
             raise ValueError(f"strength: got {self.strength!r}, but the rule {self.rule!r} has no hyperparameter")
 
     def require_data(self) -> None:
-        """Refuse settings that name no data."""
+        """Raise ValueError if the settings name no data."""
         if not self.data:
             raise ValueError("data: got none, expected a file, a folder, a hub name or a preset")
 
     def settings(self, pairs: int) -> TrainSettings:
-        """Return the settings of training on so many pairs, with nothing left open."""
+        """Return the settings of training on `pairs` pairs, with every None that depends on them filled in."""
         return self.training.resolved(pairs, adapters=self.lora_rank > 0)
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        """The forms that the rule is trained in."""
+        """The forms in which the rule is trained."""
         return RULES[self.rule].forms
 
 
@@ -177,18 +177,18 @@ class RealConfig:
 class SampleConfig:
     """Sample preference pairs from a model, labelled by programs.
 
-    Answers to HumanEval's problems, to generated word problems and to chat openers are labelled by running the
-    problems' tests, by the number and by the dialogue's reward. Programs run isolated by bubblewrap. A run that was
-    killed goes on where it stopped when the same command is given again.
+    Answers to HumanEval's problems are labelled by the problems' tests, those to generated word problems by their
+    number, and those to chat openers by the dialogue's reward. Programs run isolated by bubblewrap. To resume a run
+    that was killed, give the same command again.
 
     Attributes:
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
-        tasks: what to sample, some of math, code and dialogue.
+        tasks: tasks to sample: some of math, code and dialogue.
         prompts: prompts per task.
         samples: answers per prompt.
         max_new_tokens: limit of an answer, in tokens.
-        batch: prompts at once.
-        seed: random seed of the samples.
+        batch: prompts per batch.
+        seed: random seed of prompts, samples, pairs and labels.
         unsafe: run the model's programs even where bubblewrap cannot isolate them.
     """
 
@@ -222,24 +222,24 @@ def _require_fraction(name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Time a training step, the reference's pass and sampling, a peer and us side by side.
+    """Time a training step, scoring by the reference, and sampling, each against a peer.
 
-    TRL's DPOTrainer (where it is installed), the plain concatenated step and ours take the same pairs of each task in
-    turn; the reference's pass stands against the bare forward, sampling with entropies against generate.
+    A step of dpoviz is timed against TRL's DPOTrainer, if it is installed, and a plain concatenated step, on the same
+    pairs of each task; scoring against a bare forward pass; sampling with entropies against generate.
 
     Attributes:
-        data: files, folders, a hub name or a preset's name; none: the small world of `dpoviz demo`, model and all.
+        data: files, folders, a hub name or a preset's name; none: pairs and model of the small world of `dpoviz demo`.
         model: a folder, a GGUF file, a hub name, or smollm2-135m.
         preset: the layout of a known public set, for a file of it.
-        task: the task of all pairs, where they name none.
-        columns: other people's column names, to ours, as question=prompt.
+        task: the task of all pairs, if they name none.
+        columns: columns of the data to rename to ours, such as question=prompt.
         chat: tasks whose plain prompts become a user's message.
-        pairs_per_task: the most pairs per task that are used, sampled by the seed; None: all.
+        pairs_per_task: the largest number of pairs per task, sampled by the seed; None: all.
         max_length: limit of the prompt and one answer together, in tokens.
         max_new_tokens: limit of a sampled answer, in tokens.
         batch_size: pairs per step.
         dtype: type of the model's weights.
-        repeats: timed turns.
+        repeats: timed calls of each.
         seed: random seed.
     """
 

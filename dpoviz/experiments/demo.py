@@ -1,4 +1,4 @@
-"""The demo: from nothing to beta(x) by task, against the entropy of the reference."""
+"""The demo: train beta(x) in the small world and show it by task, against the entropy of the reference."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from dpoviz.training.stages import Variant
 
 
 def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
-    """Return where a notebook keeps a demo, so that the next one need not train it again."""
+    """Return the folder in which a notebook caches a demo, so that it is trained once."""
     return Path(cache_dir) / f"demo-{config_digest(config, __name__)}"
 
 
 def run_demo(
     config: DemoConfig, *, out: Path | str, cache_dir: Path | str | None = None, progress: bool = True
 ) -> Results:
-    """Run the small world: stage 1, and stage 2 in both forms.
+    """Train in the small world: stage 1, then stage 2 in both forms.
 
     Args:
         config: the settings.
-        out: the folder, also of the checkpoints; a run that was killed goes on from there.
-        cache_dir: where the small world is kept; None keeps nothing.
+        out: the folder of results and checkpoints; a run that was killed resumes from it.
+        cache_dir: folder in which the small world is cached; None: no cache.
         progress: show bars.
     """
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    # prompts to which all sampled answers earn the same carry no preference: named, not silently dropped
+    # prompts whose sampled answers all have the same reward give no pair: they are listed, not dropped silently
     left_out = json.dumps(dict(world.left_out), indent=1, ensure_ascii=False)
     (out / "left_out.json").write_text(left_out, encoding="utf-8")
     variants: dict[str, Variant] = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
@@ -39,7 +39,7 @@ def run_demo(
 
 
 def scored_pairs(world: World) -> ScoredPairs:
-    """Return the world's pairs as a run takes them."""
+    """Return the reference and the pairs of a world as the input of a run."""
     metadata = {
         "reference rewards": dict(world.rewards),
         "prompts without a pair": {task: len(prompts) for task, prompts in world.left_out.items()},

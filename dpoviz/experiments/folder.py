@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, its tables, and the report, which can always be made again."""
+"""The folder of a run: its settings, its tables, and the report made from them."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _PACKAGES = ("dpoviz", "torch", "transformers", "datasets", "accelerate", "numpy
 
 
 def require_same_config(out: Path, settings: Mapping[str, object]) -> None:
-    """Refuse a folder that holds a run with other settings, and name them.
+    """Raise if a folder holds a run with other settings.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does; the message names the settings that differ.
     """
     file = out / "config.json"
     if not file.exists():
@@ -58,11 +58,10 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def write_config(out: Path, settings: Mapping[str, object]) -> None:
-    """Write the settings into the folder, or refuse as `require_same_config`.
-
-    Given back by ``--config``, the file repeats the run.
+    """Write the settings to config.json, which ``--config`` reads to repeat the run.
 
     Raises:
+        ValueError: as `require_same_config`.
         OSError: the folder cannot be written.
     """
     require_same_config(out, settings)
@@ -72,22 +71,22 @@ def write_config(out: Path, settings: Mapping[str, object]) -> None:
 
 @contextmanager
 def locked_run(out: Path, command: str, config: DataclassInstance, *, shared: bool = False) -> Iterator[None]:
-    """Hold a folder while a run works in it, with its settings in config.json.
+    """Lock a folder for a run, and write the run's settings to its config.json.
 
     Args:
         out: the folder.
-        command: of dpoviz.
+        command: the command of dpoviz that runs.
         config: the settings, a dataclass.
-        shared: whether several processes may work in it, as the jobs of a comparison do.
+        shared: allow several processes to use the folder, such as the jobs of a comparison.
 
     Raises:
-        ValueError: it holds a run with other settings, or another process works in it.
+        ValueError: the folder holds a run with other settings, or is locked by another process.
         OSError: it cannot be written.
     """
     settings = {"command": command, **asdict(config)}
     require_same_config(out, settings)
     main, fresh = processes().is_main_process, not (out / "config.json").exists()
-    processes().wait_for_everyone()  # all have seen that the folder is free
+    processes().wait_for_everyone()  # until all have checked the folder
     with lock_folder(out) if main and not shared else nullcontext():
         try:
             if main:
@@ -125,7 +124,7 @@ def environment() -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that dpoviz is imported from, if it is one."""
+    """Return the commit of the checkout from which dpoviz is imported; None if there is none."""
     here = Path(__file__).parent
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
@@ -135,13 +134,13 @@ def _commit() -> str | None:
 
 
 def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.DataFrame) -> None:
-    """Leave tables, by a name of `TABLES`, and run.json in the folder.
+    """Write the tables, named as in `TABLES`, and run.json into the folder.
 
     Args:
         out: the folder.
-        metadata: by form under "beta0", "beta_min", "beta_max" and "alpha", what the figures draw as lines; under
-            "baseline" the variant that the others are compared with, if any; and whatever else the report is to show.
-        **tables: the tables; an empty one is not written.
+        metadata: "beta0", "beta_min", "beta_max" and "alpha", by form, which the figures draw as lines; "baseline", the
+            variant that the others are compared with, or None; and whatever else the report should show.
+        **tables: the tables; empty ones are not written.
     """
     for name, table in tables.items():
         if name not in TABLES:
@@ -152,12 +151,12 @@ def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.Data
 
 
 class Report(NamedTuple):
-    """What a report says.
+    """The contents of a report.
 
     Attributes:
-        tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy" (`summarize_estimators`), those
-            that the run has.
-        sentences: what came out.
+        tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy" (`summarize_estimators`), as
+            far as the run has them.
+        sentences: the results in sentences.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -165,7 +164,7 @@ class Report(NamedTuple):
 
 
 def report(out: Path) -> Report:
-    """Draw the pictures and write report.html, out of the files in the folder.
+    """Draw the pictures and write report.html from the files in the folder.
 
     Raises:
         ValueError: the folder holds no finished run.
@@ -192,7 +191,7 @@ def report(out: Path) -> Report:
         figures["entropy_estimators"] = plot_entropy_estimators(tables["entropy"]).figure
         figures["entropy_estimators"].savefig(out / "entropy.png", dpi=150)
         found["entropy"] = summarize_estimators(tables["entropy"][~tables["entropy"]["example"]])
-    # the baseline is kept for the accuracy table; drawn, it would overlay the run of the same form
+    # the baseline is for the accuracy table only; drawn, it would overlay the run of the same form
     shown = tables["history"][tables["history"]["arm"] != baseline]
     if len(shown):
         figures["training"] = figure_training(shown)
@@ -209,20 +208,15 @@ def report(out: Path) -> Report:
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
-        notes=_notes(config),
     )
     return Report(found, sentences)
 
 
 def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.DataFrame | None:
-    """Put beta beside the answers of each variant that has one."""
+    """Add beta to the answers of each variant that has one, NaN elsewhere."""
     if answers is None:
         return None
     if table is None:
         return answers.assign(beta=float("nan"))
     beta = table[["form", "task", "prompt", "beta"]].rename(columns={"form": "arm"})
     return answers.merge(beta, how="left", on=["arm", "task", "prompt"])
-
-
-def _notes(config: Mapping[str, object]) -> list[str]:
-    return ["A --fast run: a tiny version for a first look, whose numbers say little."] if config.get("fast") else []

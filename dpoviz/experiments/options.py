@@ -1,4 +1,4 @@
-"""Settings from a file and from the command line. Importing this loads no torch."""
+"""Read settings from a file and from the command line. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def read_settings(path: Path, default: Settings, command: str) -> Settings:
-    """Return `default` with the settings of a YAML or JSON file, such as the config.json of a run.
+    """Return `default`, updated by the settings in a YAML or JSON file, such as the config.json of a run.
 
-    A setting of a nested group may stand in its group or, where its name is unique, at the top.
+    A setting of a nested group may be given inside its group or, if its name is unique, at the top level.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not YAML, a setting that does not exist, the file of another command, or a refused value.
+        ValueError: invalid YAML, an unknown setting, the file of another command, or a refused value.
     """
     import yaml
 
@@ -44,10 +44,10 @@ def read_settings(path: Path, default: Settings, command: str) -> Settings:
 
 
 def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
-    """Return a dataclass with other values, nested as they are; a unique name of a nested group may stand at the top.
+    """Return a dataclass updated by nested values; a unique name of a nested group may be given at the top level.
 
     Raises:
-        ValueError: a name that does not exist, or a value of another type.
+        ValueError: an unknown name, or a value of another type.
     """
     own = {f.name: getattr(default, f.name) for f in fields(default)}
     groups: dict[str, Any] = {name: value for name, value in own.items() if is_dataclass(value)}
@@ -98,7 +98,7 @@ def _like(name: str, value: object, expected: Any) -> object:
 def parse(
     cls: type[Settings], arguments: Sequence[str], *, prog: str, description: str, default: Settings | None = None
 ) -> Settings:
-    """Parse the command line by the fields of a dataclass and its docstring; exit with help or usage errors."""
+    """Parse the command line into a dataclass; its docstrings are the help. Exit on --help and usage errors."""
     import tyro
 
     more: dict[str, Any] = {} if default is None else {"default": default}
@@ -107,7 +107,7 @@ def parse(
 
 
 def _split_pairs(arguments: Sequence[str]) -> list[str]:
-    """Write ``--columns theirs=ours …`` as the two words that a mapping is parsed from."""
+    """Split each ``theirs=ours`` after ``--columns`` into two words, as tyro parses mappings."""
     found, inside = [], False
     for argument in arguments:
         if argument.startswith("--"):

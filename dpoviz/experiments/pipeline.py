@@ -1,4 +1,4 @@
-"""The one road of every run: scored pairs → stages → tables → folder."""
+"""The pipeline of every run: scored pairs → stages → tables → folder."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from dpoviz.training.stages import TrainedVariant, Variant, betas_at, run_varian
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """The reference, and pairs beside which its scores stand.
+    """The reference and the pairs that it has scored.
 
     Attributes:
         model: the reference.
         tokenizer: its tokenizer.
         train: pairs to train on, with the reference's columns (`reference_pass`).
-        held_out: pairs of other prompts, likewise.
-        entropy: a row per estimator and prompt: estimator, task, prompt, entropy, se, example; None where a run does
-            not compare estimators.
-        metadata: what else the report is to show, by name.
-        seconds: what it took, by part.
+        held_out: pairs of other prompts, with the same columns.
+        entropy: a row per estimator and prompt: estimator, task, prompt, entropy, se, example; None if the run does not
+            compare estimators.
+        metadata: further values to show in the report, by name.
+        seconds: seconds spent so far, by part of the work.
     """
 
     model: PreTrainedModel
@@ -55,13 +55,13 @@ class Results:
     """The tables of a finished run.
 
     Attributes:
-        table: beta at each held-out prompt, a row per form and prompt (`beta_table`); empty where beta is no function
+        table: beta at each held-out prompt, a row per form and prompt (`beta_table`); empty if beta is not a function
             of the prompt.
-        history: rows of training; `arm` names the variant.
+        history: the histories of training; the column `arm` names the variant.
         scores: a row per variant and held-out pair: arm, form, task, group, prompt, chosen, rejected (log π/π_ref of
             the two answers) and h, their difference; nats.
-        answers: a row per variant and prompt shown: arm ("reference" before training), task, prompt, answer.
-        alpha: by form, beta per nat of entropy.
+        answers: a row per variant and displayed prompt: arm ("reference" before training), task, prompt, answer.
+        alpha: beta per nat of entropy, by form.
         entropy: as in `ScoredPairs`.
     """
 
@@ -83,16 +83,16 @@ def run(
     answers: int = 3,
     progress: bool = True,
 ) -> Results:
-    """Train every variant on the scored pairs; leave its models, then the tables, in a folder.
+    """Train every variant on the scored pairs; save its policy and beta, then the tables, in a folder.
 
     Args:
         scored: the pairs.
         variants: by name.
-        out: the folder, also of the checkpoints; a run that was killed goes on from there.
+        out: the folder of results and checkpoints; a run that was killed resumes from it.
         baseline: the variant that the others are compared with; its beta is not drawn.
-        lora_rank: rank of the adapters that are trained; 0 trains all weights of a copy of the model. With adapters,
-            the model holds those of the last variant afterwards.
-        answers: held-out prompts per task whose answers before and after are kept.
+        lora_rank: rank of the adapters; 0 trains all weights of a copy of the model. With adapters, the model holds
+            those of the last variant afterwards.
+        answers: held-out prompts per task whose answers before and after training are saved.
         progress: show bars.
     """
     began = time.monotonic()
@@ -137,12 +137,12 @@ def run(
 
 
 _LINES = ("beta0", "beta_min", "beta_max")
-"""What the figures draw as lines, by form."""
+"""The properties of a configuration that the figures draw as lines, by form."""
 
 
 @dataclass
 class _Parts:
-    """The tables of the variants that are done."""
+    """The tables of the finished variants."""
 
     tables: list[pd.DataFrame] = field(default_factory=list)
     histories: list[pd.DataFrame] = field(default_factory=list)
@@ -172,10 +172,10 @@ class _Parts:
 def _save(
     variant: TrainedVariant, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, adapters: bool
 ) -> None:
-    """Save the variant's policy and beta in its folder."""
+    """Save a variant's policy and beta in its folder; a rule that is not a `Beta` is not saved."""
     if not processes().is_main_process:
         return
-    # peft would look for the base model's configuration, to see whether its vocabulary grew: ours did not
+    # else peft looks up the base model's configuration to see whether the vocabulary grew; ours did not
     more: dict[str, Any] = {"save_embedding_layers": False} if adapters else {}
     policy.save_pretrained(out / variant.name / "policy", **more)
     tokenizer.save_pretrained(out / variant.name / "policy")
@@ -186,7 +186,7 @@ def _save(
 def _answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shown: pd.DataFrame, name: str, config: TrainConfig
 ) -> pd.DataFrame:
-    """One answer to each prompt shown, sampled with the same seed by every variant."""
+    """Return one answer to each displayed prompt, sampled with the same seed for every variant."""
     if shown.empty:
         return pd.DataFrame(columns=["arm", "task", "prompt", "answer"])
     end = int(shown["chosen_ids"].iloc[0][-1])

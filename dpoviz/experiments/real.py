@@ -1,4 +1,4 @@
-"""The main job on any model and any pairs: what `dpoviz train` runs, and what it leaves in its folder."""
+"""Train on any model and any pairs, as `dpoviz train` does."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from dpoviz.training.methods import require_rule
 from dpoviz.training.stages import Variant
 
 FIXED = "fixed"
-"""The arm that goes on with the beta of stage 1."""
+"""The variant that continues with the beta of stage 1."""
 
 EXAMPLES = ("1+1=", "讲个笑话", "What is 1+1?", "Tell me a joke.")
-"""Prompts whose entropy is estimated beside the data's: the derivation's own examples (§5.1.3), and English ones."""
+"""Further prompts whose entropy is estimated: the derivation's examples (§5.1.3), and English ones."""
 
 ESTIMATORS = ("first_token", "per_token", "sequence", "monte_carlo", "teacher_forced")
 
 
 class Loaded(NamedTuple):
-    """What `load` returns: the pairs are tokenised."""
+    """A model, its tokenizer, and tokenised pairs, as `load` returns them."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -46,15 +46,15 @@ class Loaded(NamedTuple):
 
 
 def load(config: RealConfig, *, training: bool = True) -> Loaded:
-    """Load model, tokenizer, and the pairs to train on and to hold out.
+    """Load the model, the tokenizer, and the pairs to train on and to hold out.
 
     Args:
         config: the settings.
-        training: whether anything is to be trained: what that needs is refused here, too.
+        training: also check what training needs: the rule, the adapters, and at least one batch of pairs.
 
     Raises:
-        ValueError: as `load_pairs`, `load_lm`, `tokenize_pairs` and `split_by_group`; fewer pairs than a batch.
-        ImportError: adapters are to be trained, and peft is not installed.
+        ValueError: as `load_pairs`, `load_lm`, `tokenize_pairs` and `split_by_group`; or fewer pairs than a batch.
+        ImportError: adapters are to be trained and peft is not installed.
     """
     config.require_data()
     if training:
@@ -70,10 +70,10 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         ignore_columns=config.ignore_columns,
     )
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
-    # adapters learn in float32 whatever the model's own type is; all weights in bfloat16 would lose small steps
+    # adapters are trained in float32 whatever the model's dtype; all weights in bfloat16 would lose small updates
     model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
     if training and config.lora_rank:
-        lora_targets(model)  # refuses a model that no adapter fits
+        lora_targets(model)  # raises if no adapter fits the model
     model.to(processes().device)
     pairs = tokenize_pairs(pairs, tokenizer, config.max_length, too_long="drop")
     require_room(model, pairs, config.max_length, config.training.max_new_tokens)
@@ -101,7 +101,7 @@ def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:
 
 
 def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, progress: bool = True) -> ScoredPairs:
-    """The reference's pass over what `load` returned, and over the examples."""
+    """Score the pairs of `load` with the reference, and estimate its entropy at the examples."""
     began = time.monotonic()
     model, tokenizer = loaded.model, loaded.tokenizer
     train, held_out = (
@@ -126,16 +126,16 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
 
 
 def write_entropy(out: Path, scored: ScoredPairs) -> None:
-    """Leave the estimates of the reference's entropy in a folder, as a table and a picture."""
+    """Write the estimates of the reference's entropy into a folder, as a table and a picture."""
     write_table(scored.entropy, out / "entropy.csv")
     figure: Any = plot_entropy_estimators(scored.entropy).figure
     figure.savefig(out / "entropy.png", dpi=150)
 
 
 def entropy_table(scored: Dataset) -> pd.DataFrame:
-    """The estimates of `reference_pass`, a row per estimator and prompt: estimator, task, prompt, entropy, se.
+    """Return the estimates of `reference_pass` at each prompt: estimator, task, prompt, entropy, se, example.
 
-    `teacher_forced` is that of the prompt's first pair and has no standard error.
+    `teacher_forced` is taken from the prompt's first pair; its se is 0.
     """
     rows = scored.to_pandas().drop_duplicates("prompt")
     own = {"per_token": "ref_entropy"}
@@ -181,13 +181,13 @@ def _examples(
 
 
 def run_folder(config: RealConfig, scored: ScoredPairs, cache_dir: Path | str) -> Path:
-    """Where a notebook keeps a run that need not be trained again; another folder as soon as anything differs."""
+    """Return the folder in which a notebook caches a run: another one if settings, pairs, model or code change."""
     pairs = [digest(part) for part in (scored.train, scored.held_out)]
     return Path(cache_dir) / f"run-{fingerprint(scored.model, [asdict(config), pairs, torch.__version__], __name__)}"
 
 
 def variants(config: RealConfig, pairs: int) -> dict[str, Variant]:
-    """Return the runs of stage 2: the rule in each form that it has, and the fixed beta that is their baseline.
+    """Return the variants of stage 2: the rule in each of its forms, and the fixed beta as the baseline.
 
     Args:
         config: the settings.
@@ -201,13 +201,13 @@ def variants(config: RealConfig, pairs: int) -> dict[str, Variant]:
 
 
 def run_real(config: RealConfig, scored: ScoredPairs, *, out: Path, progress: bool = True) -> Results:
-    """Run stage 1, and stage 2 of each variant, on scored pairs (`score`).
+    """Run stage 1, then stage 2 of each variant, on scored pairs.
 
     Args:
         config: the settings.
-        scored: the pairs. The model gets an adapter, whose weights are those of the last variant afterwards; without
-            adapters it is copied.
-        out: the folder, also of the checkpoints; a run that was killed goes on from there.
+        scored: the result of `score`. Its model gets adapters, which afterwards hold the weights of the last variant;
+            without adapters a copy of it is trained.
+        out: the folder of results and checkpoints; a run that was killed resumes from it.
         progress: show bars.
     """
     return run(

@@ -1,13 +1,13 @@
-"""Run programs that a model wrote: isolated by bubblewrap, and judged where they cannot reach.
+"""Run programs that a model wrote, isolated by bubblewrap, and test them from a process they cannot reach.
 
-Two processes take part. One runs the program. The other, the judge, runs only trusted tests: what they call
-`candidate` sends its arguments to the first process, and gets back plain data. Expected values and comparisons stay
-with the judge, so that no object that equals everything, no patched builtin and no early exit makes a program pass.
+There are two processes. One runs the program. The other, the judge, runs only trusted tests: their function
+`candidate` sends its arguments to the first process and receives plain data. Expected values and comparisons stay in
+the judge, so an object that equals everything, a patched builtin or an early exit cannot make a program pass.
 
-Both run under bubblewrap (`bwrap`): namespaces of their own, no network, no file that can be written, no home, no
-/proc, no environment, no descriptor of ours; they die with us. A seccomp filter takes away what namespaces do not:
-a second process, sockets, memory that counts for no process, the kernel's keys. Resource limits bound the rest.
-Where that cannot be had, programs are refused, unless `unsafe=True` asks for limits and a guard alone.
+Both run under bubblewrap (`bwrap`) in their own namespaces, without network, writable files, home, /proc, environment
+or inherited descriptors, and end with this process. A seccomp filter blocks what namespaces do not: further processes,
+sockets, memory that counts towards no process, the kernel's keys. Resource limits bound the rest. Where bubblewrap does
+not work, programs are refused, unless `unsafe=True` allows to run them with only limits and a guard.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Kind = Literal["passed", "failed", "timeout", "memory", "forbidden"]
 
 logger = logging.getLogger(__name__)
 
-_MESSAGE = 500  # characters of a failure that are kept
-_START = 60.0  # seconds that two interpreters may take to start on a busy machine
+_MESSAGE = 500  # characters kept of a failure's message
+_START = 60.0  # seconds allowed for two interpreters to start on a busy machine
 
 
 class Outcome(NamedTuple):
-    """Say what became of a program.
+    """The outcome of a program.
 
     Attributes:
         kind: "passed"; "failed" if it raised, ended too early or failed its tests; "timeout"; "memory";
             "forbidden" if the guard of `unsafe` stopped it.
-        message: of the exception, or what was forbidden.
+        message: the exception's message, or what was forbidden.
     """
 
     kind: Kind
@@ -53,26 +53,26 @@ class Outcome(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Return True if it got to its end, and passed its tests if there were any."""
+        """True if the program reached its end and passed its tests, if there were any."""
         return self.kind == "passed"
 
 
 class NoIsolation(OSError):
-    """Raised where programs cannot be isolated, and `unsafe` did not allow to run them without."""
+    """Raised if programs cannot be isolated and `unsafe` is False."""
 
 
 def run_program(source: str, *, timeout: float = 5.0, memory_mib: int = 512, unsafe: bool = False) -> Outcome:
     """Run Python source to its end, without tests.
 
-    It has passed if it comes to its end: `sys.exit` and `os._exit` before that have not. A program that is out to
-    deceive can act its own end out. Whether it computes what it should is for `check_program` to say.
+    It passes only if it reaches its end; exiting early, by `sys.exit` or `os._exit`, counts as failure. A malicious
+    program can fake its end. To test what a program computes, use `check_program`.
 
     Args:
-        source: the program. What it prints is dropped.
-        timeout: seconds, from the moment when the interpreter stands ready.
+        source: the program. Its output is discarded.
+        timeout: seconds, counted from when the interpreter is ready.
         memory_mib: limit of its address space, in MiB.
-        unsafe: where there is no isolation, run it with limits and a guard only. They stop accidents, not intent:
-            such a program can do whatever this process can.
+        unsafe: without isolation, run it with limits and a guard only. They stop accidents, not attacks: such a program
+            can do whatever this process can.
 
     Raises:
         NoIsolation: bubblewrap is missing or does not work here, and `unsafe` is False.
@@ -87,32 +87,32 @@ def check_program(
 ) -> Outcome:
     """Run trusted tests against a function of a program.
 
-    The tests run in a process of their own, in which no line of the program runs. Arguments and results travel as
-    plain data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict. So a result of
-    another type fails (a generator, a NumPy array), and so does any exception. The tests see no change that the
-    function makes to its arguments, nothing that it prints, and no object that two results share.
+    The tests run in a separate process, in which no line of the program runs. Arguments and results are passed as plain
+    data: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict. A result of another type,
+    such as a generator or a NumPy array, fails, as does any exception. The tests see neither changes that the function
+    makes to its arguments, nor its output, nor whether two results share an object.
 
     Args:
-        source: the program, which is not trusted.
-        name: the function that is tested.
-        tests: Python source, which is trusted; it calls `candidate(...)` and raises where a result is wrong.
-        timeout: seconds for the program and all tests, from the moment when the interpreters stand ready.
-        memory_mib: limit of the address space of either process, in MiB.
-        unsafe: as in `run_program`; without isolation the judge can be reached too.
+        source: the untrusted program.
+        name: the function to test.
+        tests: trusted Python source that calls `candidate(...)` and raises if a result is wrong.
+        timeout: seconds for the program and all tests, counted from when the interpreters are ready.
+        memory_mib: limit of each process's address space, in MiB.
+        unsafe: as in `run_program`; without isolation, a program can reach the judge too.
 
     Raises:
         NoIsolation: bubblewrap is missing or does not work here, and `unsafe` is False.
-        ValueError: timeout or memory_mib is not positive; the tests are no Python, or pass what is no plain data.
+        ValueError: timeout or memory_mib is not positive; the tests are not valid Python, or pass other data.
         OSError: the interpreters did not start.
     """
     return _run(source, name, tests, timeout, memory_mib, unsafe)
 
 
 def require_isolation(*, unsafe: bool = False) -> bool:
-    """Return True if programs can be isolated here; if not, False with one warning, but only if `unsafe` allows it.
+    """Return True if programs can be isolated here; if not, return False with one warning, provided `unsafe` is True.
 
     Raises:
-        NoIsolation: they cannot, and `unsafe` is False.
+        NoIsolation: programs cannot be isolated and `unsafe` is False.
     """
     problem = _isolation_problem(shutil.which("bwrap"))
     if not problem:
@@ -138,7 +138,7 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
     isolated = require_isolation(unsafe=unsafe)
     seconds = math.ceil(timeout) + 1
     limits = {"CPU": seconds, "CORE": 0, "NOFILE": 64, "AS": memory_mib * 2**20, "FSIZE": 0}
-    if isolated:  # elsewhere they count what else this user runs
+    if isolated:  # without namespaces they would count the user's other processes too
         limits |= {"NPROC": 64, "MEMLOCK": 0, "MSGQUEUE": 0}
     with ExitStack() as stack:
         (asked, ask), (answers, answer), (verdicts, verdict) = (_pipe(stack) for _ in range(3))
@@ -156,7 +156,7 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
         line = _read_line(verdicts, timeout)
         if line is None:
             return Outcome("timeout", f"ran for {timeout:g} s")
-        for process in (judge, program):  # where they end by themselves, bubblewrap clears up after them
+        for process in (judge, program):  # if they end by themselves, bubblewrap cleans up after them
             with suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
         kind, message = json.loads(line or b'["failed", "the judge ended: was an answer too large?"]')
@@ -168,8 +168,8 @@ def _run(source: str, name: str | None, tests: str, timeout: float, memory_mib: 
 
 
 def _ended(program: subprocess.Popen, seconds: int) -> Outcome:
-    """Read from its exit status why a program is gone. Bubblewrap adds 128 to the number of a signal."""
-    status = program.poll()  # None: it closed its pipe and lives on
+    """Return why a program ended, from its exit status; bubblewrap adds 128 to the number of a signal."""
+    status = program.poll()  # None: it closed its pipe and still runs
     if status in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
         return Outcome("timeout", f"used {seconds} s of CPU")
     return Outcome("failed", f"ended before its end, with status {status}")
@@ -181,7 +181,7 @@ def _pipe(stack: ExitStack) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _as_file(data: bytes) -> IO[bytes]:
-    """Return a nameless file to read from: unlike a pipe, it takes any length at once."""
+    """Return a nameless file that holds the data: unlike a pipe, it takes any length at once."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
@@ -191,7 +191,7 @@ def _as_file(data: bytes) -> IO[bytes]:
 def _start(
     stack: ExitStack, isolated: bool, stdin: IO[bytes], stdout: IO[bytes], pass_fds: Sequence[IO[bytes]] = ()
 ) -> subprocess.Popen:
-    """Start an interpreter that waits for its task; leaving the stack kills it."""
+    """Start an interpreter that waits for its task; closing the stack kills it."""
     with _command(_CHILD, isolated) as (command, descriptors):
         process = subprocess.Popen(
             command,
@@ -214,7 +214,7 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _read_line(pipe: IO[bytes], seconds: float) -> bytes | None:
-    """Read a line; None if it does not come in time, and b"" if it never will."""
+    """Return a line; None if it does not arrive in time, b"" if the pipe is closed before."""
     deadline, line = time.monotonic() + seconds, b""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
@@ -233,12 +233,12 @@ _PACKAGES = "python*/*-packages"  # site-packages, and Debian's dist-packages
 
 @contextmanager
 def _command(code: str, isolated: bool) -> Iterator[tuple[list[str], list[int]]]:
-    """Give the command that runs Python code, and the descriptors that it must inherit.
+    """Yield the command that runs Python code, and the descriptors that it must inherit.
 
-    Isolated, it sees Python and the system's libraries, and can write nothing. It does not see installed packages:
-    one of them may hold the answers to the tests.
+    Isolated, the code sees Python and the system's libraries and can write nothing. Installed packages are hidden: one
+    of them may contain the answers to the tests.
     """
-    interpreter = os.path.realpath(sys.executable)  # not that of a virtual environment, which knows packages
+    interpreter = os.path.realpath(sys.executable)  # not that of a virtual environment, which finds packages
     python = [interpreter, "-I", "-S", "-B", "-c", code]
     if not isolated:
         yield python, []
@@ -253,53 +253,53 @@ def _command(code: str, isolated: bool) -> Iterator[tuple[list[str], list[int]]]
         command += ["--tmpfs", packages, "--remount-ro", packages]
     for device in ("null", "zero", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
-    # an empty file costs memory too, and nothing limits their number: there is no place for one
+    # even empty files cost memory, and nothing limits their number: nothing is writable
     command += ["--dir", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
     with ExitStack() as stack:
         read, write = _pipe(stack)
         with write:
-            write.write(_seccomp_filter())  # less than a pipe holds: it does not wait for a reader
+            write.write(_seccomp_filter())  # smaller than a pipe's buffer: does not block
         yield [*command, "--seccomp", str(read.fileno()), *python], [read.fileno()]
 
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""Column of the tables below, and the kernel's name of the machine (AUDIT_ARCH_*)."""
+"""The column of the tables below, and the kernel's constant for the machine (AUDIT_ARCH_*)."""
 
 _CLONE, _CLONE3 = (56, 220), (435, 435)
-_NONE = 0xFFFFFFFF  # a number that no call has: aarch64 forks by clone
+_NONE = 0xFFFFFFFF  # not a system call: aarch64 forks by clone
 _REFUSED: dict[str, tuple[int, int]] = {
-    # another process, whose memory the limit of the first does not count; root has no limit of their number
+    # another process, whose memory escapes the limit of the first; for root, their number is not limited
     **{"fork": (57, _NONE), "vfork": (58, _NONE)},
-    # sockets: some families know no namespace, such as that to the host of a virtual machine
+    # sockets: some families ignore namespaces, such as that to the host of a virtual machine
     "socket": (41, 198),
-    # memory that belongs to no process
+    # memory that counts towards no process
     **{"memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190)},
     **{"msgget": (68, 186), "mq_open": (240, 180)},
-    # keys of the session that started us
+    # keys of the session that started this process
     **{"add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219)},
-    # ways to a new namespace, and what programs do not need of the kernel
+    # new namespaces, and parts of the kernel that programs do not need
     **{"unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "chroot": (161, 51)},
     **{"pivot_root": (155, 41), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430)},
     **{"ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271)},
     **{"io_uring_setup": (425, 425), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282)},
     **{"open_by_handle_at": (304, 265), "syslog": (103, 116)},
 }  # fmt: skip
-"""System calls that fail with EPERM, by their numbers on x86_64 and on aarch64."""
+"""System calls that fail with EPERM: their numbers on x86_64 and on aarch64."""
 
 
 @functools.cache
 def _seccomp_filter() -> bytes:
-    """Return the filter as the kernel reads it (seccomp(2), classic BPF): 8 bytes an instruction.
+    """Return the filter in the kernel's format (seccomp(2), classic BPF): 8 bytes per instruction.
 
     Raises:
-        KeyError: there are no tables for this machine.
+        KeyError: the tables lack this machine.
     """
     column, machine = _MACHINES[platform.machine()]
 
     def instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, value)
 
-    def load(offset: int) -> bytes:  # of struct seccomp_data: number 0, machine 4, first argument 16
+    def load(offset: int) -> bytes:  # offsets in struct seccomp_data: number 0, machine 4, first argument 16
         return instruction(0x20, offset)
 
     def leave(action: int) -> bytes:
@@ -308,10 +308,10 @@ def _seccomp_filter() -> bytes:
     equal, at_least, any_bit = 0x15, 0x35, 0x45
     kill, allow, eperm, enosys = 0x80000000, 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38
     program = [load(4), instruction(equal, machine, 1, 0), leave(kill), load(0)]
-    program += [instruction(at_least, 0x40000000, 0, 1), leave(kill)]  # the same calls under x32's numbers
+    program += [instruction(at_least, 0x40000000, 0, 1), leave(kill)]  # the same calls by x32's numbers
     for numbers in _REFUSED.values():
         program += [instruction(equal, numbers[column], 0, 1), leave(eperm)]
-    # its flags lie in memory, which a filter cannot read; the C library then uses clone
+    # clone3's flags lie in memory, which a filter cannot read; refused, the C library uses clone
     program += [instruction(equal, _CLONE3[column], 0, 1), leave(enosys)]
     clone_thread = 0x00010000
     program += [
@@ -323,13 +323,13 @@ def _seccomp_filter() -> bytes:
     return b"".join([*program, leave(allow)])
 
 
-# exits with 0 only where the filter acts
+# exits with 0 only if the filter works
 _TRIAL = "import os\ntry: os.fork()\nexcept PermissionError: os._exit(0)\nos._exit(1)"
 
 
 @functools.cache
 def _isolation_problem(bubblewrap: str | None) -> str:
-    """Return why programs cannot be isolated here, or "": found out by isolating one."""
+    """Return why programs cannot be isolated here, or ""; determined by isolating one."""
     if bubblewrap is None:
         return "bwrap is not on the PATH"
     if platform.machine() not in _MACHINES:
@@ -346,7 +346,7 @@ def _isolation_problem(bubblewrap: str | None) -> str:
     return "" if trial.returncode == 0 else " ".join([f"bwrap ended with status {trial.returncode}", *said[-1:]])
 
 
-# Both children run this. Nothing in it keeps a secret from the program, and nothing needs to.
+# Both child processes run this code. It holds no secret, so the program may read it.
 _CHILD = r"""
 import json, os, secrets, sys, types
 
@@ -377,7 +377,7 @@ def set_limits(task):
     for name, value in task["limits"].items():
         try:
             limit = getattr(resource, "RLIMIT_" + name)
-            hard = value + (name == "CPU")  # at the first a signal says that it was the time, at the second it kills
+            hard = value + (name == "CPU")  # the soft limit sends SIGXCPU, which names the cause; the hard one kills
             ours = resource.getrlimit(limit)[1]
             if ours != resource.RLIM_INFINITY:
                 hard = min(hard, ours)
@@ -445,7 +445,7 @@ def serve(asked, say):
 
 def die_with_parent_and_guard(task, say):
     if task["strict"]:
-        return  # isolated: bubblewrap does the first, and nothing needs the second
+        return  # isolated: bubblewrap ends it with its parent, and no guard is needed
     try:
         import ctypes
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: Linux has it
@@ -488,7 +488,7 @@ def verdict(task, say):
             ask.write(json.dumps(request).encode() + b"\n")
             ask.flush()
         except BrokenPipeError:
-            pass  # it is gone; what it said last is still there to read
+            pass  # the program is gone; its last answer can still be read
         line = answers.readline(2**22)
         if not line:
             raise Verdict("ended", "")
@@ -513,7 +513,7 @@ def verdict(task, say):
         return exchange(packed)
 
     import random
-    random.seed(0)  # tests that draw their inputs draw the same for every program
+    random.seed(0)  # tests with random inputs use the same ones for every program
     try:
         exchange({"limits": task["limits"], "strict": task["strict"]})
         say("ready")
@@ -522,7 +522,7 @@ def verdict(task, say):
         except (SyntaxError, ValueError) as error:
             return "tests", described(error)
         exchange({"source": task["source"]})
-        # a number that did not exist before the program was at its end
+        # a number that did not exist before the program reached its end
         number = secrets.token_hex()
         if exchange({"echo": number}) != number:
             raise Verdict("failed", "it answered for itself")

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """What `small_world` returns.
+    """A small world: a reference model and the preference pairs sampled from it.
 
     Attributes:
         reference: the tiny language model, in evaluation mode.
         tokenizer: its tokenizer.
         train: pairs to train on, with the reference's columns.
-        held_out: pairs of other prompts, likewise.
-        rewards: by task, the mean true reward of the reference's own samples.
-        left_out: by task, the prompts for which no pair could be made: all sampled answers earn the same.
+        held_out: pairs of other prompts, with the same columns.
+        rewards: mean true reward of the reference's samples, by task.
+        left_out: prompts without a pair because all their sampled answers have the same reward, by task.
     """
 
     reference: PreTrainedModel
@@ -49,12 +49,11 @@ class World:
 
 
 def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
-    """Train the reference, sample and label pairs from it, and pass the reference over them.
+    """Train the reference, sample and label pairs from it, and score them with it.
 
     Args:
         config: the settings.
-        cache_dir: a folder in which all of it is kept for the next time, by a fingerprint of the settings and
-            of the code that they drive; None keeps nothing.
+        cache_dir: a folder that caches all of it, by a fingerprint of the settings and the code; None: no cache.
         progress: show bars.
     """
     if cache_dir is None:
@@ -85,13 +84,13 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
 
 
 def config_digest(config: DataclassInstance, module: str) -> str:
-    """Return a name for what settings give: they, the code of the module that they drive, and PyTorch decide it."""
+    """Return a digest of the settings, the code of a module, and the version of PyTorch: the key of a cache entry."""
     parts = [json.dumps(asdict(config)), torch.__version__, code_digest(module)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
-    """Make the reference and its labelled pairs, and keep them in `folder` when they are complete."""
+    """Make the reference and its labelled pairs, and store them in `folder` once they are complete."""
     demonstrations = tasks.corpus(config.demonstrations, config.seed)
     tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations[:6000]])
     reference = models.tiny_lm(tokenizer, hidden_size=config.hidden_size, layers=config.layers, seed=config.seed)
@@ -108,12 +107,12 @@ def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
 
 
 def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, dict], Dataset]:
-    """Return what `_build` kept: the reference, its tokenizer, facts and pairs."""
+    """Return what `_build` stored: the reference, its tokenizer, facts and pairs."""
     reference = AutoModelForCausalLM.from_pretrained(folder / "reference", trust_remote_code=False).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
     facts = json.loads((folder / "facts.json").read_text())
     lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    # not by load_pairs: some labels are noise, and it refuses a chosen answer that earns less
+    # not load_pairs, which refuses a chosen answer with the lower reward: some labels are noise
     pairs = Dataset.from_list([{**json.loads(text), "line": i} for i, text in enumerate(lines, start=1)])
     return reference, tokenizer, facts, pairs
 
@@ -121,7 +120,7 @@ def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[
 def _sample_pairs(
     reference: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: WorldConfig, progress: bool
 ) -> tuple[list[dict], dict[str, dict]]:
-    """Answers sampled from the reference, in labelled pairs; and what the samples earn, by task."""
+    """Return labelled pairs of answers sampled from the reference; and rewards and prompts without a pair, by task."""
     problems = [p for task in tasks.TASKS for p in tasks.sample_problems(task, config.problems, config.seed)]
     sampled = sample_answers(
         reference,

@@ -1,4 +1,4 @@
-"""How long a run on a real model will take, from one batch of each kind of work."""
+"""Estimate the time of a run on a real model by timing one batch of each kind of work."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from dpoviz.lm.processes import processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 
-_FEW, _MORE = 1, 9  # tokens of the answers that are drawn to measure the speed of drawing
+_FEW, _MORE = 1, 9  # lengths of the answers that are sampled to time sampling, in tokens
 
 
 def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> dict[str, float]:
-    """Return the seconds that each part of a run will take, as `time_parts`, on all its processes together.
+    """Return the estimated seconds of each part of a run (`time_parts`), shared by all its processes.
 
     Args:
         config: the settings.
-        loaded: what `experiments.real.load` returned.
-        variants: runs of stage 2; 0 estimates the reference's pass alone.
+        loaded: the result of `experiments.real.load`.
+        variants: number of runs of stage 2; 0 estimates the scoring by the reference alone.
     """
     settings = config.settings(len(loaded.train))
     stage1, stage2, batch_size = settings.stage1_steps, settings.stage2_steps, settings.batch_size
@@ -60,24 +60,24 @@ def time_parts(
     eos_id: int,
     pad_id: int,
 ) -> dict[str, float]:
-    """Seconds that each part will take, where nothing of it is kept from an earlier run.
+    """Return the estimated seconds of each part, if nothing is cached from an earlier run.
 
-    Three kinds of work are timed on this machine with two pairs of median length: a forward pass, a training step,
-    and answers of one and of nine tokens drawn, whose difference is the time of a token and whose rest is that of a
-    prompt. The rest is proportion: tokens to score, tokens to draw if every answer goes to its limit, steps of pairs
-    of mean length.
+    Three kinds of work are timed with two pairs of median length: a forward pass, a training step, and sampling
+    answers of one and of nine tokens; the difference gives the time per token, the remainder the time per prompt. These
+    times are scaled up to the tokens to score, the tokens to sample if every answer reaches its limit, and the steps
+    with pairs of mean length.
 
     Args:
         model: the reference.
         pairs: tokenised pairs to train on.
         held_out: tokenised pairs that are held out.
-        samples: answers a prompt for the entropy.
+        samples: answers per prompt for the entropy.
         max_new_tokens: limit of a sampled answer.
         steps: training steps, over all runs.
-        batch_size: pairs in a step.
-        evaluations: passes over the held-out pairs.
-        eos_id: token that ends an answer.
-        pad_id: token that pads.
+        batch_size: pairs per step.
+        evaluations: number of times that the held-out pairs are scored.
+        eos_id: id of the token that ends an answer.
+        pad_id: id of the padding token.
 
     Returns:
         Seconds for "reference", "entropy" and "training".
@@ -113,7 +113,7 @@ def time_parts(
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    for _ in range(2):  # the first call of a kind pays for what later ones find ready
+    for _ in range(2):  # the first call warms up
         begin = time.perf_counter()
         call()
         if torch.cuda.is_available():

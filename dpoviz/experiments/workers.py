@@ -1,4 +1,4 @@
-"""Independent work side by side: one process each, one thread per process, no process left behind."""
+"""Run independent tasks in parallel processes of one thread each, none of which outlives its parent."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def cores() -> int:
 
 
 def run_side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int) -> Iterator[Result]:
-    """Yield ``work(task)`` for each task, in their order; several processes run them, each on one thread.
+    """Yield ``work(task)`` for each task, in order; several processes run them, each on one thread.
 
-    The last digits of a sum depend on the number of threads: with one each, numbers are the same on machines with
-    other numbers of cores. A process ends when the one that started it does, however that ends.
+    The last digits of a sum depend on the number of threads: with one thread each, results do not depend on the number
+    of cores. A worker process ends when its parent ends, even if the parent is killed.
 
     Args:
-        work: a function that `pickle` takes, as must its results be.
-        tasks: what to run it on.
-        workers: processes at once.
+        work: a function that `pickle` can handle, as it must its tasks and results.
+        tasks: the arguments of the calls.
+        workers: the largest number of processes.
 
     Raises:
         ChildProcessError: a process was killed.
@@ -44,7 +44,7 @@ def run_side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], *, w
             yield future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "a worker process was killed, perhaps because memory ran out; the same command goes on from where it was, "
+            "a worker process was killed, perhaps because memory ran out; the same command resumes the run, "
             "and fewer workers need less memory"
         ) from error
     finally:
@@ -52,7 +52,7 @@ def run_side_by_side(work: Callable[[Task], Result], tasks: Sequence[Task], *, w
 
 
 def _begin(parent: int) -> None:
-    """Prepare a worker: one thread, quiet libraries, and an end when its parent has one."""
+    """Prepare a worker: one thread, quiet libraries, and an end with its parent."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     import torch
 

@@ -1,1 +1,1 @@
-"""For the notebooks: answer checks of the exercises, and sliders."""
+"""Helpers for the notebooks: answer checks for the exercises, and sliders."""

@@ -1,11 +1,11 @@
-"""Answer checks for the exercises: the reader's function in, a sentence out that names the mistake.
+"""Check the answers to the exercises: call the reader's function, and name the mistake in a sentence.
 
-Each check calls the reader's function on fixed float64 numbers and compares the answer with the right one and
-with the value that each known mistake gives. The numbers are such that no two of these agree. A right number is
-not enough: the check takes the gradient with respect to each input by autograd and compares it with its closed
-form, goes to |h| = 2000 in float32, and looks for changed arguments. All expected values are worked out here, not
-by the library. An exception in the reader's function becomes a sentence, so nothing stops a notebook, and a
-function that returns nothing yet is told so.
+Each check calls the reader's function on fixed float64 numbers and compares the result with the right answer and with
+the value that each known mistake gives. The numbers are chosen such that no two of these agree. The right number is not
+enough: the check also compares the gradients by autograd with their closed forms, goes to |h| = 2000 in float32, and
+looks for arguments changed in place. All expected values are computed here, not by the library. An exception in the
+reader's function becomes a sentence, so that the notebook continues; a function that returns nothing counts as not
+begun.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from dpoviz.forms import Form
 
-# float32 answers are welcome (relative error 1e-7 per operation); two mistakes differ by more than 1e-3
+# float32 answers are accepted (relative error 1e-7 per operation); two mistakes differ by more than 1e-3
 _RTOL, _ATOL = 1e-5, 1e-6
-# wider for gradients: an ε of 1e-8 beside a σ of 1e-4 changes them by 1e-4, and is found, and named, at large |h|
+# wider for gradients: an ε of 1e-8 beside a σ of 1e-4 changes them by 1e-4; the check at large |h| finds and names it
 _GRADIENT_RTOL = 1e-3
-# an answer this near, but outside the tolerance, has an ε in it or was computed in half precision (3 digits)
+# an answer this close, but outside the tolerance, contains an ε or was computed in half precision (3 digits)
 _NEAR = 1e-2
 _OTHER: dict[Form, Form] = {"inverse": "standard", "standard": "inverse"}
 _SCALE = {"inverse": "1/β", "standard": "β"}
@@ -38,8 +38,8 @@ class Verdict:
     """The result of a check.
 
     Attributes:
-        right: True, False, or None for an exercise that nobody has begun.
-        sentence: what is right, or which mistake was seen and how to mend it.
+        right: True or False; None if the exercise is not begun.
+        sentence: what is right, or which mistake was found and how to correct it.
     """
 
     right: bool | None
@@ -60,8 +60,8 @@ class Mistake(NamedTuple):
     """A known wrong answer.
 
     Attributes:
-        sentence: what the reader is told.
-        value: what a function with this mistake returns.
+        sentence: the explanation for the reader.
+        value: the result of a function with this mistake.
     """
 
     sentence: str
@@ -69,11 +69,11 @@ class Mistake(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """An exercise in numbers.
+    """The numbers of an exercise.
 
     Attributes:
-        args: the arguments that the reader's function is called with.
-        right: what it should return.
+        args: the arguments of the reader's function.
+        right: the right result.
         mistakes: the known wrong answers.
     """
 
@@ -83,7 +83,7 @@ class Answers(NamedTuple):
 
 
 class _Stop(Exception):
-    """Carries a verdict out of a check at the first thing that is wrong."""
+    """Raised at the first mistake, to end a check with a verdict."""
 
     def __init__(self, right: bool | None, sentence: str) -> None:
         self.verdict = Verdict(right, sentence)
@@ -108,10 +108,10 @@ def _check(body: Callable[..., Verdict]) -> Callable[..., Verdict]:
 
 
 def _call(fn: Callable, *args: object) -> object:
-    """Return what `fn` returns; an exception, nothing, or an argument changed in place stops the check.
+    """Return the result of `fn`; an exception, None, or an argument changed in place ends the check.
 
-    Tensors are passed as copies that autograd can follow back. A function that stops with a RuntimeError is
-    called once more in the other precision: `mask.float() @ logps` is right, and fails in float64 alone.
+    Tensors are passed as copies through which autograd still reaches the originals. After a RuntimeError, `fn` is
+    called again in the other precision: `mask.float() @ logps` is right, but fails in float64.
     """
     failures = []
     for given in (_copies(args), _copies(args, other_precision=True)):
@@ -148,7 +148,7 @@ def _failure(error: Exception) -> _Stop:
 
 
 def _is_torch(got: object) -> bool:
-    """Return whether a gradient could reach what the reader returned: not through numpy or plain numbers."""
+    """Return True if a gradient could reach the result: it cannot through numpy or plain numbers."""
     return isinstance(got, Tensor) or (isinstance(got, (list, tuple)) and any(map(_is_torch, got)))
 
 
@@ -170,7 +170,7 @@ def _same(got: Tensor, expected: Tensor) -> bool:
 
 
 def _compare(name: str, got: object, right: Tensor, mistakes: Sequence[Mistake]) -> None:
-    """Stop with the sentence of the mistake that `got` agrees with, or with the entry that is furthest off."""
+    """End the check, unless `got` is right, with the sentence of its mistake or with its most wrong entry."""
     value = _tensor(got, name).detach()
     if _same(value, right):
         return
@@ -201,7 +201,7 @@ def _entry(name: str, at: Sequence[int]) -> str:
 
 
 def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradient of a scalar with respect to each input, zero where none arrives."""
+    """Return the gradient of a scalar with respect to each input, zero if none arrives."""
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     try:
@@ -221,16 +221,16 @@ def _jacobians(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
 def _compare_gradient(
     name: str, by: str, got: Tensor, right: Tensor, *, missing: str | None = None, hint: str = "", dims: int = 1
 ) -> None:
-    """Stop unless the Jacobian of `name` with respect to `by` is `right`.
+    """End the check unless the Jacobian of `name` with respect to `by` is `right`.
 
     Args:
-        name: what is differentiated; its entries lie along the first `dims` axes.
-        by: the input.
+        name: name of the differentiated result.
+        by: name of the input.
         got: the Jacobian by autograd, zero where no gradient arrives.
-        right: its closed form.
-        missing: the sentence if no gradient arrives at all; None if that is fine.
-        hint: what follows the numbers if they disagree.
-        dims: number of axes of `name`.
+        right: the closed form of the Jacobian.
+        missing: the sentence if no gradient arrives at all; None if that is allowed.
+        hint: the explanation that follows the numbers if they differ.
+        dims: number of axes of the result, the first axes of the Jacobian.
     """
     if torch.allclose(got, right, rtol=_GRADIENT_RTOL, atol=_ATOL):
         return
@@ -258,7 +258,7 @@ def _leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """Return -log σ(-z), at any size of z."""
+    """Return −log σ(−z), stable for any z."""
     return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
 
 
@@ -268,7 +268,7 @@ def _scale(beta: Tensor, form: Form) -> tuple[Tensor, Tensor]:
 
 
 class _Far(NamedTuple):
-    """Pairs with large |h|: float32 numbers that are powers of two times h, so that s·h has no rounding."""
+    """Pairs with large |h|: every β is a power of two, so that s·h is exact in float32."""
 
     h: Tensor
     beta: Tensor
@@ -280,8 +280,8 @@ class _Far(NamedTuple):
         return cls(*torch.tensor(list(rows), dtype=torch.float32).T)
 
     def first_wrong(self, got: Tensor, right: Tensor, size: Tensor | float = 1.0) -> int | None:
-        """Return the first row where `got` is off by more than rounding in float32, of numbers of `size`, allows."""
-        off = ~((got - right).abs() <= 1e-4 * right.abs() + 1e-6 * size)  # NaN is off
+        """Return the first row whose error exceeds the rounding in float32 of numbers of magnitude `size`."""
+        off = ~((got - right).abs() <= 1e-4 * right.abs() + 1e-6 * size)  # NaN counts as off
         return int(off.nonzero()[0]) if off.any() else None
 
     def place(self, row: int) -> str:
@@ -329,7 +329,7 @@ def completion_logps_answers() -> Answers:
 
 @_check
 def check_completion_logps(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
-    """Check the reader's log π(y|x) = Σ_t log π(y_t|x, y_<t), and that the policy can be trained by it.
+    """Check the reader's log π(y|x) = Σ_t log π(y_t|x, y_<t), and that a policy can be trained with it.
 
     Args:
         fn: (token_logps (B, T), completion_mask (B, T) bool) → (B,).
@@ -429,7 +429,7 @@ def dpo_loss_answers(form: Form) -> Answers:
 
 
 def dpo_rewards_answers(form: Form) -> Answers:
-    """Return the numbers of `check_dpo_loss` for the rewards: (2, B), the chosen and the rejected."""
+    """Return the numbers of `check_dpo_loss` for the rewards (2, B) of chosen and rejected."""
     chosen, rejected, ref_chosen, ref_rejected, beta = _DPO_ARGS
     logps, refs = torch.stack([chosen, rejected]), torch.stack([ref_chosen, ref_rejected])
     ratios = logps - refs
@@ -457,14 +457,13 @@ def dpo_rewards_answers(form: Form) -> Answers:
 def check_dpo_loss(fn: Callable[..., tuple[Tensor, Tensor, Tensor]], *, form: Form) -> Verdict:
     """Check the reader's DPO loss −log σ(s·h) and rewards s·log(π/π_ref).
 
-    Beyond the numbers it looks at what numbers hide: the gradients with respect to both policies and to β, none
-    from the reported rewards; loss and gradients at |h| = 2000 in float32; and that a β of shape (B, 1) is
-    refused instead of broadcast.
+    Also checked: the gradients with respect to both log-probabilities of the policy and to β; that the rewards carry
+    none; loss and gradients at |h| = 2000 in float32; and that a β of shape (B, 1) is refused, not broadcast.
 
     Args:
         fn: (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta), each
             (B,), → (losses, chosen_rewards, rejected_rewards), each (B,).
-        form: "inverse" (s = 1/β) or "standard" (s = β), the one that `fn` should have.
+        form: the form that `fn` should have: "inverse" (s = 1/β) or "standard" (s = β).
 
     Returns:
         The verdict.
@@ -494,7 +493,7 @@ def _three(got: object) -> Sequence[object]:
 
 
 def _dpo_slopes(h: Tensor, beta: Tensor, form: Form) -> dict[str, Tensor]:
-    """Return ∂ℓ/∂(each input) = −σ(−s·h)·∂(s·h)/∂(input) of each pair."""
+    """Return ∂ℓ/∂(input) = −σ(−s·h)·∂(s·h)/∂(input) for each input, at each pair."""
     s, ds = _scale(beta, form)
     weight = torch.sigmoid(-s * h)
     return {"policy_chosen_logps": -weight * s, "policy_rejected_logps": weight * s, "beta": -weight * h * ds}
@@ -521,7 +520,7 @@ def _check_dpo_gradients(losses: Tensor, leaves: Sequence[Tensor], args: Sequenc
 
 
 def _dpo_at(fn: Callable, h: Tensor, beta: Tensor, form: Form) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Return the reader's losses at `h` and their gradients, got and right, by input."""
+    """Return the reader's losses at `h`, their gradients by input, and the right gradients by input."""
     zero = torch.zeros_like(h)
     leaves = _leaves(h.clamp(max=0), -h.clamp(min=0), beta)  # log-probabilities are not positive
     losses = _tensor(_three(_call(fn, *leaves[:2], zero, zero, leaves[2]))[0], "losses")
@@ -566,7 +565,7 @@ def _check_dpo_far(fn: Callable, form: Form) -> None:
 
 
 def _check_dpo_start(fn: Callable, form: Form) -> str:
-    """Return a remark if the gradient is wrong at h = 0, where |h| and max(0, h) have a kink; stop if it is NaN."""
+    """Return a remark if the gradient is wrong at h = 0, where |h| and max(0, h) have a kink; end the check if NaN."""
     h, beta = torch.zeros(2), torch.tensor([0.5, 2.0])
     losses, got, right = _dpo_at(fn, h, beta, form)
     if not torch.allclose(losses, _rows(math.log(2), math.log(2)), rtol=_RTOL, atol=_ATOL):
@@ -731,7 +730,7 @@ def optimal_policy_answers() -> Answers:
 
 @_check
 def check_optimal_policy(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
-    """Check the reader's π* = π_ref·exp(r/β)/Z, its gradient if it has one, and that it stands a small β.
+    """Check the reader's π* = π_ref·exp(r/β)/Z, its gradient if it has one, and its stability at a small β.
 
     Args:
         fn: (ref_logps (X, Y), rewards (X, Y), beta number) → (X, Y) log-probabilities.
@@ -777,7 +776,7 @@ def _check_small_beta(fn: Callable, ref_logps: Tensor, rewards: Tensor) -> None:
 
 
 def _followed(fn: Callable, *args: object) -> Tensor | None:
-    """Return the reader's tensor with its gradient, None if the function leaves torch on its way."""
+    """Return the reader's tensor with its gradient; None if the function fails on tensors that require one."""
     try:
         return _tensor(_call(fn, *args), "a returned value")
     except _Stop:
@@ -816,7 +815,7 @@ def reward_difference_answers() -> Answers:
 
 @_check
 def check_reward_difference(fn: Callable[..., Tensor]) -> Verdict:
-    """Check the reader's r_w − r_l = β·h, which reads the reward back from the optimal policy.
+    """Check the reader's r_w − r_l = β·h, the reward difference recovered from the optimal policy.
 
     Args:
         fn: (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta number),
@@ -877,7 +876,7 @@ def entropy_penalty_answers() -> Answers:
 
 @_check
 def check_entropy_penalty(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
-    """Check the reader's E_x[(β(x) − αH)²], its gradient, and that none reaches the reference.
+    """Check the reader's E_x[(β(x) − αH)²], its gradient, and that no gradient reaches the reference.
 
     Args:
         fn: (beta (B,), ref_entropy (B,), alpha number) → scalar.
@@ -887,7 +886,7 @@ def check_entropy_penalty(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verd
     """
     (beta, entropy, alpha), right, mistakes = entropy_penalty_answers()
     _check_entropy_gradient(fn, beta, entropy, alpha, right, mistakes)
-    # on the line the gap is 0, and a square root inside has the slope 0·∞ there
+    # on the line the gap is 0, where the gradient of a square root is 0·∞
     entropy = _rows(2.0, 1.0)
     _check_entropy_gradient(fn, 0.25 * entropy, entropy, 0.25, torch.zeros((), dtype=torch.float64), [])
     return Verdict(True, "The mean squared distance from the line αH, with a gradient on β alone.")
@@ -914,7 +913,7 @@ def _check_entropy_gradient(
 
 
 class BetaWithBatchNorm(nn.Module):
-    """β(x) = exp(w·(x − m)/√(v + ε)): m and v are the batch's in training mode, stored ones in evaluation mode."""
+    """β(x) = exp(w·(x − m)/√(v + ε)), with m and v of the batch in training mode and stored in evaluation mode."""
 
     mean, var, weight_start = _rows(0.4, -0.3, 0.2), _rows(1.9, 0.6, 1.3), _rows(0.7, -0.5, 0.3)
 
@@ -999,9 +998,8 @@ def smoothness_gradient(x: Tensor) -> Tensor:
 def check_smoothness_penalty(fn: Callable[[nn.Module, Tensor], Tensor]) -> Verdict:
     """Check the reader's E_x[‖∇_xβ(x)‖²] on a module with batch norm, in training mode.
 
-    Beyond the number it looks at its gradient with respect to the parameters of the very module it was given (a
-    copy's do not count), also where β is constant, and at what the function leaves behind: mode, buffers and
-    `.grad` of the module.
+    Also checked: the gradient with respect to the parameters of the given module itself, not of a copy, and where β is
+    constant; and that mode, buffers and `.grad` of the module are left unchanged.
 
     Args:
         fn: (beta_fn module (B, D) → (B,), x (B, D)) → scalar.

@@ -1,8 +1,8 @@
-r"""Sliders for the notebooks: each function returns a picture that follows its controls.
+"""Sliders for the notebooks: each function returns a picture that follows its controls.
 
-The picture is a standing object-oriented figure: a moved slider changes the data of its artists, they are
-drawn again upon the standing axes, and the PNG goes to an image widget. Where no kernel runs, the picture at
-the defaults remains. All explorers work outside a notebook as well: set `controls[...].value`, read `png`.
+The picture is a persistent object-oriented figure: moving a slider changes the data of its artists, which are redrawn
+over the unchanged axes, and the PNG is sent to an image widget. Without a kernel, the picture at the defaults remains.
+Explorers also work outside a notebook: set `controls[...].value`, read `png`.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from dpoviz.analysis.plots import TERM_COLORS, task_colors
 from dpoviz.forms import FORMS, Form, scale
 
 FORM_COLORS = {"inverse": "#B4460F", "standard": "#0B6E75"}
-"""The colour of a form, where both are in one picture."""
+"""The colour of each form, where both are in one picture."""
 
 _WIDE = {"layout": {"width": "520px"}, "style": {"description_width": "190px"}}
 _GREY = "#6B6B6B"
 _INK = "#1D2F5F"
-# matplotlib shares its parser of mathematics and its font cache among figures, and callbacks of several
-# explorers can run in several threads
+# matplotlib's figures share a math parser and a font cache, and callbacks of several explorers can run in several
+# threads
 _DRAWING = threading.RLock()
 
 
 class Explorer:
-    """Controls and the picture that they move.
+    """Controls, and the picture that follows them.
 
-    In a notebook it shows itself: live widgets with a kernel, else the last picture as image/png.
+    A notebook displays it as live widgets if a kernel runs, and as the last picture (image/png) otherwise.
 
     Args:
-        figure: drawn once with its own layout, which is frozen afterwards: a picture that keeps still while
-            a slider moves. Ticks and axis labels, most of the cost, are drawn again only where they changed.
-        update: called with the value of every control by name; changes the figure's artists, nothing else.
-        controls: ipywidgets by the names that `update` expects.
+        figure: its layout is computed at the first drawing and then frozen, so that the picture does not shift while
+            a slider moves. Ticks and axis labels, most of the cost, are redrawn only if they changed.
+        update: called with the value of every control by name; changes only the figure's artists.
+        controls: ipywidgets, by the names of the arguments of `update`.
 
     Attributes:
-        figure: as given.
-        controls: as given; setting a value redraws.
-        widget: what is shown in a notebook.
+        figure: the figure.
+        controls: the controls; setting the value of one redraws the picture.
+        widget: the widget displayed in a notebook.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Explorer:
         self.controls = dict(controls)
         self._update = update
         self._canvas = FigureCanvasAgg(figure)
-        # at its own size: stretched to the width of the page it would be blurred
+        # at its own size: stretched to the width of the page, it would be blurred
         width, _ = self._canvas.get_width_height()
         self._image = widgets.Image(format="png", layout={"width": f"{width}px", "max_width": "100%"})
         self._trouble = widgets.HTML()
@@ -80,21 +80,21 @@ class Explorer:
 
     @property
     def png(self) -> bytes:
-        """The picture as it is shown."""
+        """The current picture."""
         return bytes(self._image.value)
 
     @property
     def trouble(self) -> str:
-        """The traceback shown under the picture, as HTML; empty where the last drawing went well."""
+        """The traceback shown under the picture, as HTML; empty if the last drawing succeeded."""
         return self._trouble.value
 
     def _draw(self) -> None:
         with _DRAWING:
-            # read inside the lock: of two callbacks in two threads, the later drawing has the later values
+            # read inside the lock, so that of two callbacks in two threads the later drawing has the later values
             self._update(**{name: control.value for name, control in self.controls.items()})
             ground, content = self._layers()
             if self._ground is None or any(artist.stale for artist in ground):
-                self._canvas.draw()  # lays out, and leaves nothing stale
+                self._canvas.draw()  # computes the layout, and leaves nothing stale
                 self.figure.set_layout_engine("none")
                 shown = [artist for artist in content if artist.get_visible()]
                 for artist in shown:
@@ -107,15 +107,15 @@ class Explorer:
             for artist in content:
                 artist.draw(self._canvas.get_renderer())
             out = io.BytesIO()
-            # quickly compressed; twice the size does not matter
+            # compressed fast: twice the size does not matter
             mpl_image.imsave(out, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
             self._image.value = out.getvalue()
 
     def _layers(self) -> tuple[list[Artist], list[Artist]]:
-        """The artists that stand, and those drawn anew upon them at each change, lowest first."""
+        """Return the artists of the background, and those redrawn over it at each change, lowest first."""
         axes = self.figure.axes
         standing: list[Artist] = [self.figure.patch, *(part for ax in axes for part in (ax.patch, ax.xaxis, ax.yaxis))]
-        # an empty label is never drawn and always stale
+        # an empty label is never drawn, so it is always stale
         labels: list[Artist] = [label for ax in axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
         content: list[Artist] = []
         for parent in [*axes, self.figure]:
@@ -126,7 +126,7 @@ class Explorer:
     def _redraw(self, _change: object) -> None:
         try:
             self._draw()
-        except Exception:  # a callback has nowhere else to say what went wrong
+        except Exception:  # a callback cannot report an error elsewhere
             self._trouble.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"
         else:
             self._trouble.value = ""
@@ -141,7 +141,7 @@ def _slider(label: str, value: float, low: float, high: float, step: float, **op
 
 
 def _log_slider(label: str, value: float, low: float, high: float, **options: object) -> widgets.FloatLogSlider:
-    """Over 10^low … 10^high, in steps of a tenth of a decade."""
+    """Return a slider over 10^low … 10^high, in steps of a tenth of a decade."""
     return widgets.FloatLogSlider(value, min=low, max=high, step=0.1, description=label, **(_WIDE | options))
 
 
@@ -155,7 +155,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _plain_log(ax: Axes, ticks: list[float]) -> None:
-    """A logarithmic horizontal axis with a few plain decimals."""
+    """Make the horizontal axis logarithmic, with plain decimals at a few ticks."""
     ax.set_xscale("log")
     ax.set_xticks(ticks)
     ax.xaxis.set_minor_locator(NullLocator())
@@ -170,11 +170,11 @@ _BETAS = torch.logspace(-2, 2, 121, dtype=torch.float64)
 
 
 def frontier_world(sharpness: float = 1.0, reward: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The one prompt with six answers that `frontier` draws.
+    """Return the world of one prompt with six answers that `frontier` draws.
 
     Args:
-        sharpness: of the reference: 0 makes it uniform, above 1 it is more sure of its favourites.
-        reward: of the fourth answer.
+        sharpness: factor of the reference's logits: 0 makes it uniform, above 1 more peaked.
+        reward: reward of the fourth answer.
 
     Returns:
         ref_logps (1, 6) and rewards (1, 6), float64.
@@ -185,18 +185,17 @@ def frontier_world(sharpness: float = 1.0, reward: float = 1.0) -> tuple[Tensor,
 
 
 def _along(ref_logps: Tensor, rewards: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """KL and expected reward (B,) of the optimal policy of one prompt at each beta (B,)."""
+    """Return KL and expected reward (B,) of the optimal policy of one prompt at each beta (B,)."""
     ref = ref_logps.expand(len(beta), -1)
     policy = tabular.optimal_policy(ref, rewards.expand(len(beta), -1), beta)
     return tabular.kl(policy, ref), (policy.exp() * rewards).sum(1)
 
 
 def frontier() -> Explorer:
-    r"""A KL budget ε, and what it buys: the frontier, the multiplier, and the policy (the derivation, §1-3).
+    """Show what a KL budget ε buys: the frontier, the multiplier, and the policy (the derivation, §1-3).
 
-    Left: the expected reward of :math:`\pi^*_\beta` against its KL, and the tangent at the budget, whose slope
-    is :math:`\beta^*`. Middle: :math:`KL(\pi^*_\beta)` over β; where it meets ε is :math:`\beta^*`. Right: the
-    reference and :math:`\pi^*`.
+    Left: the expected reward of π*_β against its KL, and the tangent at the budget, whose slope is β*. Middle: KL of
+    π*_β over β, which equals ε at β*. Right: the reference and π*.
     """
     figure, (left, middle, right) = _panels(3)
     (curve,) = left.plot([], [], color=_INK)
@@ -213,7 +212,7 @@ def frontier() -> Explorer:
     policy_bars = right.bar(places + 0.2, 0 * places, 0.4, color=_INK, label="π*")
     right.set(ylim=(0, 1), ylabel="probability", xlabel="answer, and its reward")
     right.set_xticks(places, [""] * len(places))
-    # not tick labels: these move
+    # not tick labels, because these texts change
     under: dict[str, Any] = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
     names = [right.text(float(place), -0.03, "", **under) for place in places]
     right.xaxis.labelpad = 14
@@ -254,18 +253,17 @@ def frontier() -> Explorer:
 
 
 def two_forms() -> Explorer:
-    r"""The loss, its slope and its optimum at one β, read in both forms.
+    """Show the loss, its slope and its optimum at one β, in both forms.
 
-    Left: :math:`-\log\sigma(s h)` over h. Middle: the push on h, :math:`s\,\sigma(-s h)`. Right: where a
-    policy that is free to adapt ends, :math:`h^* = \mathrm{logit}(p)/s`, over the probability p with which the
-    first answer is preferred.
+    Left: −log σ(s·h) over h. Middle: the push on h, s·σ(−s·h). Right: the optimum of an unrestricted policy,
+    h* = logit(p)/s, over the probability p that the first answer is preferred.
     """
     figure, (left, middle, right) = _panels(3)
     h, p = np.linspace(-6, 6, 241), np.linspace(0.02, 0.98, 193)
     lines: dict[Form, list[Line2D]] = {}
     for form in FORMS:
         color = FORM_COLORS[form]
-        style = "-" if form == "standard" else "--"  # at beta = 1 the two lie upon one another
+        style = "-" if form == "standard" else "--"  # at beta = 1 the two coincide
         lines[form] = [
             ax.plot(x, 0 * x, style, color=color, label=form)[0] for ax, x in ((left, h), (middle, h), (right, p))
         ]
@@ -293,14 +291,14 @@ _GRID = torch.logspace(math.log10(0.02), math.log10(5), 241, dtype=torch.float64
 
 
 def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
-    r"""The terms of the objective at one prompt over β, their slopes, and where β comes to rest.
+    """Show the terms of the objective at one prompt over β, their slopes, and the β at the minimum of their sum.
 
-    The pair has a fixed h; its label is right with probability p, so that the DPO term is :math:`-p\log\sigma(s
-    h) - (1-p)\log\sigma(-s h)`. The range is 0.05 to 2.
+    The pair has a fixed h; its label is correct with probability p, so the DPO term is
+    −p·log σ(s·h) − (1 − p)·log σ(−s·h). The range of β is 0.05 to 2.
 
     Args:
-        h: of the pair, in nats.
-        ref_entropy: of the reference at the prompt, in nats per token.
+        h: h of the pair, in nats.
+        ref_entropy: entropy of the reference at the prompt, in nats per token.
     """
     figure, (left, right) = _panels(2)
     colors = {name: TERM_COLORS[name] for name in ("dpo", "range", "entropy")} | {"sum": "black"}
@@ -335,7 +333,9 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
         at = float(_GRID[terms["sum"].argmin()])
         for line in rest:
             line.set_xdata([at, at])
-        says.set_text(f"rest at β = {at:.2f}\nαH = {alpha * ref_entropy:.2f}")
+        ends = {float(_GRID[0]): "no rest: runs off to 0", float(_GRID[-1]): "no rest: runs off to ∞"}
+        rests = ends.get(at, f"rest at β = {at:.2f}")  # least at an end of the grid: it falls on beyond it
+        says.set_text(f"{rests}\nαH = {alpha * ref_entropy:.2f}")
 
     controls = {
         "form": widgets.ToggleButtons(options=["inverse", "standard"], description="form"),
@@ -348,14 +348,13 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
 
 
 def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
-    r"""Two weights and α, a network trained anew at each change, and what it has learnt.
+    """Show the β of a network that is trained again at each change of two weights or α.
 
-    Left: β against the entropy of the reference, with the line :math:`\alpha H`. Right: β against the planted
-    β*, with the diagonal.
+    Left: β against the entropy of the reference, with the line αH. Right: β against the planted β*, with the diagonal.
 
     Args:
-        fit: (lambda_smoothness, lambda_entropy, alpha), by keyword, → a table with columns task, ref_entropy,
-            beta, beta_star; rows always of the same prompts, in one order.
+        fit: called with lambda_smoothness, lambda_entropy and alpha by keyword; returns a table with columns task,
+            ref_entropy, beta, beta_star, whose rows are always the same prompts in the same order.
     """
     figure, (left, right) = _panels(2)
     defaults = {"lambda_smoothness": 0.0, "lambda_entropy": 0.0, "alpha": 0.15}
@@ -372,7 +371,7 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
         }
         dots[task] = [ax.plot([], [], **style)[0] for ax in (left, right)]
     (line,) = left.plot([], [], color=_GREY, linewidth=1, label="αH")
-    right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1)
+    right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1, linestyle="--")
     _plain_log(right, [0.03, 0.1, 0.3, 1, 3])
     for ax in (left, right):
         ax.set_yscale("log")
@@ -392,10 +391,15 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
         x = np.linspace(0.01, 1.05 * entropy.max(), 50)
         line.set_data(x, alpha * x)
 
-    late = {"continuous_update": False}  # a training run a change: wait until the slider is let go
+    late = {"continuous_update": False}  # each change is a training run: wait until the slider is released
     controls = {
         "lambda_smoothness": _slider("λ2 (gradient penalty)", defaults["lambda_smoothness"], 0, 1, 0.02, **late),
-        "lambda_entropy": _slider("λ3 (entropy)", defaults["lambda_entropy"], 0, 2, 0.05, **late),
+        "lambda_entropy": widgets.SelectionSlider(
+            options=(0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),  # a log slider has no 0
+            value=defaults["lambda_entropy"],
+            description="λ3 (entropy)",
+            **(_WIDE | late),
+        ),
         "alpha": _slider("α", defaults["alpha"], 0.05, 0.5, 0.01, **late),
     }
     return Explorer(figure, update, controls)

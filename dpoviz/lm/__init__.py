@@ -1,1 +1,1 @@
-"""Language models: load, score with a shared prefix, sample, estimate entropies, run the reference once."""
+"""Language models: loading, shared-prefix scoring, sampling, entropy estimates, the reference pass."""

@@ -1,4 +1,4 @@
-"""What is kept on disk: written whole or not at all, with checksums, and read only where it is what was written."""
+"""Keep results on disk: entries are written atomically, with checksums, and verified when read."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 Read = TypeVar("Read")
 
 CHECKSUMS = "checksums.json"
-"""In a kept folder: the SHA-256 of each of its other files, by path."""
+"""File in an entry that holds the SHA-256 of each of its other files, by path."""
 
 
 def require_writable(folder: Path, name: str) -> None:
-    """Refuse a folder that cannot be written, before anything is computed for it. It is made if it is not there.
+    """Refuse a folder that cannot be written, before anything is computed for it; create it if missing.
 
     Args:
-        folder: where results will go.
-        name: the argument that named it.
+        folder: folder for results.
+        name: name of the argument that gave the folder, for the message.
 
     Raises:
-        OSError: it cannot be made, or no file in it, with the reason.
+        OSError: the folder, or a file in it, cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,16 +55,16 @@ def require_writable(folder: Path, name: str) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, name: str = "out") -> Iterator[None]:
-    """Hold a folder for one run; of several processes of one run, the main one holds it.
+    """Lock a folder for one run; in a distributed run the main process holds the lock.
 
-    The system frees the lock of a process that ends in any way, so that none is ever left behind.
+    The system releases the lock when the process ends for any reason, so no stale lock remains.
 
     Args:
-        folder: the folder; made if it is not there.
-        name: the argument that named it.
+        folder: the folder; created if missing.
+        name: name of the argument that gave the folder, for the message.
 
     Raises:
-        OSError: another run holds the folder, with its process and machine; or it cannot be written.
+        OSError: another run, named by process and machine, holds the lock; or the folder cannot be written.
     """
     if not processes().is_main_process:
         yield
@@ -86,14 +86,14 @@ def lock_folder(folder: Path, name: str = "out") -> Iterator[None]:
 
 
 def read_json(path: Path, remedy: str = "delete it") -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Args:
         path: the file.
-        remedy: what to do where it is damaged, for the message.
+        remedy: advice for a damaged file, for the message.
 
     Raises:
-        ValueError: it is no JSON, with the file's name.
+        ValueError: the file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -102,16 +102,16 @@ def read_json(path: Path, remedy: str = "delete it") -> Any:
 
 
 def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
-    """Keep a folder: written beside, sealed with checksums, and moved to its place in one step.
+    """Write an entry to a temporary folder, add checksums, and rename it to its final place.
 
-    Where another process has finished the same entry in the meantime, that one stays.
+    If another process finishes the same entry first, that one is kept.
 
     Args:
-        folder: its place; the folder above is made if it is not there.
-        write: writes the files into the folder that it is given.
+        folder: final place; its parent is created if missing.
+        write: writes the files into the folder it is given.
 
     Raises:
-        OSError: no room, or no permission; the place is as it was.
+        OSError: no space or no permission; nothing has changed at the final place.
     """
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,26 +124,26 @@ def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def open_entry(folder: Path, read: Callable[[Path], Read]) -> Read | None:
-    """Return what `read` makes of a kept folder; None where there is none.
+    """Verify an entry and return `read(folder)`; None if there is no entry.
 
-    A damaged one is removed, with a warning that names the file, and counts as none.
+    A damaged entry is removed, with a warning that names the file, and treated as missing.
     """
     if not folder.is_dir():
         return None
     try:
         verify(folder)
         return read(folder)
-    except Exception as error:  # whatever a file of another version may raise: computing again mends it
+    except Exception as error:  # a file of another version may raise anything; recomputing is safe
         logger.warning("%s cannot be used (%s); it is computed again", folder, error)
     require_writable(folder.parent, "cache")
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(FileNotFoundError):  # another process has removed it first
             folder.rename(Path(scratch) / "damaged")
     return None
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files of a folder into it, and all of it to the disk."""
+    """Add the checksums of all files to a folder, and flush it to disk."""
     sums = {file.relative_to(folder).as_posix(): _checksum(file) for file in _files(folder)}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
     for path in [*_files(folder), *(place for place in folder.rglob("*") if place.is_dir()), folder]:
@@ -154,7 +154,7 @@ def verify(folder: Path) -> None:
     """Check the files of a folder against its checksums.
 
     Raises:
-        ValueError: one of them is missing, or is not what was written.
+        ValueError: a file is missing or has changed.
     """
     if not (folder / CHECKSUMS).is_file():
         raise ValueError(f"{CHECKSUMS} is missing")
@@ -169,7 +169,7 @@ def verify(folder: Path) -> None:
 
 
 def move(new: Path, folder: Path) -> None:
-    """Rename a finished folder to its place; where that is taken by a finished one, the new one is left."""
+    """Rename a finished folder to its final place, unless a finished one is already there."""
     try:
         new.rename(folder)
     except OSError as error:
@@ -180,14 +180,14 @@ def move(new: Path, folder: Path) -> None:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Give one kind of error, with the folder and the room that is left, for what libraries raise on a full disk.
+    """Turn the various errors that libraries raise on a full disk into one, with the folder and the free space.
 
     Raises:
-        OSError: what was written could not be.
+        OSError: writing failed.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise error types of their own
         place = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(place).free
         raise OSError(
@@ -205,7 +205,7 @@ def _checksum(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Flush a file, or the directory entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -214,45 +214,45 @@ def _sync(path: Path) -> None:
 
 
 class Journal:
-    """A folder with a file of arrays for each batch of a long computation: one that was killed goes on from there.
+    """The finished batches of a long computation on disk, so that a killed run can resume.
 
-    A file is written beside and moved, and its arrays carry checksums (it is a zip archive): what is read is
-    what was written. The folder belongs to one computation; `fingerprint` gives it a name.
+    Each batch is written to a temporary file and renamed. `.npz` is a zip archive with checksums, so a damaged file is
+    detected. A folder belongs to one computation, whose `fingerprint` names it.
 
     Args:
-        folder: made when the first batch comes; None keeps nothing.
+        folder: created with the first batch; None stores nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def add(self, name: str, batch: dict[str, np.ndarray]) -> None:
-        """Keep a batch under a name."""
+        """Store a batch under a name."""
         if self.folder is None:
             return
         with writing(self.folder):
             try:
                 _write_batch(self.folder / f"{name}.npz", batch)
-            except FileNotFoundError:  # another process has finished the whole, and removed the folder
+            except FileNotFoundError:  # another process has finished everything and removed the folder
                 _write_batch(self.folder / f"{name}.npz", batch)
 
     def get(self, name: str) -> dict[str, np.ndarray] | None:
-        """Return the batch of a name; None where there is none, and, with a warning, where it is damaged."""
+        """Return the batch stored under a name; None if missing, or, with a warning, if damaged."""
         if self.folder is None:
             return None
         path = self.folder / f"{name}.npz"
         try:
-            # np.load does not close what it opened itself and cannot read
+            # np.load would leave a file open that it opened itself and cannot read
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever a damaged archive may raise: computing again mends it
+        except Exception as error:  # a damaged archive may raise anything; recomputing is safe
             logger.warning("%s cannot be read (%s); this batch is computed again", path, error)
             return None
 
     def read(self) -> dict[str, dict[str, np.ndarray]]:
-        """Return the batches by name, in the order of names. A damaged one is left out, with a warning."""
+        """Return all batches by name, sorted by name; damaged ones are left out, with a warning."""
         names = sorted(path.stem for path in self.folder.glob("*.npz")) if self.folder is not None else []
         found = {name: self.get(name) for name in names}
         return {name: batch for name, batch in found.items() if batch is not None}
@@ -271,22 +271,38 @@ def _write_batch(path: Path, batch: Mapping[str, Any]) -> None:
 
 
 def code_digest(module: str) -> str:
-    """Hash the source of a module of dpoviz, and of every module of dpoviz that it imports, directly or not.
+    """Hash the code of a dpoviz module and of all dpoviz modules that it imports, directly or indirectly.
+
+    Docstrings, comments and layout do not count.
 
     Args:
-        module: its full name, as in ``__name__``.
+        module: full name, as in ``__name__``.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, source in sorted(sources(module).items()):
-        digest.update(f"{name}\n{source}".encode())
+        digest.update(f"{name}\n{_code(source)}".encode())
     return digest.hexdigest()
 
 
 @cache
-def sources(module: str) -> Mapping[str, str]:
-    """Return the source of a module of dpoviz and of those that it imports, directly or not, by name.
+def _code(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)]
+    return ast.dump(tree)
 
-    Read from the import statements, so that the list cannot fall behind the code; once, as the code is imported once.
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+@cache
+def sources(module: str) -> Mapping[str, str]:
+    """Return the sources, by name, of a dpoviz module and of all dpoviz modules it imports, directly or indirectly.
+
+    The list is read from the import statements, so it cannot become outdated. It is cached because a process imports
+    the code only once.
     """
     found: dict[str, str] = {}
     open_ = [module]
@@ -300,13 +316,13 @@ def sources(module: str) -> Mapping[str, str]:
 
 
 def _source(name: str) -> Path | None:
-    """The file of a module of dpoviz; None where the name is not one."""
+    """Return the file of a dpoviz module; None if the name is not a module."""
     place = Path(__file__).parents[1].joinpath(*name.split(".")[1:])
     return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
 
 
 def _imported(source: str) -> list[str]:
-    """The names under dpoviz that a source imports: modules, and what it takes from them."""
+    """Return the dpoviz names that a source imports: modules, and names from modules."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -317,13 +333,13 @@ def _imported(source: str) -> list[str]:
 
 
 def fingerprint(model: nn.Module, facts: object, code: str) -> str:
-    """A name for what a model gives under some settings; another one as soon as any of it changes.
+    """Return a hash that identifies a result computed with a model: model, settings, data and code.
 
     Args:
-        model: a model of `transformers`, perhaps with adapters: its weights, its configuration, its device's
-            kind, and which adapters act.
-        facts: settings and data that JSON can write.
-        code: the module that computes it; those that it imports count as well (`code_digest`).
+        model: a `transformers` model, possibly with adapters. Its weights, configuration, device type and active
+            adapters enter the hash.
+        facts: settings and data, serialisable as JSON.
+        code: name of the module that computes the result; its imports count too (`code_digest`).
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(model.state_dict().items()):
@@ -331,9 +347,9 @@ def fingerprint(model: nn.Module, facts: object, code: str) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     of_model: Any = model.config
-    # the path that a model was loaded from is part of its configuration, and is not part of what it is
+    # the configuration holds the path a model was loaded from, which does not affect its results
     config = {k: v for k, v in of_model.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    # an adapter that is switched off changes what a model gives, and none of its weights
+    # switching off an adapter changes the results, but no weights
     layers: list[Any] = [
         module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)
     ]

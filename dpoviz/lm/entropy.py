@@ -1,9 +1,9 @@
-r"""Estimators of the reference's entropy at a prompt, :math:`H(\pi_{ref}(\cdot|x))`, with their standard errors.
+"""Estimate the reference's entropy at a prompt, H(π_ref(·|x)), with standard errors.
 
-All of them come from K answers sampled from the reference, and are read where these are drawn. They depend on the
-reference and the prompt alone, never on a data set's answers, so each may feed beta(x). A fifth, `teacher_forced`,
-does depend on these answers; it is for pictures, and comes with `reference_pass`: ref_chosen_entropy over the
-number of tokens in chosen_ids.
+All estimators use K answers sampled from the reference, with the entropies recorded while sampling. They depend only
+on the reference and the prompt, not on the answers in a data set, so each may be an input of β(x). A fifth,
+`teacher_forced`, does depend on those answers and serves for plots only; it follows from the columns of
+`reference_pass`: ref_chosen_entropy divided by the number of tokens in chosen_ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpoviz.lm.sampling import Sampler, sampling
 
 
 class Estimate(NamedTuple):
-    """An estimate at each of N prompts, float64.
+    """Estimates at N prompts, float64.
 
     Attributes:
         value: (N,).
@@ -40,17 +40,17 @@ class Estimate(NamedTuple):
 
 
 class EntropyEstimates(NamedTuple):
-    r"""Four readings of the entropy at each prompt, from K sampled answers.
+    """Four estimates of the entropy at each prompt, from K sampled answers.
 
     Attributes:
-        per_token: nats per token: the exact next-token entropies along the answers, summed over all K, over
-            their tokens, end token included. A ratio; its standard error is the delta method's over answers.
-        sequence: nats: mean over answers of the exact next-token entropies summed along each. Unbiased for
-            :math:`H(\pi_{ref}(\cdot|x))` while answers end by themselves; less than it where they are cut.
-        monte_carlo: nats: mean over answers of :math:`-\log\pi_{ref}(y|x)`; the same mean as `sequence`.
-        first_token: nats: the exact entropy of the first token; its standard error is 0.
+        per_token: nats per token. Sum over all K answers of the exact next-token entropies, divided by their number of
+            tokens, end tokens included. The standard error of this ratio is the delta method's, over answers.
+        sequence: nats. Mean over answers of the summed exact next-token entropies. Unbiased for H(π_ref(·|x)) if no
+            answer is truncated; too small otherwise.
+        monte_carlo: nats. Mean over answers of −log π_ref(y|x); same expectation as `sequence`.
+        first_token: nats. Exact entropy of the first token; standard error 0.
         samples: K.
-        truncated: (N,) share of the answers that hit the length limit.
+        truncated: (N,) fraction of answers that hit the length limit.
     """
 
     per_token: Estimate
@@ -62,12 +62,12 @@ class EntropyEstimates(NamedTuple):
 
 
 def _mean(values: Tensor) -> Estimate:
-    """Mean over answers of (N, K) numbers."""
+    """Return the mean over answers of (N, K) values."""
     return Estimate(values.mean(dim=1), values.std(dim=1) / values.shape[1] ** 0.5)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Estimate:
-    """Sum over sum of (N, K) numbers, with the delta method's standard error."""
+    """Return the ratio of the sums over answers of (N, K) values, with the delta method's standard error."""
     value = numerator.sum(dim=1) / denominator.sum(dim=1)
     residual = numerator - value[:, None] * denominator  # (N, K), mean 0
     k = numerator.shape[1]
@@ -89,27 +89,26 @@ def estimate_entropy(
     keep: Path | str | None = None,
     progress: bool = False,
 ) -> EntropyEstimates:
-    """Entropy of the model's answer to each prompt.
+    """Estimate the entropy of the model's answer distribution at each prompt.
 
-    What is sampled for a batch is decided by the seed and the batch's prompts alone: not by the batches before it, the
-    number of processes, or what is kept from other runs. The processes of `accelerate launch` share the batches, and
-    all of them return all estimates.
+    The samples of a batch depend only on the seed and the prompts in it, not on earlier batches, the number of
+    processes, or cached results. The processes of `accelerate launch` share the batches; each returns all estimates.
 
     Args:
         model: the reference.
         prompts: N prompts as token ids.
-        samples: K, answers a prompt, at least 2: one has no standard error.
-        max_new_tokens: limit of a sampled answer.
+        samples: K, answers per prompt, at least 2 for a standard error.
+        max_new_tokens: limit of an answer, in tokens.
         eos_id: token that ends an answer.
-        pad_id: token that fills the rows.
-        seed: the draws.
-        batch_size: prompts at once; `batch_size` × K answers are drawn side by side.
-        keep: a folder where each batch is kept, by a fingerprint of model, settings and code. A run that was
-            killed goes on from there and ends with the numbers of one that was not. None keeps nothing.
-        progress: show a bar.
+        pad_id: padding token.
+        seed: random seed.
+        batch_size: prompts per batch; `batch_size` × K answers are sampled in parallel.
+        keep: folder that stores each batch, by a fingerprint of model, settings and code. A killed run resumes and
+            gives the same numbers as an uninterrupted one. None stores nothing.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: fewer than 2 samples, or as `sample_answers`.
+        ValueError: fewer than 2 samples, or as in `sample_answers`.
     """
     if samples < 2:
         raise ValueError(f"samples: got {samples}, expected at least 2: one answer has no standard error")
@@ -136,7 +135,7 @@ def estimate_entropy(
 
 
 _NUMBERS = ("entropy_sums", "logps", "lengths", "first_entropies", "truncated")
-"""What is kept of a batch of B prompts: three (B, K), then two (B,)."""
+"""Arrays stored per batch of B prompts: three of shape (B, K), then two of shape (B,)."""
 
 
 def _numbers(
@@ -148,12 +147,12 @@ def _numbers(
     journal: Journal,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """Return the numbers of all prompts, in their order: read where they are kept, sampled elsewhere."""
+    """Return the arrays of all prompts in order: from the journal where stored, sampled otherwise."""
     names = _names(prompts)
     batches = by_length([len(prompt) for prompt in prompts], batch_size)
 
     def numbers(rows: Sequence[int]) -> dict[str, np.ndarray]:
-        # named and seeded by its prompts: it is the same batch in any run that has it, and in no other
+        # named and seeded by its prompts, so that every run with this batch gives the same samples
         name = _digest([names[row] for row in rows], size=16)
         batch = journal.get(name)
         if batch is None:
@@ -169,7 +168,7 @@ def _numbers(
 
 
 def _names(prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Return a name for each prompt; one that stands several times is sampled as often, and has as many names."""
+    """Return a distinct name for each prompt; a repeated prompt is sampled again under another name."""
     seen: Counter[str] = Counter()
     names = []
     for prompt in prompts:

@@ -1,9 +1,9 @@
-"""Call a model: its body on a batch in which prompts are shared, and its own head on the hidden states of choice.
+"""Run a model's body on a shared-prefix batch, and its own head on selected hidden states.
 
-A model of `transformers` builds its attention mask from its own rule (causal, a window, a chunk) and the places of two
-tokens in a row. Here it is given their positions in their own sequence for these places, and what is not of the same
-sequence is hidden as well: so windows of any kind stay the model's own. The head is all that the model's code does
-behind its body, so that scaled and capped logits are its own, too.
+A `transformers` model builds its attention mask from its own rule (causal, sliding window, chunked) and the indices of
+two tokens in a row. Here the rule gets their positions in their own sequence instead, and tokens of other sequences
+are masked too, so windows of any kind work as in the model. The head is all of the model's code after its body, so
+scaled or capped logits are the model's own as well.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dpoviz.lm.packing import PrefixBatch
 
 
 class Predictions(NamedTuple):
-    """What predicts the answers' tokens.
+    """Predictions of the answer tokens.
 
     Attributes:
-        states: (N, ·) hidden states, or logits themselves.
-        head: states (n, ·) → logits (n, V), the model's own.
-        of_prompts: (M, D) hidden states at the prompts' tokens; or None.
+        states: (N, ·) hidden states, or logits.
+        head: maps states (n, ·) to logits (n, V).
+        of_prompts: (M, D) hidden states of the prompt tokens, or None.
     """
 
     states: Tensor
@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model itself, without PEFT's wrapping; its adapters are layers inside it and act as before."""
+    """Return the model without PEFT's wrapper; its adapters are layers inside it and stay active."""
     if not hasattr(model, "get_base_model"):
         return model
     wrapped: Any = model  # a PeftModel
@@ -48,29 +48,29 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that the model reads, by its configuration; None where that does not say."""
+    """Return the context length in tokens from the model's configuration; None if it has none."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def predict_shared(model: PreTrainedModel, batch: PrefixBatch) -> Predictions:
-    """Predict the answers of a batch in which several prompts and answers stand in a row."""
+    """Predict the answers of a shared-prefix batch, with several prompts and answers per row."""
     with _shared_masks(batch):
         return _predict(model, batch, position_ids=batch.position_ids)
 
 
 def predict_padded(model: PreTrainedModel, batch: PrefixBatch) -> Predictions:
-    """Predict the answers of a batch with one prompt and one answer in a row, padded on the right."""
+    """Predict the answers of a batch with one prompt and one answer per row, padded on the right."""
     return _predict(model, batch)
 
 
 def predict_alone(model: PreTrainedModel, batch: PrefixBatch, *, prompts: bool = False) -> Predictions:
-    """Predict the answers of a batch with one prompt and one answer in a row, by a plain forward of each row.
+    """Predict the answers of a batch with one prompt and one answer per row, by one plain forward pass per row.
 
     Args:
-        prompts: also the hidden states of the prompts.
+        prompts: also return the hidden states of the prompts.
     """
     logits, of_prompts = [], []
-    last = batch.owners.bincount().cumsum(0) - 1  # where the last token of each answer is a target
+    last = batch.owners.bincount().cumsum(0) - 1  # index in targets of the last token of each answer
     for row in range(len(batch.input_ids)):
         length = int((batch.segments[row] >= 0).sum())
         start = int((batch.segments[row] == 0).sum())
@@ -83,10 +83,10 @@ def predict_alone(model: PreTrainedModel, batch: PrefixBatch, *, prompts: bool =
 
 
 def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | None = None) -> Tensor:
-    """Return the (T, V) logits of one sequence, with nothing else in the batch: what all else must agree with.
+    """Return the (T, V) logits of one sequence alone in its batch, the ground truth for all other ways.
 
     Args:
-        places: only the logits at these; (n, V).
+        places: (n,) return the (n, V) logits at these positions only.
     """
     ids = torch.tensor([tokens], device=model.device)
     if places is None:
@@ -99,7 +99,7 @@ def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | Non
 
 
 def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> Any:
-    if "attention_mask" in signature(model.forward).parameters:  # or a token that pads elsewhere brings a warning
+    if "attention_mask" in signature(model.forward).parameters:  # else padding tokens cause a warning
         more["attention_mask"] = torch.ones_like(ids)
     return model(input_ids=ids, use_cache=False, **more)
 
@@ -111,19 +111,19 @@ def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Any) -> Predict
 
 
 def fill_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> None:
-    """Read (B, T) tokens, padded on the left, into a cache."""
+    """Fill a cache with the keys and values of (B, T) tokens, padded on the left."""
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     more: dict[str, Any] = {cache_argument(model): cache}
     _body_output(model, ids, attention_mask=mask, position_ids=positions, use_cache=True, **more)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Return the name under which the model takes a cache."""
+    """Return the name of the model's cache argument."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
 
 
 def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False, **more: object) -> dict[str, Any]:
-    """Return what the model's body gives, in a call of the whole model whose head sees one token a row."""
+    """Return the output of the model's body, from a call of the whole model whose head sees one token per row."""
     kept: list[Any] = []
 
     def look(*args, **kwargs):
@@ -140,7 +140,7 @@ def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False
 
 
 def _own_head(model: PreTrainedModel, out: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Return what makes (n, V) logits of (n, D) hidden states: the code of the model behind its body."""
+    """Return the map from (n, D) hidden states to (n, V) logits: the model's code after its body."""
 
     def head(states: Tensor) -> Tensor:
         given = type(out)(**{**out, "last_hidden_state": states[None]})
@@ -154,7 +154,7 @@ def _own_head(model: PreTrainedModel, out: dict[str, Any]) -> Callable[[Tensor],
 
 @contextmanager
 def _body_stands_for(model: PreTrainedModel) -> Iterator[tuple[nn.Module, Callable]]:
-    """Give the model's body and its forward, and put that back afterwards."""
+    """Yield the model's body and its forward, and restore the forward afterwards."""
     body = _body(model)
     inner, own = body.forward, vars(body).get("forward")
     try:
@@ -170,7 +170,7 @@ _BODIES: weakref.WeakKeyDictionary[PreTrainedModel, weakref.ref] = weakref.WeakK
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
-    """Return the module whose hidden states the head reads: the first model within the model that it calls."""
+    """Return the module whose hidden states the head reads: the first inner model that is called."""
     if model not in _BODIES:
         called = []
         inside = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
@@ -194,7 +194,7 @@ _MASKS = threading.RLock()
 
 @contextmanager
 def _shared_masks(batch: PrefixBatch) -> Iterator[None]:
-    """Have masks made by each model's own rule, of positions, and hide what is of another sequence."""
+    """Build masks with each model's own rule applied to positions, and mask tokens of other sequences."""
     own = dict(ALL_MASK_ATTENTION_FUNCTIONS.items())
 
     def wrap(make: Callable) -> Callable:
@@ -207,7 +207,7 @@ def _shared_masks(batch: PrefixBatch) -> Iterator[None]:
 
         return mask
 
-    with _MASKS:  # the table is one for all threads
+    with _MASKS:  # the table is shared by all threads
         try:
             for name, make in own.items():
                 ALL_MASK_ATTENTION_FUNCTIONS[name] = wrap(make)
@@ -215,5 +215,5 @@ def _shared_masks(batch: PrefixBatch) -> Iterator[None]:
         finally:
             for name, make in own.items():
                 del ALL_MASK_ATTENTION_FUNCTIONS[name]
-                if ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not make:  # it was an override before
+                if ALL_MASK_ATTENTION_FUNCTIONS.get(name) is not make:  # it had been an override
                     ALL_MASK_ATTENTION_FUNCTIONS[name] = make

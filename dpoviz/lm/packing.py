@@ -1,9 +1,8 @@
-"""Prompts and answers to shared-prefix batches, log-probabilities, entropies and prompt features; sampling.
+"""Lay out prompts and answers in shared-prefix batches.
 
-A prompt stands once and its answers behind it (two for a preference pair); short prompts fill up the rows that long
-ones need. An answer sees its prompt and itself, never its rivals, and its positions start again after the prompt: so
-the scores are those of separate sequences, while what they share is computed once. Logits are computed only where an
-answer is predicted.
+Each prompt appears once, followed by its answers (two for a preference pair), and several prompts are packed into a
+row. An answer attends to its prompt and itself, never to the other answers, and its positions continue from the end of
+the prompt. So the scores equal those of separate sequences, while the shared prompt is computed once.
 """
 
 from __future__ import annotations
@@ -22,30 +21,31 @@ Tokens = Sequence[Sequence[int]]
 
 
 _ATTENTION = 2048
-"""Tokens a row at which attention is taken to cost as much as all else; it only weighs longer rows against more."""
+"""Row length at which attention is assumed to cost as much as the rest of a layer; trades longer against more rows."""
 
 _FEWER = 5
-"""So many rows fewer are not tried any more."""
+"""Exclusive limit on the number of rows that `_pack` tries to save."""
 
 
 @dataclass(frozen=True)
 class PrefixBatch:
-    """B prompts with K answers each, in R rows of T tokens. The end token of an answer is predicted but not fed in.
+    """B prompts with K answers each, in R rows of T tokens.
 
-    Equal prompts, and equal answers to them, are laid out once: P prompts and U answers.
+    Equal prompts, and equal answers to them, are laid out once: P prompts and U answers. The end token of an answer is
+    predicted but not fed to the model.
 
     Attributes:
-        input_ids: (R, T).
-        segments: (R, T) which prompt or answer of its row a token belongs to, counted from 0; -1 for padding.
-        prefixes: (R, T) the segment that a token may see beside its own: its answer's prompt.
-        position_ids: (R, T), starting again with each prompt, and after it in each answer.
-        predictors: (N,) flat index row * T + t of the hidden state that predicts each answer token.
+        input_ids: (R, T) token ids.
+        segments: (R, T) index, within the row, of the prompt or answer that a token belongs to; -1 for padding.
+        prefixes: (R, T) segment that a token may attend to besides its own: the prompt of its answer.
+        position_ids: (R, T) positions, from 0 in each prompt and from the end of the prompt in each answer.
+        predictors: (N,) flat index row·T + t of the hidden state that predicts each answer token.
         targets: (N,) the answer tokens.
-        owners: (N,) which of the U answers each belongs to, rising.
-        answers: (B, K) which of the U answers stands for each.
-        prompt_tokens: (M,) flat index row * T + t of the prompts' tokens.
-        prompt_owners: (M,) which of the P prompts each belongs to, rising.
-        prompts: (B,) which of the P prompts stands for each.
+        owners: (N,) index in U of the answer that each target belongs to, ascending.
+        answers: (B, K) index in U of each answer.
+        prompt_tokens: (M,) flat index row·T + t of each prompt token.
+        prompt_owners: (M,) index in P of the prompt that each prompt token belongs to, ascending.
+        prompts: (B,) index in P of each prompt.
     """
 
     input_ids: Tensor
@@ -61,26 +61,26 @@ class PrefixBatch:
     prompts: Tensor
 
     def to(self, device: torch.device | str) -> PrefixBatch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def related(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return True where two tokens of a row are of one prompt or answer, or `key` is of the prompt of `query`.
+        """Return True where two tokens of a row are in the same segment, or `key` is in the prompt of `query`.
 
-        Which of them comes first is not looked at: that is what the model's own mask says, given `position_ids`.
+        The order of the tokens is ignored: the model's own mask handles it, given `position_ids`.
 
         Args:
-            row: numbers of rows, and of the tokens in them, of shapes that broadcast.
-            query: the tokens that look.
-            key: the tokens that are looked at.
+            row: row indices; the shapes of all arguments broadcast.
+            query: indices in the row of the attending tokens.
+            key: indices in the row of the attended tokens.
         """
-        # padding sees padding, because a row of the softmax that sees nothing would be NaN
+        # padding attends to padding, because a softmax over nothing would be NaN
         seen = self.segments[row, key]
         return (seen == self.segments[row, query]) | (seen == self.prefixes[row, query])
 
 
 class _Block(NamedTuple):
-    """A prompt, and answers to it that stand behind it."""
+    """A prompt followed by answers to it."""
 
     name: Hashable
     prompt: Sequence[int]
@@ -98,14 +98,13 @@ def prefix_batch(
 
     Args:
         prompts: B prompts as token ids, none empty.
-        answers: for each prompt K answers as token ids, none empty; the same K for all.
-        pad_id: token that fills the rows.
-        packed: equal prompts share their tokens, and several stand in a row where they fit. Otherwise each of the B
-            has a row of its own.
-        room: most tokens of a packed row; one prompt with one answer may be longer. None is no limit.
+        answers: K answers per prompt as token ids, none empty.
+        pad_id: padding token.
+        packed: merge equal prompts and pack several prompts per row. Otherwise each of the B prompts has its own row.
+        room: maximum tokens per packed row, raised if one prompt with one answer is longer; None is no limit.
 
     Raises:
-        ValueError: no prompts, an empty prompt or answer, or different numbers of answers.
+        ValueError: there are no prompts, a prompt or answer is empty, or the numbers of answers differ.
     """
     require_tokens(prompts, answers)
     single = [
@@ -123,21 +122,21 @@ def prefix_batch(
         segments[at:end], prefixes[at:end] = segment, prefix
         return end
 
-    predictors: list[np.ndarray] = []  # of each answer
-    prompt_tokens: list[np.ndarray] = []  # of each prompt
+    predictors: list[np.ndarray] = []  # per answer
+    prompt_tokens: list[np.ndarray] = []  # per prompt
     number_of_prompt: dict[Hashable, int] = {}
     number_of_answer: dict[tuple[Hashable, tuple[int, ...]], int] = {}
     for number, row in enumerate(rows):
         at, segment = number * width, 0
         for name, prompt, own in row:
             prefix, end = segment, put(prompt, at, segment, segment, 0)
-            if name not in number_of_prompt:  # its answers may be spread over rows
+            if name not in number_of_prompt:  # a prompt whose answers are spread over rows occurs again
                 prompt_tokens.append(np.arange(at, end))
                 number_of_prompt[name] = len(number_of_prompt)
             at = end
             for answer in own:
                 segment += 1
-                # the first token is predicted where the prompt ends, the others where the one before them stands
+                # the last prompt token predicts the first answer token; each answer token predicts the next
                 predictors.append(np.arange(at - 1, at + len(answer) - 1))
                 predictors[-1][0] = end - 1
                 number_of_answer[name, answer] = len(number_of_answer)
@@ -166,15 +165,15 @@ def prefix_batch(
 
 
 def _owners(parts: Sequence[np.ndarray]) -> Tensor:
-    """The number of its part for each element of the parts, one after the other."""
+    """Return, for each element of the concatenated parts, the index of its part."""
     return torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
 
 
 def _pack(blocks: Sequence[_Block], limit: int | None) -> list[list[_Block]]:
-    """Rows of blocks: those of one prompt put together; the cheapest of several lengths of a row, up to a limit.
+    """Pack blocks into rows, merging those of one prompt, with the cheapest of several row lengths.
 
-    Rows as long as the longest block are tried, and longer ones, up to all that one prompt has; then fewer rows, long
-    enough to hold all and a tenth more, as long as they cost less.
+    Row lengths double from the longest block up to the longest merged block. Then fewer rows are tried, just long
+    enough to hold all tokens or a tenth longer, where these could cost less.
     """
     merged: dict[Hashable, _Block] = {}
     for block in blocks:
@@ -194,13 +193,13 @@ def _pack(blocks: Sequence[_Block], limit: int | None) -> list[list[_Block]]:
         for room in (math.ceil(total / count), math.ceil(1.1 * total / count)):
             if limit is not None and room > limit:
                 continue
-            if total * (_ATTENTION + room) < best[0]:  # what it costs without any padding
+            if total * (_ATTENTION + room) < best[0]:  # the cost without any padding
                 best = min(best, _fill(merged.values(), room), key=lambda found: found[0])
     return best[1]
 
 
 def _fill(blocks: Collection[_Block], room: int) -> tuple[float, list[list[_Block]]]:
-    """What rows of at most so many tokens cost, and the rows: the longest blocks first, each where there is room."""
+    """Return the cost and the rows of first-fit-decreasing packing into rows of at most `room` tokens."""
     rows: list[list[_Block]] = []
     left: list[int] = []
     parts = [(part.length, part) for block in blocks for part in _parts(block, room)]
@@ -216,7 +215,7 @@ def _fill(blocks: Collection[_Block], room: int) -> tuple[float, list[list[_Bloc
 
 
 def _parts(block: _Block, room: int) -> Iterator[_Block]:
-    """The block's answers over as many blocks as it takes for each to fit; one answer does."""
+    """Split a block's answers over as many blocks as needed for each to fit; a single answer always fits."""
     some: list[tuple[int, ...]] = []
     length = len(block.prompt)
     for answer in block.answers:
@@ -233,7 +232,7 @@ def require_tokens(prompts: Tokens, answers: Sequence[Tokens]) -> None:
         raise ValueError(f"prompts, answers: got {len(prompts)} and {len(answers)}, expected as many, at least 1")
     counts = {len(own) for own in answers}
     if len(counts) != 1 or 0 in counts:
-        raise ValueError(f"answers: got {sorted(counts)} a prompt, expected the same number for all, at least 1")
+        raise ValueError(f"answers: got {sorted(counts)} per prompt, expected the same number for all, at least 1")
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompts: empty in rows {empty[:10]}, expected at least one token each")
@@ -243,6 +242,6 @@ def require_tokens(prompts: Tokens, answers: Sequence[Tokens]) -> None:
 
 
 def by_length(rows: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of row numbers, given each row's length: like beside like, so that little is padded."""
+    """Return batches of row indices, sorted by the given row lengths to save padding."""
     order = sorted(range(len(rows)), key=rows.__getitem__)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

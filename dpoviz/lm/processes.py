@@ -1,4 +1,4 @@
-"""Work that several processes share, as `accelerate launch` or `torchrun` starts them; one alone does all of it."""
+"""Distribute work over the processes of `accelerate launch` or `torchrun`; a single process does all of it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Result = TypeVar("Result")
 
 
 def processes() -> PartialState:
-    """Accelerate's view of the processes; on the CPU, where ACCELERATE_USE_CPU says so, as `Accelerator` reads it."""
+    """Return accelerate's state of the processes, on the CPU if ACCELERATE_USE_CPU is set, as in `Accelerator`."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def map_over_processes(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
-    """``work(task)`` for each task, in their order: every n-th by a process, and all results on every process.
+    """Run `work` on every task, shared round-robin by the processes; each returns all results, in task order.
 
     Args:
         tasks: the same on every process.
-        work: its results must be such as `pickle` takes; a process that has no task does not call it.
+        work: function with picklable results; a process without tasks does not call it.
     """
     state = processes()
     own = range(state.process_index, len(tasks), state.num_processes)
@@ -41,29 +41,30 @@ def map_over_processes(tasks: Sequence[Task], work: Callable[[Task], Result]) ->
 
 
 def process_seed(seed: int) -> int:
-    """A seed for this process's draws: `seed` itself on the first, others on the others.
+    """Return a seed for this process: `seed` on the main process, a different one on each other.
 
-    Far from the seeds that people take, and within the 32 bits that PyTorch's generator on the CPU reads.
+    Seeds are offset by 2**20 per process: unlikely to collide with a seed a user picks, and still within the 32 bits
+    that PyTorch's CPU generator uses.
     """
     return seed + (processes().process_index << 20)
 
 
 def mixed_precision() -> str:
-    """Return accelerate's mixed precision, "no" or "bf16" or another: what `Accelerator` has, or what it would read."""
+    """Return accelerate's mixed precision, such as "no" or "bf16", also before an `Accelerator` exists."""
     if is_initialized():
         return AcceleratorState().mixed_precision
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
-    """Enter accelerate's mixed precision, in which the reference is scored and sampled as the policy is."""
+    """Enter accelerate's mixed precision, so that the reference is scored and sampled as the policy is trained."""
     if mixed_precision() != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def quiet_libraries() -> None:
-    """Turn off the progress bars and the chatter of datasets, transformers and accelerate."""
+    """Turn off the progress bars and informational messages of datasets, transformers and accelerate."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -71,21 +72,21 @@ def quiet_libraries() -> None:
 
 
 def hidden(progress: bool) -> bool:
-    """Return whether a progress bar is hidden: not asked for, not of the main process, or watched by nobody."""
+    """Return whether to hide a progress bar: not requested, not the main process, or no one to see it."""
     return not (progress and watched() and processes().is_main_process)
 
 
 def watched() -> bool:
-    """Return whether anybody sees a progress bar: in a terminal and in a notebook; in a log file it is noise."""
+    """Return whether standard error is a terminal or a notebook; in a log file a progress bar is noise."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: the program ends as by Ctrl-C, and its exit status is 143."""
+    """Raised on SIGTERM: the program ends as on Ctrl-C, with exit status 143."""
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM raise `Terminated`, so that scratch folders are removed and locks are freed; for the main thread."""
+    """Make SIGTERM raise `Terminated`, so that temporary folders and locks are released; call in the main thread."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated

@@ -1,4 +1,4 @@
-"""One pass of the reference over a data set, beside which its results are kept: it never has to run again."""
+"""Run the reference once over a data set and keep the results as columns."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dpoviz.lm.trial import evaluating
 
 
 def default_cache_dir() -> Path:
-    """Return where commands and notebooks keep what need not be computed twice: $DPOVIZ_CACHE, or ~/.cache/dpoviz.
+    """Return the cache folder of commands and notebooks: $DPOVIZ_CACHE, or else ~/.cache/dpoviz.
 
     Raises:
-        OSError: neither is known.
+        OSError: the variable is not set and the user has no home folder.
     """
     if os.environ.get("DPOVIZ_CACHE"):
         return Path(os.environ["DPOVIZ_CACHE"])
@@ -50,49 +50,49 @@ def reference_pass(
     cache_dir: Path | str | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """Tokenise the pairs and put beside them what the reference makes of them.
+    """Tokenise the pairs and add columns with the reference's scores, entropies and features.
 
-    The processes of `accelerate launch` share the work, and all of them return all of it: the columns of one process.
+    The processes of `accelerate launch` share the work; each returns all columns, the same as in a single process.
 
     Args:
         model: the reference.
         tokenizer: its tokenizer.
-        pairs: records as `load_pairs` returns them, or `tokenize_pairs`, which is then not done again.
+        pairs: records as returned by `load_pairs` or `tokenize_pairs`.
         max_length: limit of the prompt and one answer together, in tokens.
-        max_new_tokens: limit of an answer that is sampled for the entropy.
-        entropy_samples: K, answers a prompt that are sampled for the entropy.
-        batch_size: pairs, or prompts, at once; with prompts, `batch_size` × K sequences are in memory, with
-            their cache of keys and values.
-        seed: the draws.
+        max_new_tokens: limit of an answer sampled for the entropy, in tokens.
+        entropy_samples: K, answers per prompt sampled for the entropy.
+        batch_size: pairs, or prompts, per batch; sampling holds `batch_size` × K sequences and their KV cache in
+            memory.
+        seed: random seed.
         too_long: "refuse" or "drop" pairs over `max_length`.
-        cache_dir: a folder that all processes see; the result is kept there by a fingerprint of model, tokenizer,
-            data, settings and code, and found there the next time. So is every batch on the way: a run that was
-            killed goes on where it stopped, and ends with the columns of one that was not. None keeps nothing.
-        progress: show bars.
+        cache_dir: folder, shared by all processes, that stores the result and every finished batch by a fingerprint of
+            model, tokenizer, data, settings and code. A killed run resumes and gives the same columns as an
+            uninterrupted one. None stores nothing.
+        progress: show progress bars.
 
     Returns:
-        The pairs with prompt_ids, chosen_ids, rejected_ids, and these columns in float32:
+        The pairs with prompt_ids, chosen_ids, rejected_ids, and these float32 columns:
 
-        - ref_chosen_logps, ref_rejected_logps: nats, summed over the answer;
-        - ref_chosen_entropy, ref_rejected_entropy: nats, the exact next-token entropies summed along the answer.
-          They look at the answers, so they must not feed beta(x);
-        - ref_entropy, ref_entropy_se: nats per token, the `per_token` estimator;
-        - ref_entropy_first_token: nats, exact;
-        - ref_entropy_sequence, ref_entropy_monte_carlo: nats, each with its standard error, named with _se behind;
-        - ref_entropy_truncated: share of the sampled answers that hit `max_new_tokens`;
-        - ref_features: D numbers, the mean of the last hidden states over the prompt.
+        - ref_chosen_logps, ref_rejected_logps: log π_ref(y|x), nats;
+        - ref_chosen_entropy, ref_rejected_entropy: exact next-token entropies summed along the answer, nats. They
+          depend on the answers, so they must not be inputs of β(x);
+        - ref_entropy, ref_entropy_se: the `per_token` estimate and its standard error, nats per token;
+        - ref_entropy_first_token: exact, nats;
+        - ref_entropy_sequence, ref_entropy_monte_carlo: nats, each with its standard error in a column with suffix _se;
+        - ref_entropy_truncated: fraction of the sampled answers that hit `max_new_tokens`;
+        - ref_features: (D,) mean of the last hidden states over the prompt.
 
-        ref_entropy, all that begins with ref_entropy_, and ref_features depend on the prompt alone.
+        ref_entropy, all columns that begin with ref_entropy_, and ref_features depend on the prompt only.
 
     Raises:
-        ValueError: as `tokenize_pairs`; a `max_length`, or a prompt and `max_new_tokens`, beyond the model's
-            context; a token that it does not know; or log-probabilities that are not finite, by row.
-        OSError: `cache_dir` cannot be written; nothing has been computed then. Or there is no room left in it.
+        ValueError: as in `tokenize_pairs`; `max_length`, or a prompt with `max_new_tokens`, exceeds the model's
+            context; a token is not in the model's vocabulary; log-probabilities are not finite, by row.
+        OSError: `cache_dir` cannot be written (checked before the computation), or its disk is full.
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
     require_room(model, pairs, max_length, max_new_tokens)
     settings = {
-        "batch_size": batch_size,  # answers are sampled batch by batch, so it decides which
+        "batch_size": batch_size,  # answers are sampled per batch, so they depend on it
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
@@ -107,7 +107,7 @@ def reference_pass(
     name = fingerprint(model, facts, __name__)
     folder, unfinished = Path(cache_dir) / f"reference-{name}", Path(cache_dir) / f"unfinished-{name}"
     found = open_entry(folder, _read)
-    if all(gather_object([found is not None])):  # all of several processes read, or all compute
+    if all(gather_object([found is not None])):  # either all processes read the entry, or all compute
         return found
     require_writable(Path(cache_dir), "cache")
     scored = _compute(model, pairs, settings, ends, cache_dir, Journal(unfinished), progress)
@@ -123,17 +123,17 @@ def _read(folder: Path) -> Dataset:
 
 
 def require_room(model: PreTrainedModel, pairs: Dataset, max_length: int, max_new_tokens: int) -> None:
-    """Refuse what the model cannot read, before time is spent.
+    """Check that the model can read the pairs, before any computation.
 
     Args:
         model: the reference.
         pairs: tokenised pairs.
         max_length: limit of the prompt and one answer together, in tokens.
-        max_new_tokens: limit of a sampled answer.
+        max_new_tokens: limit of a sampled answer, in tokens.
 
     Raises:
-        ValueError: `max_length`, or a prompt and `max_new_tokens`, beyond the model's context; a token that it does
-            not know.
+        ValueError: `max_length`, or a prompt with `max_new_tokens`, exceeds the model's context; a token is not in the
+            model's vocabulary.
     """
     require_tokens_of(model, "pairs", [highest_ids(pairs)])
     room = context_length(model)
@@ -161,7 +161,7 @@ def _compute(
     journal: Journal,
     progress: bool,
 ) -> Dataset:
-    number: dict[tuple[int, ...], int] = {}  # each prompt once
+    number: dict[tuple[int, ...], int] = {}  # index of each distinct prompt
     of_row = torch.tensor([number.setdefault(tuple(prompt), len(number)) for prompt in pairs["prompt_ids"]])
     prompts = list(number)
     scores = _score(model, pairs, ends["pad_id"], settings["batch_size"], journal, progress)
@@ -186,7 +186,7 @@ def _compute(
     columns = {f"ref_{side}_logps": scores["logps"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {name: values[of_row].numpy() for name, values in _entropy_columns(estimates).items()}
-    # those of a prompt's first row: another row's sums may differ in the last bit, and beta with them
+    # take them from a prompt's first row: another row's may differ in the last bit, and then β would too
     columns["ref_features"] = scores["features"][np.unique(of_row, return_index=True)[1]][of_row.numpy()]
     beside = Dataset.from_dict({name: column.astype(np.float32) for name, column in columns.items()})
     return concatenate_datasets([pairs, beside], axis=1)
@@ -205,7 +205,7 @@ def _entropy_columns(estimates: EntropyEstimates) -> dict[str, torch.Tensor]:
 def _score(
     model: PreTrainedModel, pairs: Dataset, pad: int, batch_size: int, journal: Journal, progress: bool
 ) -> dict[str, np.ndarray]:
-    """logps and entropy_sums (N, 2) and features (N, D) of all rows, in the order of the rows."""
+    """Return logps (N, 2), entropy_sums (N, 2) and features (N, D) of all rows, in order."""
     ids, size = pairs.select_columns(list(IDS)), token_counts(pairs).sum(axis=1)
     batches, kept = by_length(size.tolist(), batch_size), journal.read()
 

@@ -1,17 +1,17 @@
-"""Beta after training: sample from a policy that goes a times as far from the reference as the trained one.
+"""Change β after training: sample from a policy a times as far from the reference as the trained one.
 
-Token by token, from log π_ref + a·(log π − log π_ref), normalised at each step (DeRa, Liu et al. 2024,
-arXiv:2402.02992): a = 0 is the reference, a = 1 the policy, and a may differ per prompt. So a sweep of beta, and any
-beta(x), costs no training, and the same weights are compared with themselves.
+Each token is sampled from log π_ref + a·(log π − log π_ref), normalised at each step (DeRa, Liu et al. 2024,
+arXiv:2402.02992): a = 0 is the reference, a = 1 the policy, and a may differ per prompt. So a sweep of β, and any β(x),
+needs no further training and uses the same weights.
 
-Tilted by token is not tilted by answer. With π_a(y) ∝ π_ref(y)^(1−a)·π(y)^a over whole answers, a converged run in
-the standard form with beta/a, the policy by token is
+Tilting per token differs from tilting per answer. Let π_a(y) ∝ π_ref(y)^(1−a)·π(y)^a over whole answers: the optimum
+of the standard form with β/a. The policy tilted per token is
 
     π̂_a(y) = π_ref(y)^(1−a)·π(y)^a / Π_t Z_t(y_<t),    Z_t = Σ_v π_ref(v|y_<t)^(1−a)·π(v|y_<t)^a
 
-The two are one where Π_t Z_t is the same for all answers: at a = 0 and 1, and for answers of one token. Elsewhere the
-token-wise policy spends no step on where a token leads. So E[r] and KL of the curves here are those of π̂_a, measured;
-the exact derivatives of `dpoviz.tabular.tilt_moments` are those of π_a.
+The two agree where Π_t Z_t is the same for all answers: at a = 0 and 1, and for answers of one token. Otherwise the
+per-token policy ignores which continuations a token leads to. So the measured E[r] and KL of the curves here are those
+of π̂_a; the exact derivatives of `dpoviz.tabular.tilt_moments` are those of π_a.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dpoviz.data.tasks import Problem
 from dpoviz.data.tasks import reward as task_reward
 from dpoviz.lm.forward import context_length, language_model
 from dpoviz.lm.packing import Tokens, by_length
+from dpoviz.lm.processes import hidden
 from dpoviz.lm.scoring import score_both
 from dpoviz.lm.trial import evaluating
 
@@ -42,33 +43,34 @@ def tilted_logps(logits: Tensor, ref_logits: Tensor, a: float | Tensor) -> Tenso
         log π̂_a = log_softmax(log π_ref + a·(log π − log π_ref))
 
     Args:
-        logits: (..., V) of the policy; the normalised log-probabilities will do.
-        ref_logits: (..., V) of the reference.
-        a: a number, or a tensor that broadcasts against the rows (...).
+        logits: (..., V) logits or log-probabilities of the policy.
+        ref_logits: (..., V) logits or log-probabilities of the reference.
+        a: a number, or a tensor that broadcasts against (...).
 
     Returns:
-        (..., V) nats, in at least float32.
+        (..., V) nats, at least float32.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logps, ref_logps = logits.to(dtype).log_softmax(-1), ref_logits.to(dtype).log_softmax(-1)
     if isinstance(a, Tensor):
         a = a.to(logps)[..., None]
-    # where both give a token no probability, −inf − (−inf) is nan
+    # if both give a token probability 0, −inf − (−inf) is nan
     direction = (logps - ref_logps).masked_fill(ref_logps == -torch.inf, 0.0)
     return (ref_logps + a * direction).log_softmax(-1)
 
 
 class Retilted(NamedTuple):
-    """Answers of a tilted policy, and what its steps got to.
+    """Answers of a tilted policy with per-token scores.
 
     Attributes:
-        answers: for each prompt K answers as token ids, the end token included where one was drawn.
-        logps: likewise, the log-probability of each token under the tilted policy, nats.
-        policy_logps: likewise, under the policy.
-        ref_logps: likewise, under the reference.
-        step_kls: likewise, the exact KL(π̂_a‖π_ref) of the next-token distributions where each token was drawn, nats.
-            Its sum over an answer is an unbiased estimate of KL over answers, of less variance than the log-ratio.
-        truncated: for each prompt, how many of its answers hit the limit before they ended.
+        answers: K answers per prompt as token ids, with the end token if it was sampled.
+        logps: for each token, its log-probability under the tilted policy, nats.
+        policy_logps: the same under the policy.
+        ref_logps: the same under the reference.
+        step_kls: for each token, the exact KL(π̂_a‖π_ref) of the next-token distributions it was sampled from, nats.
+            The sum over an answer is an unbiased estimate of the KL over answers, with less variance than the
+            log-ratio.
+        truncated: per prompt, the number of answers that hit the limit before the end token.
     """
 
     answers: list[list[list[int]]]
@@ -95,26 +97,26 @@ def sample_retilted(
 ) -> Retilted:
     """Sample K answers per prompt from log π_ref + a·(log π − log π_ref), at temperature 1, nothing cut off.
 
-    Both models run side by side, each with its cache of keys and values; rows that have ended leave the batch.
+    Both models run in parallel, each with its KV cache; rows that have ended leave the batch.
 
     Args:
-        policy: a causal language model, or one with PEFT's adapters; left in the mode it was in.
-        reference: the model it started from, on the same device. A PEFT policy may stand for it itself: its adapter
-            is then turned off.
+        policy: a causal language model, also with PEFT adapters; its training mode is restored afterwards.
+        reference: the model it was trained from, on the same device. A PEFT policy may be its own reference: its
+            adapter is then turned off.
         prompts: B prompts as token ids.
         k: answers per prompt.
-        a: how far to go: a finite number for all prompts, or one per prompt.
+        a: finite factor, one for all prompts or one per prompt.
         max_new_tokens: limit of an answer, in tokens.
         eos_id: token that ends an answer.
-        pad_id: token that fills the rows; it is not attended to.
-        seed: the draws, batch by batch; the caller's random state is left alone.
-        batch_size: prompts at once; `batch_size` × K sequences are in memory, with two caches.
-        progress: show a bar.
+        pad_id: padding token; it is masked.
+        seed: random seed; the caller's random state is unchanged.
+        batch_size: prompts per batch; `batch_size` × K sequences are in memory, with two KV caches.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: k, max_new_tokens or batch_size below 1; no prompt or an empty one; an `a` that is not finite or
-            not one per prompt; models that differ in their vocabulary; a `reference` that is a policy without an
-            adapter; an adapter by prompt tuning; a prompt that leaves no room for `max_new_tokens`.
+        ValueError: k, max_new_tokens or batch_size is below 1; there are no prompts or an empty one; `a` is not
+            finite, or not one per prompt; the vocabularies differ; `reference` is a policy without an adapter; an
+            adapter is a prompt-tuning one; a prompt leaves no room for `max_new_tokens`.
     """
     for name, value in (("k", k), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -128,7 +130,7 @@ def sample_retilted(
     found: list[_Drawn | None] = [None] * (len(prompts) * k)
     with (
         evaluating(policy), evaluating(reference), torch.no_grad(),
-        tqdm(total=len(prompts), desc="sampling answers", unit="prompt", disable=not progress) as bar,
+        tqdm(total=len(prompts), desc="sampling answers", unit="prompt", disable=hidden(progress)) as bar,
     ):  # fmt: skip
         for rows in by_length([len(prompt) for prompt in prompts], batch_size):
             places = [row * k + i for row in rows for i in range(k)]
@@ -161,7 +163,7 @@ def _factors(a: float | Sequence[float] | Tensor, prompts: int) -> list[float]:
 
 
 class _Drawn(NamedTuple):
-    """An answer; the fields of `Retilted`, for each token."""
+    """One sampled answer, with the per-token fields of `Retilted`."""
 
     answer: list[int]
     logps: list[float]
@@ -171,7 +173,7 @@ class _Drawn(NamedTuple):
 
 
 class _Models:
-    """Policy and reference, as functions from tokens to next-token logits."""
+    """Policy and reference as functions from tokens to next-token logits."""
 
     def __init__(self, policy: Any, reference: Any) -> None:  # models, or PEFT's around them
         if reference is policy and not hasattr(policy, "disable_adapter"):
@@ -200,7 +202,7 @@ class _Models:
         return [DynamicCache(config=model.config) for model in self.both]
 
     def next_logits(self, ids: Tensor, mask: Tensor, caches: Sequence[DynamicCache]) -> tuple[Tensor, Tensor]:
-        """(rows, V) of the policy and of the reference after the tokens (rows, T) that both caches lack."""
+        """Return (rows, V) logits of policy and reference after the (rows, T) tokens that are not yet in the caches."""
         logits = []
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         for model, cache, off in zip(self.both, caches, (nullcontext, self.adapter_off), strict=True):
@@ -214,7 +216,7 @@ class _Models:
 
 
 def _arguments(model: PreTrainedModel, cache: DynamicCache) -> dict[str, object]:
-    """The cache by the name that the model has for it, and the logits of the last position alone where it can."""
+    """Return the cache under the model's argument name, and a request for the last logits only, if supported."""
     model = language_model(model)
     known = signature(model.forward).parameters
     name = "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"  # before 5.24
@@ -225,7 +227,7 @@ def _decode(
     models: _Models, prompts: Tokens, a: Tensor, *, max_new_tokens: int, eos_id: int, pad_id: int,
     generator: torch.Generator,
 ) -> list[_Drawn]:  # fmt: skip
-    """One answer per prompt, in one batch; prompts are padded at the left."""
+    """Sample one answer per prompt, in one batch padded on the left."""
     device = models.both[0].device
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -248,7 +250,7 @@ def _decode(
         going = (tokens[:, 0] != eos_id).nonzero()[:, 0]
         if len(going) == 0:
             break
-        if len(going) < len(rows):  # their keys and values leave with them
+        if len(going) < len(rows):  # drop the keys and values of ended rows
             for cache in caches:
                 cache.batch_select_indices(going)
         ids, rows, a = tokens[going], rows[going], a[going]
@@ -268,19 +270,19 @@ def score_retilted(
     """Return the log-probability of given answers under the tilted policy; no gradient.
 
     Args:
-        policy: as `sample_retilted`.
-        reference: as `sample_retilted`.
+        policy: as in `sample_retilted`.
+        reference: as in `sample_retilted`.
         prompts: B prompts as token ids.
-        answers: for each prompt K answers as token ids.
-        a: how far to go.
-        pad_id: token that fills the rows.
+        answers: K answers per prompt as token ids.
+        a: the factor.
+        pad_id: padding token.
 
     Returns:
-        (B, K, 3) log π̂_a, log π and log π_ref of each answer, summed over its tokens, nats, float64. Their
-        difference log π − log π_ref is the h of `dpoviz.allocation.reward_per_nat`.
+        (B, K, 3) log π̂_a, log π and log π_ref of each answer, nats, float64. The difference log π − log π_ref is the h
+        of `dpoviz.allocation.reward_per_nat`.
 
     Raises:
-        ValueError: as `dpoviz.logprobs.score_both`; an `a` that is not finite.
+        ValueError: as in `dpoviz.lm.scoring.score_both`; `a` is not finite.
     """
     (a,) = _factors(a, 1)
 
@@ -305,28 +307,28 @@ def retilt_table(
     reward: Callable[[Problem, str], float] = task_reward,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Sample answers along a sweep of a, and measure them.
+    """Sample answers along a sweep of a, and measure reward and KL.
 
     Args:
-        policy: as `sample_retilted`.
-        reference: as `sample_retilted`.
-        tokenizer: theirs.
-        problems: prompts, with what is needed to judge an answer; their `task` and `prompt` are read.
-        a: the factors of the sweep; 0, the reference, belongs to it where curves shall begin there.
+        policy: as in `sample_retilted`.
+        reference: as in `sample_retilted`.
+        tokenizer: tokenizer of both models.
+        problems: problems with `task`, `prompt` and whatever `reward` needs.
+        a: factors of the sweep; include 0, the reference, for `at_equal_kl`.
         samples: answers per prompt and factor.
         max_new_tokens: limit of an answer, in tokens.
-        seed: the draws; one stream for each factor.
-        batch_size: prompts at once.
+        seed: random seed; each factor gets its own, counted up from this one.
+        batch_size: prompts per batch.
         reward: reward of an answer, given its problem.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         A row per factor, prompt and answer: a, task, prompt, reward, h (log π − log π_ref of the answer, nats), kl
-        (the exact next-token KL(π̂_a‖π_ref), summed along the answer, nats: its mean is the KL), length (tokens),
-        truncated. The rows of one factor are what `reward_per_nat` takes.
+        (exact next-token KL(π̂_a‖π_ref) summed along the answer, nats; its mean estimates the KL), length (tokens),
+        truncated. The rows of one factor are an input of `reward_per_nat`.
 
     Raises:
-        ValueError: no problems, no factor, one that occurs twice, or as `sample_retilted`.
+        ValueError: there are no problems or no factors, a factor occurs twice, or as in `sample_retilted`.
     """
     if len(problems) == 0:
         raise ValueError("problems: got none, expected at least one")
@@ -335,7 +337,7 @@ def retilt_table(
         raise ValueError(f"a: got {factors}, expected different numbers, at least one")
     prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
     rows = []
-    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=not progress)):
+    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=hidden(progress))):
         drawn = sample_retilted(
             policy,
             reference,
@@ -367,15 +369,16 @@ def retilt_table(
 
 
 def reward_kl_curves(table: pd.DataFrame) -> pd.DataFrame:
-    """Average a sweep: reward and KL by task and factor.
+    """Average the reward and KL of a sweep by task and factor.
 
     Args:
-        table: of `retilt_table`.
+        table: output of `retilt_table`.
 
     Returns:
-        A row per task and factor, in order of the factor: task, a, reward, kl (nats per answer), their standard errors
-        reward_se and kl_se over prompts (nan with a single prompt), and n, the prompts. All factors share the prompts,
-        so that differences along a curve are surer than these say. Another training is not covered.
+        A row per task and factor, sorted by factor within a task: task, a, reward, kl (nats per answer), their standard
+        errors over prompts reward_se and kl_se (nan for a single prompt), and n, the number of prompts. All factors
+        share the prompts, so differences along a curve are more certain than these standard errors suggest. They do
+        not cover variation between training runs.
     """
     by_prompt = table.groupby(["task", "a", "prompt"], sort=False)[["reward", "kl"]].mean()
     groups = by_prompt.groupby(["task", "a"], sort=False)
@@ -387,11 +390,11 @@ def reward_kl_curves(table: pd.DataFrame) -> pd.DataFrame:
 
 
 class Allocated(NamedTuple):
-    """What an allocation earns along its multiples.
+    """An allocation scaled to a KL budget.
 
     Attributes:
-        multiple: of the direction, at which the mean KL is the budget; nan where the sweep does not reach it.
-        a: the factors by task.
+        multiple: multiple of the direction at which the mean KL equals the budget.
+        a: factor per task.
         reward: mean over tasks.
         kl: mean over tasks, nats.
     """
@@ -403,19 +406,19 @@ class Allocated(NamedTuple):
 
 
 def at_equal_kl(curves: pd.DataFrame, direction: dict[object, float], budget: float) -> Allocated:
-    """Scale an allocation by task until its mean KL is the budget, by the curves of a sweep.
+    """Scale an allocation over tasks until its mean KL equals a budget, using the curves of a sweep.
 
-    Reward and KL are interpolated linearly between the factors of the sweep; tasks weigh alike. The direction 1 for
-    all tasks is one constant; that of `dpoviz.allocation.allocate` is its column a.
+    Reward and KL are interpolated linearly between the factors of the sweep, and tasks have equal weight. Direction 1
+    for all tasks is a constant β; the direction of `dpoviz.allocation.allocate` is its column a.
 
     Args:
-        curves: of `reward_kl_curves`, with the factor 0.
-        direction: by task, at least 0, not all 0.
+        curves: output of `reward_kl_curves`, including factor 0.
+        direction: non-negative factor per task, not all 0.
         budget: mean KL, nats.
 
     Raises:
-        ValueError: tasks that differ from the curves', a direction below 0 or all 0, a sweep without 0, a budget that
-            is not reached within the sweep.
+        ValueError: the tasks differ from the curves', a direction is negative or all are 0, the sweep lacks 0, or it
+            does not reach the budget.
     """
     parts = {task: part.sort_values("a") for task, part in curves.groupby("task", sort=False)}
     if set(parts) != set(direction):
@@ -431,7 +434,7 @@ def at_equal_kl(curves: pd.DataFrame, direction: dict[object, float], budget: fl
         values = [np.interp(multiple * direction[task], part["a"], part[column]) for task, part in parts.items()]
         return float(np.mean(values))
 
-    # KL rises with a up to the noise of sampling: the first multiple that spends the budget
+    # KL increases with a except for sampling noise: take the first multiple that reaches the budget
     grid = np.linspace(0, farthest, 2001)
     spent = np.array([mean(multiple, "kl") for multiple in grid])
     if not (spent >= budget).any():

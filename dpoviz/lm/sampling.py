@@ -1,7 +1,7 @@
-"""Answers sampled from a model's own distribution, and their scores, read where they are sampled.
+"""Sample answers from a model's own distribution, and record their scores while sampling.
 
-The keys and values of a prompt are computed once for all its answers wherever the model allows that; which way is
-right for a model is found by trying, against plain forwards of what was sampled.
+The keys and values of a prompt are computed once for all its answers where the model supports it. The way of sampling
+is chosen per model by a trial against plain forward passes over the sampled text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class Samples(NamedTuple):
-    """Answers drawn from a model.
+    """Answers sampled from a model.
 
     Attributes:
-        answers: for each prompt K answers as token ids, the end token included where one was drawn.
-        truncated: for each prompt, how many of its answers hit the limit before they ended.
+        answers: K answers per prompt as token ids, with the end token if it was sampled.
+        truncated: per prompt, the number of answers that hit the limit before the end token.
     """
 
     answers: list[list[list[int]]]
@@ -40,12 +40,12 @@ class Samples(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """Draws answers from one random stream, batch after batch; what `sampling` gives.
+    """A sampler of answers in batches from one random generator, as yielded by `sampling`.
 
     Attributes:
-        draw: prompts → for each K answers as token ids, the end token included where one was drawn; and their scores,
-            in float64 sums of float32 numbers, if they were asked for.
-        generator: where the draws come from; its state says how far the stream has come.
+        draw: maps prompts to K answers per prompt as token ids, with the end token if it was sampled, and to their
+            scores, float64 sums of float32 values, if requested.
+        generator: the random generator; its state is the position in the stream.
     """
 
     draw: Callable[[Tokens], tuple[list[list[list[int]]], AnswerScores | None]]
@@ -53,7 +53,7 @@ class Sampler(NamedTuple):
 
 
 class _Way(Enum):
-    """How answers are sampled, the fastest first."""
+    """Ways to sample answers, the fastest first."""
 
     SHARED = "a batch, in which keys and values of each prompt are computed once"
     BATCH = "a batch, padded on the left"
@@ -62,12 +62,12 @@ class _Way(Enum):
 
     @property
     def alone(self) -> bool:
-        """Return True where prompts are not side by side."""
+        """Return whether each prompt is sampled separately."""
         return self in (_Way.ALONE, _Way.UNCACHED)
 
 
 class _Recorder(LogitsProcessor):
-    """Reads what generate() draws from, token by token, and leaves it as it is."""
+    """Recorder of the log-probabilities and entropies that `generate` samples from; leaves the logits unchanged."""
 
     def __init__(self, *, keep: bool = False) -> None:
         self.logps: list[Tensor] = []
@@ -89,7 +89,7 @@ class _Recorder(LogitsProcessor):
             self.logps.append(self.last.gather(-1, tokens[:, None]).squeeze(-1))
 
     def scores(self, lengths: Tensor) -> AnswerScores:
-        """Of (B, K) answers with those lengths; rows that had ended went on, and are not counted there."""
+        """Return the scores of (B, K) answers, given their lengths; tokens after an answer's end do not count."""
         counted = torch.arange(len(self.logps), device=lengths.device)[:, None] < lengths.flatten()
         logps, entropies = (torch.stack(values).double() for values in (self.logps, self.entropies))  # (steps, B * K)
         return AnswerScores(
@@ -112,11 +112,13 @@ def sampling(
     seed: int,
     scores: bool = False,
 ) -> Iterator[Sampler]:
-    """Draw K answers to prompts, in batches of the caller's choice; arguments and errors as `sample_answers`.
+    """Yield a sampler of K answers per prompt for batches chosen by the caller.
+
+    Arguments and errors are as in `sample_answers`, besides:
 
     Args:
-        prompts: all that will be asked for; they are checked before the first is drawn.
-        scores: also the log-probabilities and entropies of the answers, read where they are drawn.
+        prompts: all prompts that will be sampled at; checked in advance.
+        scores: also record the log-probabilities and entropies of the answers while sampling.
     """
     if k < 1:
         raise ValueError(f"k: got {k}, expected at least 1")
@@ -154,8 +156,8 @@ def _settings(way: _Way, max_new_tokens: int, eos_id: int | None, pad_id: int) -
 
 @contextmanager
 def _sampled_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Evaluation mode, no gradient, and settings in place of the model's own."""
-    # generate() fills what a configuration leaves open with the model's own settings: both are the same here
+    """Enter evaluation mode without gradients, with `config` in place of the model's generation settings."""
+    # generate() fills unset fields of a configuration from the model's own: make both the same
     own, model.generation_config = model.generation_config, config
     try:
         with evaluating(model), torch.no_grad():
@@ -182,21 +184,21 @@ def _joined(parts: list[AnswerScores]) -> AnswerScores:
 
 
 _TRIED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, _Way]] = weakref.WeakKeyDictionary()
-"""Up to how many tokens which way is right for a model."""
+"""Per model, the way to sample and the length in tokens up to which it is known to be correct."""
 
 _STEPS = 24
-"""Tokens that are sampled in a trial."""
+"""Tokens sampled in a trial."""
 
 
 def _way(model: PreTrainedModel, longest: int) -> _Way:
-    """Return the fastest way whose distributions are those of plain forwards, found by trying.
+    """Return the fastest way whose next-token distributions equal those of plain forward passes, found by a trial.
 
     Args:
-        model: without PEFT's wrapping.
-        longest: tokens of a prompt with its answer, at most.
+        model: a model without PEFT's wrapper.
+        longest: maximum length of a prompt with its answer, in tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no way is correct.
     """
     require_causal(model)
     tried, known = _TRIED.get(model, (0, _Way.SHARED))
@@ -209,7 +211,7 @@ def _way(model: PreTrainedModel, longest: int) -> _Way:
             with torch.autocast(model.device.type, enabled=False), _seeded(model.device, 0):
                 error = _error(model, way, asked)
             off = "" if error <= tolerance(model) else f"off by {error:.2g} of the spread of the logits"
-        except Exception as error:  # whatever an unfamiliar model raises: another way is the way out
+        except Exception as error:  # an unfamiliar model may raise anything; the next way is tried
             off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if not off:
             _TRIED[model] = asked, way
@@ -226,7 +228,7 @@ def _way(model: PreTrainedModel, longest: int) -> _Way:
 
 
 def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
-    """The largest relative error of what is sampled from, over the steps after a long, a shorter and a short prompt."""
+    """Return the largest relative error of the sampling distributions after a long, a medium and a short prompt."""
     steps = max(1, min(_STEPS, longest - 3))
     prompts = random_tokens(model, [max(1, longest - steps), max(1, (longest - steps) // 2), min(3, longest - steps)])
     k, worst = 2, 0.0
@@ -246,7 +248,7 @@ def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[torch.Generator]:
-    """The generator that PyTorch draws from on a device, seeded, and afterwards as it was."""
+    """Yield PyTorch's default generator for a device, seeded, and restore its state afterwards."""
     if device.type == "cuda":
         generator = torch.cuda.default_generators[device.index]
     else:
@@ -271,24 +273,24 @@ def sample_answers(
     batch_size: int = 128,
     progress: bool = False,
 ) -> Samples:
-    """K answers to each prompt, drawn from the model's own distribution (temperature 1, nothing cut off).
+    """Sample K answers per prompt from the model's own distribution (temperature 1, no top-k or top-p).
 
     Args:
-        model: a causal language model, or one with PEFT's adapters; left in the mode it was in. Its own
-            generation settings are not used.
-        prompts: token ids.
-        k: answers a prompt.
+        model: a causal language model, also with PEFT adapters; its training mode is restored afterwards. Its
+            generation settings are ignored.
+        prompts: B prompts as token ids.
+        k: answers per prompt.
         max_new_tokens: limit of an answer, in tokens.
         eos_id: token that ends an answer.
-        pad_id: token that fills the rows.
-        seed: the draws; the caller's random state is left alone.
-        batch_size: prompts at once. Their answers are drawn side by side: `batch_size` × K sequences, each with a
-            cache of keys and values for the prompt and `max_new_tokens`, are in memory.
-        progress: show a bar.
+        pad_id: padding token.
+        seed: random seed; the caller's random state is unchanged.
+        batch_size: prompts per batch; `batch_size` × K sequences, each with a KV cache for the prompt and
+            `max_new_tokens`, are in memory.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: k < 1, no prompt or an empty one, an adapter by prompt tuning, or a prompt that leaves no room
-            for `max_new_tokens` in the model's context.
+        ValueError: k < 1, there are no prompts or an empty one, the adapter is a prompt-tuning one, or a prompt leaves
+            no room for `max_new_tokens` in the model's context.
     """
     answers: list[list[list[int]]] = [[] for _ in prompts]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
@@ -305,12 +307,12 @@ def sample_answers(
 def _generate(
     model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, recorder: _Recorder | None, way: _Way
 ) -> list[list[int]]:
-    """`generate` of k answers to each prompt."""
+    """Generate k answers per prompt, as token ids without the prompt."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     more = {}
-    # the last token of a prompt is left to generate(), which goes on from what the cache holds
+    # generate() needs a token that is not yet in the cache: the last one of the prompt
     if way is _Way.SHARED and k > 1 and width > 1:
         cache = DynamicCache(config=model.config)
         fill_cache(model, ids[:, :-1], mask[:, :-1], cache)

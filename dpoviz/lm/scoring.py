@@ -1,7 +1,7 @@
-"""Log-probabilities of answers, next-token entropies along them, and features of prompts.
+"""Compute log-probabilities of answers, next-token entropies along them, and features of prompts.
 
-A prompt stands once and its answers behind it (`dpoviz.lm.packing`) wherever the model allows that; which way is right
-for a model is found by trying (`dpoviz.lm.trial`). Logits are computed only where an answer is predicted.
+Prompts are shared by their answers (`dpoviz.lm.packing`) where the model supports it; a trial decides per model
+(`dpoviz.lm.trial`). Logits are computed only where an answer is predicted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dpoviz.lm.processes import autocast
 from dpoviz.lm.trial import Road, Size, evaluating, is_right, lay_out, predict
 
 _LOGITS_AT_ONCE = 2**25
-"""Numbers in one chunk of logits, 128 MiB in float32, whatever the vocabulary.
+"""Elements in one chunk of logits, 128 MiB in float32, for any vocabulary.
 
-Logits, their softmax and what the backward pass makes of them are alive together: the measured peak is 2 such
-chunks forward and 3 with the backward pass, 4 and 5 where entropies are wanted too; a bfloat16 head adds half of one.
+Logits, their softmax and the gradients are in memory together: the measured peak is 2 chunks forward and 3 with the
+backward pass, or 4 and 5 with entropies; a bfloat16 head adds half a chunk.
 """
 
 
@@ -32,11 +32,11 @@ class AnswerScores(NamedTuple):
     """Scores of B prompts' K answers.
 
     Attributes:
-        logps: (B, K) log-probability of each answer, summed over its tokens, in nats.
-        lengths: (B, K) tokens of each answer, its end token included.
-        entropy_sums: (B, K) the exact next-token entropies along each answer, summed, in nats; or None.
-        first_entropies: (B,) the exact entropy of the first token, in nats; or None.
-        features: (B, D) mean of the last hidden states over the prompt's tokens, in float32, detached; or None.
+        logps: (B, K) log π(y|x) of each answer, summed over its tokens, nats.
+        lengths: (B, K) number of tokens of each answer, end token included.
+        entropy_sums: (B, K) exact next-token entropies summed along each answer, nats; or None.
+        first_entropies: (B,) exact entropy of the first token, nats; or None.
+        features: (B, D) mean of the last hidden states over the prompt's tokens, float32, detached; or None.
     """
 
     logps: Tensor
@@ -56,22 +56,22 @@ def score_answers(
     features: bool = False,
     shared_prefix: bool | None = None,
 ) -> AnswerScores:
-    """Return log-probabilities of K answers to each prompt, on the model's device, with gradient where it is on.
+    """Score K answers per prompt on the model's device, with gradients if they are enabled.
 
     Args:
-        model: a causal language model, or one with PEFT's adapters.
+        model: a causal language model, also with PEFT adapters.
         prompts: B prompts as token ids.
-        answers: for each prompt K answers as token ids.
-        pad_id: token that fills the rows.
-        entropy: also the exact next-token entropies along the answers.
-        features: also the prompts' features.
-        shared_prefix: None takes the fastest way that gives what plain forwards give, found by trying, on rows as
-            long as these; True computes each prompt once for all its answers, False has a row for each answer,
-            and nothing is tried.
+        answers: K answers per prompt as token ids.
+        pad_id: padding token.
+        entropy: also compute the exact next-token entropies along the answers.
+        features: also compute the features of the prompts.
+        shared_prefix: None selects the fastest way that agrees with plain forward passes, found by a trial on rows as
+            long as these. True shares each prompt among its answers and False gives each answer its own row; both skip
+            the trial.
 
     Raises:
-        ValueError: as `prefix_batch`; a token that the model has no row for, a sequence beyond its context; an adapter
-            by prompt tuning; or a model that is scored rightly in no way, such as an encoder.
+        ValueError: as in `prefix_batch`; a token is not in the model's vocabulary; a sequence exceeds its context; the
+            adapter is a prompt-tuning one; no way scores the model correctly, as for an encoder.
     """
     model = language_model(model)
     require_tokens(prompts, answers)
@@ -92,10 +92,10 @@ def score_answers(
 
 
 def require_readable(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens]) -> None:
-    """Refuse tokens that the model does not have, and sequences beyond its context.
+    """Check that all tokens are in the model's vocabulary and all sequences fit its context.
 
     Raises:
-        ValueError: by row.
+        ValueError: one does not, named by row.
     """
     require_tokens_of(model, "prompts", prompts)
     for j in range(len(answers[0])):
@@ -111,10 +111,10 @@ def require_readable(model: PreTrainedModel, prompts: Tokens, answers: Sequence[
 
 
 def require_tokens_of(model: PreTrainedModel, name: str, texts: Tokens) -> None:
-    """Refuse tokens that the model does not have.
+    """Check that all tokens are in the model's vocabulary.
 
     Raises:
-        ValueError: by name and row.
+        ValueError: one is not; the message gives `name` and the row.
     """
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.num_embeddings
@@ -128,12 +128,12 @@ def require_tokens_of(model: PreTrainedModel, name: str, texts: Tokens) -> None:
 
 
 def supports_shared_prefix(model: PreTrainedModel, longest: int = 32, widest: int = 64) -> bool:
-    """Return True where shared-prefix batches give what plain forwards give, found by trying.
+    """Return whether shared-prefix batches agree with plain forward passes, found by a trial.
 
     Args:
-        model: a causal language model, or one with PEFT's adapters.
-        longest: tokens of a prompt with an answer.
-        widest: tokens of a row.
+        model: a causal language model, also with PEFT adapters.
+        longest: length of a prompt with an answer, in tokens.
+        widest: length of a row, in tokens.
     """
     return is_right(model, Road.SHARED, Size(longest, max(longest, widest)))
 
@@ -144,16 +144,16 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _means(states: Tensor, owners: Tensor) -> Tensor:
-    """Mean of those of the (M, D) hidden states that have one owner, in float32 and detached; owners rise from 0."""
+    """Return the mean of (M, D) hidden states per owner, float32, detached; owners ascend from 0."""
     counts = owners.bincount()
     sums = states.new_zeros(len(counts), states.shape[1], dtype=torch.float32)
     return sums.index_add(0, owners, states.detach().float()) / counts[:, None]
 
 
 def _token_scores(found: Predictions, targets: Tensor, entropy: bool, vocabulary: int) -> tuple[Tensor, Tensor | None]:
-    """(N,) log-probability of each target, and (N,) entropies, in at least float32, chunk by chunk.
+    """Return (N,) log-probabilities of the targets and (N,) entropies or None, at least float32, in chunks.
 
-    A chunk's logits are computed again in the backward pass when there are several: (N, V) is never held.
+    With several chunks, the backward pass recomputes the logits, so the full (N, V) is never in memory.
     """
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -171,21 +171,21 @@ def _token_scores(found: Predictions, targets: Tensor, entropy: bool, vocabulary
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Return log-probabilities in at least float32."""
+    """Return log-probabilities of the same shape, at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 def token_entropies(logps: Tensor) -> Tensor:
-    """Return (N,) entropies of the distributions with (N, V) log-probabilities; p log p is 0 where p is 0."""
+    """Return the (N,) entropies −Σ p·log p of (N, V) log-probabilities, in nats, with 0·log 0 = 0."""
     return -(logps.exp() * logps.clamp(min=torch.finfo(logps.dtype).min)).sum(dim=-1)
 
 
 def _collect(
     logps: Tensor, entropies: Tensor | None, owners: Tensor, answers: Tensor, features: Tensor | None
 ) -> AnswerScores:
-    """Sum over the tokens of each of the U answers, and give (B, K) of them."""
+    """Sum the token scores of each of the U answers and arrange them as (B, K)."""
     lengths = owners.bincount()  # (U,)
-    first = (lengths.cumsum(0) - lengths)[answers[:, 0]]  # where the first answer to each prompt begins
+    first = (lengths.cumsum(0) - lengths)[answers[:, 0]]  # index of the first token of each prompt's first answer
 
     def total(values: Tensor) -> Tensor:
         return values.new_zeros(len(lengths)).index_add(0, owners, values)[answers]
@@ -209,24 +209,23 @@ def score_both(
     *,
     pad_id: int,
 ) -> Tensor:
-    """Look at the next-token logits of two models side by side, wherever an answer is predicted; no gradient.
+    """Score answers with a function of both models' next-token logits, without gradients.
 
     Args:
-        policy: a causal language model, or one with PEFT's adapters; left in the mode it was in.
-        reference: the model it started from, on the same device. A PEFT policy may stand for it itself: its
+        policy: a causal language model, also with PEFT adapters; its training mode is restored afterwards.
+        reference: the model it was trained from, on the same device. A PEFT policy may be its own reference: its
             adapter is then turned off.
         prompts: B prompts as token ids.
-        answers: for each prompt K answers as token ids.
-        score: (policy's logits (n, V), reference's logits (n, V), targets (n,)) → (n, C), in at least float32;
-            called chunk by chunk.
-        pad_id: token that fills the rows.
+        answers: K answers per prompt as token ids.
+        score: maps policy logits (n, V), reference logits (n, V), both at least float32, and targets (n,) to (n, C);
+            called once per chunk.
+        pad_id: padding token.
 
     Returns:
-        (B, K, C) the scores of each answer's tokens, summed, in float64.
+        (B, K, C) scores summed over the tokens of each answer, float64.
 
     Raises:
-        ValueError: the models differ in their vocabulary, `reference` is a policy without an adapter, or as
-            `prefix_batch`.
+        ValueError: the vocabularies differ, `reference` is a policy without an adapter, or as in `prefix_batch`.
     """
     require_tokens(prompts, answers)
     if reference is policy and not hasattr(policy, "disable_adapter"):
@@ -239,17 +238,17 @@ def score_both(
     for model in models:
         require_readable(model, prompts, answers)
     laid = [lay_out(model, prompts, answers, pad_id) for model in models]
-    road, batch = max(laid, key=lambda one: list(Road).index(one[0]))  # the slower one is right for both
+    road, batch = max(laid, key=lambda one: list(Road).index(one[0]))  # the slower road is correct for both
     with evaluating(policy), evaluating(reference), autocast(policy.device):
         of_policy = predict(models[0], batch, road)
         with adapter_off():
             of_reference = predict(models[1], batch, road)
         parts = []
-        size = max(1, _LOGITS_AT_ONCE // (2 * sizes[0]))  # the logits of two models at once
+        size = max(1, _LOGITS_AT_ONCE // (2 * sizes[0]))  # a chunk holds the logits of two models
         for own, other, targets in zip(
             of_policy.states.split(size), of_reference.states.split(size), batch.targets.split(size), strict=True
         ):
-            with adapter_off():  # it may sit on the head too
+            with adapter_off():  # the head may have an adapter too
                 ref_logits = of_reference.head(other)
             logits = of_policy.head(own)
             dtype = torch.promote_types(logits.dtype, torch.float32)

@@ -1,8 +1,9 @@
-"""Find out by trying which way to score answers gives what a plain forward of the model gives, and how far.
+"""Find the fastest road, or way to score answers, that agrees with plain forward passes of a model, by a trial.
 
-A plain forward is one sequence, a prompt and its answer, with nothing else in the batch. No list of names decides:
-masks or positions that a model does not hear, windows, sparse attention and position schemes of any kind show by
-their numbers, once the trial is as long as the data's rows. So it is as long, and made again when longer rows come.
+A plain forward pass has one sequence, a prompt and its answer, and nothing else in the batch. The trial compares
+logits, so it needs no list of architectures: a model that ignores masks or positions, or has windows, sparse attention
+or unusual position schemes, gives other logits once the trial is as long as the rows. So trials are at least as long as
+the data's rows, and are repeated when longer rows come.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class Road(Enum):
-    """How answers are scored, the fastest first."""
+    """Ways to score answers, the fastest first."""
 
     SHARED = "prompts are shared in packed rows"
     SHARED_IN_CONTEXT = "prompts are shared in packed rows no wider than the context"
@@ -45,12 +46,12 @@ class Road(Enum):
 
     @property
     def shared(self) -> bool:
-        """Return True where prompts are shared."""
+        """Return whether answers share their prompt."""
         return self in (Road.SHARED, Road.SHARED_IN_CONTEXT)
 
 
 class Size(NamedTuple):
-    """How long sequences are, and how wide rows."""
+    """Length of the longest sequence and of the widest row, in tokens."""
 
     longest: int
     widest: int
@@ -64,7 +65,7 @@ _NOTHING = Size(0, 0)
 
 @dataclass
 class _Tried:
-    """What is known of a road for a model: up to where it is right, from where on it is not, and by how much."""
+    """Results of the trials of a road on a model: largest correct size, a wrong size, and the error there."""
 
     right: Size = _NOTHING
     wrong: Size | None = None
@@ -75,21 +76,21 @@ class _Tried:
 _TRIED: weakref.WeakKeyDictionary[PreTrainedModel, dict[Road, _Tried]] = weakref.WeakKeyDictionary()
 
 _SHORTEST = 32
-"""Tokens of a trial at least."""
+"""Minimum length of a trial, in tokens."""
 
 _PLACES = 16
-"""Places of a long answer that are compared, beside the first four."""
+"""Positions compared in a long answer, besides the first four."""
 
 _DRAWS = 2
-"""Texts on which a road may be right."""
+"""Random texts per trial; a road passes if it is correct on one of them."""
 
 _SLOW = 2.0
-"""Seconds after which a trial says what it did."""
+"""Seconds after which a trial is logged."""
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode, and each of its modules back in the mode it had, whatever happens."""
+    """Put the model in evaluation mode, and restore the mode of every module afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -102,29 +103,29 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 def lay_out(
     model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], pad_id: int, road: Road | None = None
 ) -> tuple[Road, PrefixBatch]:
-    """Return the fastest road that scores these answers rightly, and the batch laid out for it.
+    """Return the fastest road that scores these answers correctly, and the batch laid out for it.
 
     Args:
-        model: a causal language model without PEFT's wrapping.
+        model: a causal language model without PEFT's wrapper.
         prompts: B prompts as token ids.
-        answers: for each prompt K answers as token ids.
-        pad_id: token that fills the rows.
-        road: take this one, and try nothing.
+        answers: K answers per prompt as token ids.
+        pad_id: padding token.
+        road: use this road without a trial.
 
     Raises:
-        ValueError: no road scores the model rightly, or as `prefix_batch`.
+        ValueError: no road scores the model correctly, or as in `prefix_batch`.
     """
     require_tokens(prompts, answers)
     longest = max(len(p) + len(a) for p, some in zip(prompts, answers, strict=True) for a in some)
     batch: PrefixBatch | None = None
     for own in [road] if road is not None else Road:
         if own is Road.SHARED_IN_CONTEXT and batch and batch.input_ids.shape[1] <= (context_length(model) or math.inf):
-            continue  # it would be the same batch
+            continue  # SHARED gave the same batch
         batch = _batch(model, prompts, answers, pad_id, own)
         if road is not None or is_right(model, own, Size(longest, max(longest, batch.input_ids.shape[1]))):
             return own, batch.to(model.device)
     raise ValueError(
-        f"model: {type(model).__name__} is scored rightly in no way that was tried, against a plain forward of each "
+        f"model: {type(model).__name__} is scored correctly in no way that was tried, against a plain forward of each "
         "sequence: " + "; ".join(f"{own.value}: {tried.error}" for own, tried in _TRIED[model].items())
     )
 
@@ -133,7 +134,7 @@ def predict(model: PreTrainedModel, batch: PrefixBatch, road: Road, *, prompts: 
     """Predict the answers of a batch that was laid out for a road.
 
     Args:
-        prompts: also the hidden states of the prompts.
+        prompts: also return the hidden states of the prompts.
     """
     if road.shared:
         return predict_shared(model, batch)
@@ -149,14 +150,14 @@ def _batch(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], p
 
 
 def is_right(model: PreTrainedModel, road: Road, size: Size) -> bool:
-    """Return True where a road gives the model's plain logits on rows of a size; tried once, as far as asked for.
+    """Return whether a road gives the logits of plain forward passes at a size; results are remembered per model.
 
     Raises:
-        ValueError: as `require_causal`.
+        ValueError: as in `require_causal`.
     """
-    model = language_model(model)  # so that a model and its adapters are asked once
+    model = language_model(model)  # so that a model and its PEFT wrapper share their trials
     require_causal(model)
-    if model not in _CAUSAL:  # its numbers are none, on each road
+    if model not in _CAUSAL:  # its logits are NaN on every road, so no trial can decide
         return road is Road.PADDED
     tried = _TRIED.setdefault(model, {}).setdefault(road, _Tried())
     if size.within(tried.right):
@@ -183,11 +184,11 @@ _SLOWER = {
     "is scored by itself, at about twice the cost",
     Road.PADDED: "does not give its own numbers in a padded batch; each answer is scored alone, which is slow",
 }
-"""What it means that a road is not taken."""
+"""Consequence of not taking a road, for the warning."""
 
 
 def _ahead(model: PreTrainedModel, road: Road, size: Size, right: Size) -> Size:
-    """A size so far beyond the one asked for that the next trial is not soon."""
+    """Return a size large enough beyond `size` that the next trial is not needed soon."""
     context = context_length(model)
     longest, widest = (1 << (max(n, _SHORTEST) - 1).bit_length() for n in size)
     if context is not None:
@@ -199,17 +200,17 @@ def _ahead(model: PreTrainedModel, road: Road, size: Size, right: Size) -> Size:
 
 
 def _difference(model: PreTrainedModel, road: Road, size: Size) -> str:
-    """Try a road; return by how much it is off, or nothing where it is not."""
+    """Try a road and describe its error; return an empty text if it is correct."""
     begin = time.perf_counter()
     try:
         with _plainly(model):
-            # a tie between experts may be decided by rounding, once in a while; a fault shows every time
+            # rounding may rarely flip the choice between experts; a real error shows on every text
             error = math.inf
             for seed in range(_DRAWS):
                 if error > tolerance(model):
                     error = min(error, _error(model, road, size, seed))
             off = "" if error <= tolerance(model) else f"off by {error:.2g} of the spread of the logits"
-    except Exception as error:  # whatever an unfamiliar model raises: another road is the way out
+    except Exception as error:  # an unfamiliar model may raise anything; the next road is tried
         off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     seconds = time.perf_counter() - begin
     if seconds > _SLOW:
@@ -219,22 +220,22 @@ def _difference(model: PreTrainedModel, road: Road, size: Size) -> str:
 
 @contextmanager
 def _plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradient, and the precision of the weights."""
+    """Enter evaluation mode without gradients or autocast."""
     with evaluating(model), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         yield
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """The most that logits may differ, as a share of their spread."""
-    # float32 rounds two ways of computing the same apart by some 1e-6 a layer, half precision by some 1e-2
+    """Return the largest accepted error of the logits, relative to their spread."""
+    # rounding alone makes two ways differ by about 1e-6 per layer in float32, and 1e-2 in half precision
     return 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
 
 
 def _error(model: PreTrainedModel, road: Road, size: Size, seed: int) -> float:
-    """The largest relative error of the logits over places of long and short answers."""
+    """Return the largest relative error of the logits over positions in long and short answers."""
     prompts, answers = _texts(model, road, size, seed)
     k = len(answers[0])
-    room = len(prompts[0]) + sum(len(answer) - 1 for answer in answers[0])  # the short ones have a row of their own
+    room = len(prompts[0]) + sum(len(answer) - 1 for answer in answers[0])  # so the short ones get their own row
     if road.shared:
         if road is Road.SHARED_IN_CONTEXT:
             room = min(room, size.widest)
@@ -255,9 +256,9 @@ def _error(model: PreTrainedModel, road: Road, size: Size, seed: int) -> float:
 
 
 def _texts(model: PreTrainedModel, road: Road, size: Size, seed: int) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Three prompts with K answers each: one as long and wide as asked for, one half as long, and a short one.
+    """Return three prompts with K answers each: one of the requested size, one half as long, and a short one.
 
-    Between the longest prompt and its last answer stand others, as many as fill a row.
+    Further answers between the longest prompt and its last answer fill the row.
     """
     start = size.longest // 2
     rest = size.longest - start
@@ -271,7 +272,7 @@ def _texts(model: PreTrainedModel, road: Road, size: Size, seed: int) -> tuple[l
 
 
 def random_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    """Return texts of random tokens of the model, of these lengths, at least 1."""
+    """Return random token sequences of the given lengths, at least 1."""
     draw = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     top = embeddings.num_embeddings
@@ -279,15 +280,15 @@ def random_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0)
 
 
 def _places(length: int, device: torch.device) -> Tensor:
-    """The first places of an answer, where one that sees too much or too little shows, and some of the others."""
+    """Return the first positions of an answer, where wrong masks show most, and some of the others."""
     spread = torch.linspace(0, length - 1, min(length, _PLACES)).long()
     return torch.cat([torch.arange(min(length, 4)), spread]).unique().to(device)
 
 
 def relative_error(logits: Tensor, expected: Tensor) -> Tensor:
-    """Return (n,) the error of log-probabilities, given (n, V) logits, as a share of their spread."""
+    """Return the (n,) errors of log-probabilities, given (n, V) logits, relative to their spread."""
     found, right = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(dim=-1) for x in (logits, expected))
-    counted = right.isfinite() | (found != right)  # what is impossible for both does not count
+    counted = right.isfinite() | (found != right)  # tokens impossible under both do not count
     difference = torch.where(counted, found - right, 0).square().sum(dim=-1)
     count = counted.sum(dim=-1)
     mean = torch.where(counted, right, 0).sum(dim=-1, keepdim=True) / count[:, None]
@@ -301,10 +302,10 @@ _CAUSAL: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def require_causal(model: PreTrainedModel) -> None:
-    """Refuse what is no language model: one whose predictions look at later tokens, or change from call to call.
+    """Refuse a model whose predictions depend on later tokens or change from call to call.
 
     Raises:
-        ValueError: with what it does instead.
+        ValueError: they do, or the model does not accept a plain sequence of tokens.
     """
     model = language_model(model)
     if model in _CAUSAL:
@@ -317,13 +318,13 @@ def require_causal(model: PreTrainedModel) -> None:
     with _plainly(model):
         try:
             first, second, again = (plain_logits(model, ids.tolist())[:6] for ids in (one, other, one))
-        except Exception as error:  # whatever an unfamiliar model raises
+        except Exception as error:  # an unfamiliar model may raise anything
             raise ValueError(
                 f"model: {name} does not read a plain sequence of tokens ({type(error).__name__}: {error}); expected "
                 "a causal language model"
             ) from error
     if first.isnan().any():
-        return  # nothing can be said of it; whoever reads the scores names the row and the step
+        return  # undecidable; the caller that gets the NaN scores names row and step
     for logits, why in ((again, "from one call to the next"), (second, "with the tokens that come later")):
         off = relative_error(logits, first).max().item()
         if off > tolerance(model):

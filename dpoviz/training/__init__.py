@@ -1,1 +1,1 @@
-"""Training: settings, what gives beta by name, the loop, its observations, probes and checkpoints, the two stages."""
+"""Training: settings, rules for beta by name, the loop with observations, probes and checkpoints, the two stages."""

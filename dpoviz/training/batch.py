@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
-"""Columns that only a rule reads which looks at the reference's entropy along the answers."""
+"""Columns read only by rules that need the reference's entropy along the answers."""
 
 COLUMNS = (
     "prompt_ids",
@@ -22,7 +22,7 @@ COLUMNS = (
     "ref_entropy",
     "ref_features",
 )
-"""Columns that training reads; `reference_pass` makes them."""
+"""Columns that training reads, as `reference_pass` returns them."""
 
 
 class Batch(NamedTuple):
@@ -30,8 +30,8 @@ class Batch(NamedTuple):
 
     Attributes:
         prompts: B prompts as token ids.
-        answers: for each the chosen and the rejected answer as token ids.
-        task: B names.
+        answers: for each prompt, the chosen and the rejected answer as token ids.
+        task: the task of each prompt.
         ref_logps: (B, 2) log π_ref of chosen and rejected, in nats.
         ref_entropy: (B,) entropy of the reference at the prompt, in nats per token.
         x: (B, D) features of the prompts.
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(rows: Mapping[str, Any], device: torch.device | str) -> Batch:
-    """Make a batch of rows of the data set, such as ``pairs[[3, 1, 4]]``."""
+    """Return rows of the data set, such as ``pairs[[3, 1, 4]]``, as a batch."""
 
     def tensor(values: Sequence) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
@@ -70,7 +70,7 @@ def answer_entropy(rows: Mapping[str, Sequence]) -> Tensor:
     """Return (B,) the reference's entropy along the answers of each pair, in nats per token.
 
     Args:
-        rows: of what `reference_pass` returned.
+        rows: rows of the pairs that `reference_pass` returned.
     """
     means = [
         [total / len(ids) for total, ids in zip(rows[sums], rows[answers], strict=True)]
@@ -80,7 +80,7 @@ def answer_entropy(rows: Mapping[str, Sequence]) -> Tensor:
 
 
 def shuffled_rows(n: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Return the rows of each step: one permutation of the data after another, cut into batches."""
+    """Return the row numbers of each step: successive permutations of the data, cut into batches."""
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * batch_size / n)
     order = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)] or [torch.empty(0)])

@@ -1,4 +1,4 @@
-"""The state of a run on disk: the last two checkpoints, each whole or noticed."""
+"""The last two checkpoints of a run on disk; a damaged one is detected."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoint:
-    """The last two checkpoints of a run, as ``checkpoint-<step>`` in a folder that all its processes see.
+    """The last two checkpoints of a run, as ``checkpoint-<step>`` in a folder visible to all its processes.
 
     Args:
-        accelerator: whose models, optimizers, schedules and registered objects are saved, and random states.
-        folder: where; None keeps nothing.
-        identity: what a checkpoint must agree with to be used: anything that JSON can write.
+        accelerator: its models, optimizers, schedules, registered objects and random states are saved.
+        folder: where checkpoints are saved; None saves none.
+        identity: JSON values; a checkpoint with any other identity is refused.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path | None, identity: dict[str, Any]) -> None:
@@ -29,10 +29,9 @@ class Checkpoint:
         self.identity = json.loads(json.dumps(identity))
 
     def load(self) -> tuple[int, list[dict[str, Any]]]:
-        """Return the step to go on from and the rows so far; (0, []) where there is nothing to go on from.
+        """Return the step to resume from and the history so far; (0, []) if there is no checkpoint.
 
-        A damaged checkpoint is set aside under a name that says so, with a warning that names the file; the one
-        before it is used.
+        A damaged checkpoint is renamed, with a warning that names the damaged file, and the one before it is used.
 
         Raises:
             ValueError: the run in the folder has another configuration or other data.
@@ -53,21 +52,21 @@ class Checkpoint:
                 "give another folder, or delete that one"
             )
         if not (found[-1] / f"random_states_{self.accelerator.process_index}.pkl").is_file():
-            logger.warning("%s is of fewer processes: what this one draws at random starts anew", found[-1])
+            logger.warning("%s was saved by fewer processes: the random state of this one starts anew", found[-1])
         self.accelerator.load_state(str(found[-1]))
         return saved["step"], saved["history"]
 
     def save(self, step: int, history: list[dict[str, Any]]) -> None:
-        """Save the state after a step, then delete all checkpoints but it and the one before.
+        """Save the state after a step, then delete all but the last two checkpoints.
 
         Raises:
-            OSError: it could not be written, as on a full disk; the ones before are as they were.
+            OSError: the checkpoint cannot be written, as on a full disk; the earlier ones are unchanged.
         """
         if self.folder is None:
             return
         new, main = self.folder / "checkpoint.tmp", self.accelerator.is_main_process
         if main:
-            shutil.rmtree(new, ignore_errors=True)  # of a killed run
+            shutil.rmtree(new, ignore_errors=True)  # left by a killed run
         self.accelerator.wait_for_everyone()
         try:
             with writing(self.folder):
@@ -80,7 +79,7 @@ class Checkpoint:
                     seal(new)
                     move(new, self.folder / f"checkpoint-{step}")
         except OSError:
-            shutil.rmtree(new, ignore_errors=True)  # a part of it is of no use, and takes room
+            shutil.rmtree(new, ignore_errors=True)  # an incomplete checkpoint is useless and takes up space
             raise
         for old in _found(self.folder)[:-2] if main else ():
             shutil.rmtree(old, ignore_errors=True)
@@ -94,7 +93,7 @@ def _found(folder: Path) -> list[Path]:
 
 
 def _set_damaged_aside(run: Path) -> None:
-    """Rename the damaged checkpoints of a run, from the newest back to the first that is whole."""
+    """Rename the damaged checkpoints of a run, from the newest back to the first intact one."""
     found = _found(run)
     for number, folder in reversed(list(enumerate(found))):
         try:

@@ -1,4 +1,4 @@
-"""The settings of training, and the rules for beta by name. Importing this loads no torch."""
+"""The settings of training, and the rules for beta by name. Importing this module does not load torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class RuleInfo(NamedTuple):
-    """A rule that a run can ask for by its name.
+    """A rule for beta that a run can select by name.
 
     Attributes:
-        forms: the forms it is defined in.
-        setting: the name of its one hyperparameter; "" where it has none but beta0.
-        default: value of the hyperparameter: the published one, or ours where nothing is published.
+        forms: the forms in which it is defined.
+        setting: the name of its hyperparameter besides beta0; "" if it has none.
+        default: the published value of the hyperparameter, or ours where none is published.
     """
 
     forms: tuple[Form, ...] = FORMS
@@ -40,15 +40,15 @@ RULES: dict[str, RuleInfo] = {
     "dual-kl": RuleInfo(("standard",), "KL in nats", 1.0),
     "dual-kl-task": RuleInfo(("standard",), "KL in nats", 1.0),
 }
-"""What `training.methods` can build, by name."""
+"""The rules that `training.methods` can build, by name."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Settings of training that hold in both forms.
+    """The settings of training that are common to both forms.
 
-    Everything about beta is in units of beta0, the beta that starts at `initial_scale`: a given relative departure of
-    beta then costs the same in both forms.
+    alpha and the weights are in units of beta0, the beta at which s = `initial_scale`, so that a given relative change
+    of beta costs the same in both forms.
 
     Attributes:
         initial_scale: the scale s that multiplies h at the start; beta0 is 1/s (inverse) or s (standard).
@@ -63,19 +63,19 @@ class TrainSettings:
         stage2_steps: steps with beta(x); None: one pass over the pairs.
         batch_size: pairs per step, over all processes: a multiple of their number; None: 8, or all pairs if they are
             fewer.
-        eval_batch_size: pairs, or prompts with all their samples, at once where nothing is trained.
+        eval_batch_size: pairs, or prompts with all their samples, per batch where nothing is trained.
         policy_learning_rate: learning rate of AdamW on the policy; None: 1e-4 with adapters, 1e-6 for all weights.
         beta_learning_rate: learning rate of AdamW on beta.
         policy_max_norm: norm at which the policy's gradient is clipped.
-        beta_max_norm: norm at which beta's gradient is clipped, by itself.
+        beta_max_norm: norm at which beta's gradient is clipped, separately from the policy's.
         warmup_steps: steps in which both learning rates rise from 0, in each stage; None: a tenth of stage 1.
-        dropout: leave the model's dropout on while it trains; the reference is always scored without.
-        rescore_reference: score the reference again in each batch, beside the policy, so that both round alike and h is
-            exactly 0 at the start; None: where the precision is below float32.
+        dropout: keep the model's dropout on during training; the reference is always scored without it.
+        rescore_reference: score each batch with the reference again, together with the policy, so that both round alike
+            and h is exactly 0 at the start; None: only where the precision is below float32.
         log_every: steps between rows of the history; None: about a hundred rows.
-        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0 measures at
-            the end of a stage alone.
-        probe_prompts: held-out prompts per task in such a measurement.
+        probe_every: steps between measurements on held-out prompts (KL by sampling, reward accuracy); 0: only at the
+            end of a stage.
+        probe_prompts: held-out prompts per task at which KL is sampled.
         max_new_tokens: limit of a sampled answer, in tokens.
         checkpoint_every: steps between checkpoints; None: about ten per stage.
         seed: random seed of all that is sampled, shuffled and initialised.
@@ -136,17 +136,17 @@ class TrainSettings:
 
     @property
     def scale_range(self) -> tuple[float, float]:
-        """The lower and the upper end of s(x)."""
+        """The lower and the upper end of the range of s(x)."""
         low = self.initial_scale / 4 if self.scale_min is None else self.scale_min
         high = self.initial_scale * 4 if self.scale_max is None else self.scale_max
         return low, high
 
     def resolved(self, pairs: int, *, adapters: bool) -> TrainSettings:
-        """Fill in what is left open.
+        """Return the settings with those that depend on the data or the model filled in where they are None.
 
         Args:
             pairs: number of training pairs.
-            adapters: whether adapters are trained, or all weights.
+            adapters: whether adapters are trained rather than all weights.
         """
         batch_size = min(8, pairs) if self.batch_size is None else self.batch_size
         one_pass = max(1, pairs // batch_size)
@@ -164,14 +164,14 @@ class TrainSettings:
         return replace(self, **{name: value for name, value in open_.items() if getattr(self, name) is None})
 
     def in_form(self, form: Form) -> TrainConfig:
-        """Return the configuration of a run in one form; what is left open must be filled in before (`resolved`)."""
+        """Return the configuration of a run in one form; call `resolved` first if settings are None."""
         return TrainConfig(form=form, **{field.name: getattr(self, field.name) for field in fields(TrainSettings)})
 
 
 _OPEN = ("batch_size", "stage1_steps", "stage2_steps", "warmup_steps", "log_every", "checkpoint_every")
 _LEAST = {name: 1 for name in ("batch_size", "eval_batch_size", "log_every", "checkpoint_every", "max_new_tokens")}
 _LEAST |= {name: 0 for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_every", "probe_prompts")}
-_MOST = 10**8  # a step takes a millisecond at least: more than a day
+_MOST = 10**8  # more than a day at a millisecond per step
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class TrainConfig(TrainSettings):
     """Everything that a run depends on besides its model and its data.
 
     Attributes:
-        form: what multiplies h, "inverse" (1/beta, as the derivation prints) or "standard" (beta).
+        form: "inverse" (h is multiplied by 1/beta, as in the derivation) or "standard" (by beta).
     """
 
     form: Form = "inverse"
@@ -201,12 +201,12 @@ class TrainConfig(TrainSettings):
 
     @classmethod
     def around(cls, initial_scale: float, form: Form, **settings) -> TrainConfig:
-        """Return the configuration that starts at a scale; `settings` are other fields by name."""
+        """Return the configuration that starts at `initial_scale`; `settings` are its other fields."""
         return cls(form=form, initial_scale=initial_scale, **settings)
 
     @property
     def beta0(self) -> float:
-        """The fixed beta of stage 1, where beta(x) starts."""
+        """The fixed beta of stage 1, from which beta(x) starts."""
         return scale(self.initial_scale, self.form)
 
     @property
@@ -223,12 +223,12 @@ class TrainConfig(TrainSettings):
         """Return α, beta per nat of entropy.
 
         Args:
-            ref_entropy: (N,) entropies of the training prompts; read where `alpha` is left open.
+            ref_entropy: (N,) entropies of the training prompts; used where `alpha` is None.
         """
         return alpha_for_mean(ref_entropy, self.beta0) if self.alpha is None else self.alpha * self.beta0
 
     def regularization(self, alpha: float | None) -> Regularization:
-        """Return the penalties' weights in units of beta: λ1 per unit, the others per squared unit.
+        """Return the regularization with the weights divided by beta0 (λ1) or by its square (the others).
 
         Args:
             alpha: beta per nat of entropy; None where the entropy term is off.
@@ -250,7 +250,7 @@ def alpha_for_mean(ref_entropy: Sequence[float], beta0: float) -> float:
     """Return the α at which the mean of α·H over the prompts is beta0.
 
     Raises:
-        ValueError: the mean entropy is not positive, so that no α does it.
+        ValueError: the mean entropy is not positive and finite.
     """
     mean = sum(ref_entropy) / len(ref_entropy)
     if not 0 < mean < math.inf:

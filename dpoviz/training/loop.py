@@ -1,6 +1,6 @@
-"""The training loop, on `accelerate`: a policy by DPO, and β(x) with it.
+"""The training loop, on `accelerate`: DPO for a policy, with β(x) trained alongside.
 
-Stage 1 trains the policy with a fixed beta; stage 2 goes on with β(x) and all terms of the objective (the derivation,
+Stage 1 trains the policy with a fixed beta; stage 2 continues with β(x) and all terms of the objective (the derivation,
 §5 and §6.4). `train` runs one stage; call it twice.
 """
 
@@ -36,10 +36,10 @@ from dpoviz.validation import require, rows_where
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """The result of one stage of training.
 
     Attributes:
-        history: a row per logged step. Measured on the batch before its update: form, seed, stage, step (runs on
+        history: a row per logged step. Measured on the batch before its update: form, seed, stage, step (counted
             across the stages), loss, loss/<term>, accuracy (fraction of the batch with h > 0, ties half), margin (mean
             s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see `gradients_on_beta`),
             grad_norm/policy and grad_norm/beta (before clipping). Measured on the held-out prompts after the update:
@@ -70,34 +70,33 @@ def train(
     out: Path | str | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train `policy`, and `beta` with it where beta is trainable. Both are changed in place.
+    """Train `policy`, and with it `beta` if it is trainable. Both are changed in place.
 
-    Under `accelerate launch`, or `torchrun`, each process scores its share of a batch, and all of them take the step
-    that one process would take.
+    Under `accelerate launch` or `torchrun`, each process scores its part of a batch, and the updates match those of a
+    single process.
 
     Args:
         policy: a causal language model, in stage 1 equal to the reference.
         beta: a `ConstantBeta` for stage 1; for stage 2 any `Beta`, or a rule of `dpoviz.rules`.
-        pairs: what `reference_pass` returned: token ids, and the reference's columns.
+        pairs: pairs scored by `reference_pass`: token ids and the reference's columns.
         config: the settings.
         stage: 1 (DPO with `beta` alone) or 2 (all terms).
-        pad_id: token that pads.
-        eos_id: token that ends an answer, for the sampled KL.
-        held_out: pairs whose prompts are not in `pairs`: reward accuracy, beta by task, and prompts for KL.
-        reference: the model that `pairs` was scored with; without it the KL is not measured. The policy itself,
-            if it is a PEFT model: the reference is then the policy with its adapter off.
-        beta_pairs: pairs that the policy is not trained on. If they are given, beta learns from them and not from
-            `pairs`: there the policy cannot make up for any beta, and beta is identified (not from the literature).
-        out: a folder for checkpoints, which all processes see. A run that finds its own checkpoint there goes on from
+        pad_id: id of the padding token.
+        eos_id: id of the token that ends an answer, for the sampled KL.
+        held_out: pairs of other prompts, on which reward accuracy, beta by task and KL are measured.
+        reference: the model that scored `pairs`; without it, KL is not measured. If it is the policy itself, a PEFT
+            model, the reference is the policy with its adapter off.
+        beta_pairs: pairs on which the policy is not trained. If given, beta is trained on them instead of `pairs`:
+            there the policy cannot compensate for beta, and beta is identified (not from the literature).
+        out: a folder for checkpoints, visible to all processes. A run that finds its own checkpoint there resumes from
             it.
         progress: show a bar.
 
     Raises:
         ValueError: missing columns, fewer pairs than a batch, a stage that is not 1 or 2, a rule of the standard
-            form in the inverse one, a rule that lacks what it looks at, or a checkpoint of another configuration
-            in `out`.
-        FloatingPointError: the policy's log-probabilities are not finite, by step and row of `pairs`; nothing is
-            updated by that batch.
+            form in the inverse form, missing inputs of a rule, or a checkpoint of another configuration in `out`.
+        FloatingPointError: the policy's log-probabilities are not finite; the message names the step and the rows of
+            `pairs`. That batch updates nothing.
     """
     rule = beta if isinstance(beta, Rule) else PromptRule(beta)
     models = Models(policy, reference, pad_id, eos_id)
@@ -124,7 +123,7 @@ def train(
             output = rule(state.observe(batch, logps, step))
             if beta_pairs is None:
                 losses = [_loss(state, batch, logps, output, state.regularization)]
-            else:  # beta learns from other pairs than the policy
+            else:  # beta is trained on other pairs than the policy
                 other = state.read(beta_pairs[beta_rows[step]])
                 with torch.no_grad():
                     other_logps = state.scores(other)
@@ -151,7 +150,7 @@ def train(
             bar.update()
             if last or (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save(step + 1, history)
-        if ratios is None:  # the run was over before, or has no steps
+        if ratios is None:  # the run had already finished, or has no steps
             ratios = state.held_out_ratios()
     policy.eval()
     rule.eval()
@@ -167,7 +166,7 @@ def _check(
     held_out: Dataset | None,
     beta_pairs: Dataset | None,
 ) -> None:
-    """Refuse what would fail later, before anything is computed."""
+    """Raise for inputs that would fail later, before anything is computed."""
     require("stage", stage, stage in (1, 2), "1 or 2")
     for name, data in (("pairs", pairs), ("held_out", held_out), ("beta_pairs", beta_pairs)):
         missing = [column for column in COLUMNS if data is not None and column not in data.column_names]
@@ -181,7 +180,7 @@ def _check(
     lacking = [column for column in ANSWER_ENTROPY if column not in pairs.column_names]
     if "answer_entropy" in rule.needs and lacking:
         raise ValueError(f"pairs: lacks {', '.join(lacking)}, which {type(rule).__name__} looks at")
-    models.adapter_off()  # refuses a policy that stands for its reference and has no adapter
+    models.adapter_off()  # raises if the policy is its own reference and has no adapter
     if rule.needs & {"direction", "kl"} and models.reference is None:
         raise ValueError(f"reference: got None, expected the model: {type(rule).__name__} looks at it in training")
 
@@ -189,7 +188,7 @@ def _check(
 def _identity(
     config: TrainConfig, stage: int, rule: Rule, pairs: Dataset, beta_pairs: Dataset | None
 ) -> dict[str, object]:
-    """Return what a checkpoint must agree with."""
+    """Return everything that a checkpoint must match for the run to resume from it."""
     read = COLUMNS + (ANSWER_ENTROPY if "answer_entropy" in rule.needs else ())
     identity = {"config": asdict(config), "stage": stage, "pairs": digest(pairs, read), "rule": repr(rule)}
     return identity if beta_pairs is None else identity | {"beta_pairs": digest(beta_pairs, read)}
@@ -205,7 +204,7 @@ def _require_finite(logps: Tensor, step: int, rows: Sequence[int]) -> None:
 
 
 class _Loss(NamedTuple):
-    """The loss of a batch, and what it is a loss of."""
+    """The loss of a batch, with the inputs it was computed from."""
 
     objective: TotalLoss
     beta: Tensor
@@ -231,7 +230,7 @@ def _loss(
 
 
 def _measure(loss: _Loss) -> dict[str, float]:
-    """Return what the history says of a batch, before its update."""
+    """Return the measurements of a batch for the history, before its update."""
     objective, margins = loss.objective, loss.objective.dpo.margins
     h = margins / scale(loss.beta.detach(), loss.config.form)
     row = {"loss": objective.total.item(), "accuracy": correctly_ranked(h).mean().item()}

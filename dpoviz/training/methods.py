@@ -1,4 +1,4 @@
-"""Build what gives beta by the name of a rule."""
+"""Build a beta or a rule by its name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 def build(
     rule: str, config: TrainConfig, pairs: Dataset, *, vocabulary: int, strength: float | None = None
 ) -> Beta | Rule:
-    """Return what gives beta.
+    """Return the beta or rule of this name.
 
     Args:
         rule: a name of `RULES`.
         config: the settings.
-        pairs: what `reference_pass` returned for the training pairs.
+        pairs: the training pairs, scored by `reference_pass`.
         vocabulary: size of the model's vocabulary.
         strength: value of the rule's hyperparameter; None is its default.
 
     Raises:
-        ValueError: an unknown rule, one that is not defined in the configuration's form or has no hyperparameter, or
-            a value that the rule refuses.
+        ValueError: an unknown rule, one that is not defined in the configuration's form, a strength for a rule without
+            a hyperparameter, or a value that the rule refuses.
     """
     require_rule(rule, strength)
     info = RULES[rule]
@@ -38,7 +38,7 @@ def build(
 
 
 def require_rule(rule: str, strength: float | None) -> None:
-    """Refuse a rule, or a value of its hyperparameter, before anything is computed.
+    """Raise for an unknown rule or a refused value of its hyperparameter, before anything is computed.
 
     Raises:
         ValueError: as `build`.
@@ -96,7 +96,7 @@ def _lsc(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) 
 
 
 def _lsc_at_once(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> LSC:
-    # as published it waits until margins have grown, which a short training may never see
+    # as published, LSC waits until margins have grown, which may never happen in a short training
     return LSC(config.beta0, target=target, start=1.0)
 
 
@@ -109,7 +109,7 @@ def _dual_kl_task(config: TrainConfig, pairs: Dataset, _vocabulary: int, target:
 
 
 def _controller(beta0: float, target: float, tasks: list[str] | None) -> DualKL:
-    # a horizon of 10, the published gain, swings between too much and too little when it is measured every 10
+    # measured every 10 steps, KL oscillates at a horizon of 10, the published gain
     return DualKL(beta0, target=target, tasks=tasks, every=10, horizon=20)
 
 
@@ -140,7 +140,7 @@ _TRIALS: dict[str, Callable[[float], object]] = {
     "dual-kl": lambda target: _controller(1.0, target, None),
     "dual-kl-task": lambda target: _controller(1.0, target, None),
 }
-"""Each rule's hyperparameter, tried on its own."""
+"""For each rule with a hyperparameter, a call that raises ValueError for a refused value."""
 
 
 def features(pairs: Dataset) -> Tensor:

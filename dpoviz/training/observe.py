@@ -1,4 +1,4 @@
-"""What a rule may observe in a step; what it does not need is not computed."""
+"""Compute what a rule observes in a step, and only what it needs."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dpoviz.training.probes import Models
 def observe(
     rule: Rule, batch: Batch, logps: Tensor, models: Models, step: int, kl: Callable[[int], Mapping[str, float]]
 ) -> Observation:
-    """Return what a rule looks at before the policy's update.
+    """Return a rule's observation of a batch, before the policy's update.
 
     Args:
-        rule: its `needs` say what is computed.
+        rule: its `needs` decide what is computed.
         batch: B pairs.
         logps: (B, 2) the policy's log-probabilities of chosen and rejected.
         models: policy and reference.
-        step: of the stage.
-        kl: step → what `sampled_kl` returns; asked every `rule.every` steps by a rule that needs it.
+        step: number of the step within the stage.
+        kl: maps the step to the result of `sampled_kl`; called every `rule.every` steps if the rule needs it.
     """
     ratios = logps.detach() - batch.ref_logps
     extras: dict[str, Any] = {}
@@ -62,29 +62,28 @@ def perturbed_directions(
     epsilon: float,
     pad_id: int,
 ) -> Tensor:
-    r"""Whether a pair's log-ratio rises or falls as the policy's logits move away from the reference's.
+    """Return 1 or -1 where a pair's log-ratio rises or falls as the policy's logits move away from the reference's.
 
-    With z the next-token logits along the answers and
+    With z the next-token logits along the answers, and
 
-    .. math:: L(\delta) = \log\pi_\delta(y_w|x) - \log\pi_\delta(y_l|x), \qquad
-        \pi_\delta = \mathrm{softmax}((1 + \delta)\,z_{policy} - \delta\,z_{ref})
+        L(δ) = log π_δ(y_w|x) − log π_δ(y_l|x)        π_δ = softmax((1 + δ)·z_policy − δ·z_ref)
 
-    a pair gets 1 where :math:`L(-\varepsilon) < L(0) < L(\varepsilon)`, -1 where it is the other way round, else 0
-    (epsilon-DPO: Lee et al. 2025, arXiv:2502.13177). Both models are taken in evaluation mode.
+    a pair gets 1 where L(−ε) < L(0) < L(ε), -1 where L(−ε) > L(0) > L(ε), and 0 otherwise (ε-DPO: Lee et al. 2025,
+    arXiv:2502.13177). Both models run in evaluation mode.
 
     Args:
-        policy: as for `score_both`, like the next three.
+        policy: a causal language model, as for `score_both`.
         reference: the model it started from.
         prompts: B prompts as token ids.
-        answers: for each prompt its chosen and its rejected answer as token ids.
-        epsilon: ε, how far the logits are moved.
-        pad_id: token that fills the rows.
+        answers: for each prompt, the chosen and the rejected answer as token ids.
+        epsilon: ε, the distance by which the logits are moved.
+        pad_id: id of the padding token.
 
     Returns:
         (B,) integers -1, 0 or 1, on the policy's device.
 
     Raises:
-        ValueError: `epsilon` is not between 0 and 1, answers are not two a prompt, or as `score_both`.
+        ValueError: `epsilon` is not between 0 and 1, there are not two answers per prompt, or as `score_both`.
     """
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon: got {epsilon!r}, expected a number between 0 and 1")
@@ -93,7 +92,7 @@ def perturbed_directions(
         raise ValueError(f"answers: got {wrong} to a prompt, expected chosen and rejected")
 
     def changes(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:
-        """(n, 2) what moving the logits towards the reference's, and away from them, adds to each log-probability."""
+        """Return (n, 2) the change of each log-probability as the logits move towards the reference's, and away."""
         away = logits - ref_logits
 
         def logps(delta: float) -> Tensor:
@@ -101,7 +100,7 @@ def perturbed_directions(
 
         return torch.cat([logps(-epsilon), logps(epsilon)], dim=1) - logps(0.0)
 
-    # differences are summed: where the two models agree they are exact zeros, in whatever order they are added
+    # changes are summed, not log-probabilities: where the two models agree, the sum is exactly 0 in any order
     sums = score_both(policy, reference, prompts, answers, changes, pad_id=pad_id)  # (B, 2, 2)
     below, above = (sums[:, 0] - sums[:, 1]).unbind(dim=1)  # L(-ε) - L(0) and L(ε) - L(0), (B,)
     return ((below < 0) & (above > 0)).long() - ((below > 0) & (above < 0)).long()

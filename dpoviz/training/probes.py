@@ -27,14 +27,14 @@ Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 
 class Models(NamedTuple):
-    """What is trained, and what it started from.
+    """The policy that is trained, and its reference.
 
     Attributes:
         policy: a causal language model, or one with PEFT's adapters.
-        reference: the model it started from; the policy itself if its adapters turned off are the reference; None
-            where nothing asks for it.
-        pad_id: token that pads.
-        eos_id: token that ends an answer.
+        reference: the model it started from; the policy itself if the reference is the policy with its adapters off;
+            None where no reference is needed.
+        pad_id: id of the padding token.
+        eos_id: id of the token that ends an answer.
     """
 
     policy: PreTrainedModel
@@ -43,10 +43,10 @@ class Models(NamedTuple):
     eos_id: int
 
     def adapter_off(self) -> AbstractContextManager:
-        """Turn the policy into the reference while it lasts, where the policy stands for its own reference.
+        """Return a context in which the adapter is off, if the policy is its own reference.
 
         Raises:
-            ValueError: the policy stands for its reference and has no adapter.
+            ValueError: the policy is its own reference and has no adapter.
         """
         if self.reference is not self.policy:
             return nullcontext()
@@ -60,14 +60,14 @@ class Models(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Pairs that are measured while a policy trains.
+    """Pairs to measure on during training.
 
     Attributes:
         pairs: N scored pairs.
-        task: N names.
+        task: the task of each pair.
         x: (N, D) features of the prompts.
         ref_entropy: (N,) in nats per token.
-        prompts: the prompts that KL is sampled at, as token ids.
+        prompts: the prompts at which KL is sampled, as token ids.
         prompt_tasks: the task of each of them.
     """
 
@@ -80,7 +80,7 @@ class HeldOut(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Dataset, prompts_per_task: int, device: torch.device) -> HeldOut:
-        """Read scored pairs; KL is sampled at the first `prompts_per_task` prompts of each task."""
+        """Return scored pairs to measure on; KL is sampled at the first `prompts_per_task` prompts of each task."""
         task = pairs["task"][:]
         table = pd.DataFrame({"task": task, "prompt": map(tuple, pairs["prompt_ids"])})
         few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
@@ -103,7 +103,7 @@ def correctly_ranked(h: Numbers) -> Numbers:
 
 @torch.no_grad()
 def mean_betas(rule: Rule, held_out: HeldOut) -> dict[str, float]:
-    """Return the mean beta by task in evaluation mode; nothing where beta is not a function of the prompt."""
+    """Return the mean beta by task in evaluation mode; empty if beta is not a function of the prompt."""
     if not isinstance(rule, PromptRule):
         return {}
     rule.eval()
@@ -142,7 +142,7 @@ def log_ratios(
 
 
 def accuracy(ratios: np.ndarray, task: Sequence[str]) -> dict[str, float]:
-    """Return the fraction of pairs with h > 0, of all and by task, from what `log_ratios` returned."""
+    """Return the fraction of pairs with h > 0, overall and by task, from the result of `log_ratios`."""
     ranked = correctly_ranked(ratios[:, 0] - ratios[:, 1])
     return {"held_out_accuracy": ranked.mean(), **means_by_task("held_out_accuracy", ranked, task)}
 

@@ -1,4 +1,4 @@
-"""Two stages: the policy with a fixed beta once, then from there one run for each variant of beta."""
+"""The two stages: one run with a fixed beta, then one run per variant of beta, all from the same weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Variant:
 
     Attributes:
         config: its settings.
-        make: the beta that it starts with; called as ``make(pairs, vocabulary=V)`` with the training pairs.
+        make: builds its initial beta or rule; called as ``make(pairs, vocabulary=V)`` with the training pairs.
     """
 
     config: TrainConfig
@@ -35,13 +35,13 @@ class Variant:
 
     @classmethod
     def of(cls, rule: str, config: TrainConfig, strength: float | None = None) -> Variant:
-        """The run of a rule of `RULES`, by its name and its hyperparameter."""
+        """Return the variant of a rule of `RULES`, given its name and the value of its hyperparameter."""
         return cls(config, partial(build, rule, config, strength=strength))
 
 
 @dataclass(frozen=True)
 class TrainedVariant:
-    """The result of one variant. The policy itself holds its weights until the next one is asked for.
+    """The result of one variant. The policy holds its weights until the next variant is requested.
 
     Attributes:
         name: of the variant.
@@ -74,15 +74,15 @@ def run_variants(
     scale.
 
     Args:
-        policy: trained in place; equal to the reference at the start. While a variant's result is looked at, it
-            holds that variant's weights; its weights that are not trainable are never copied.
-        pairs: what `reference_pass` returned.
+        policy: trained in place; equal to the reference at the start. It holds the weights of the variant that was
+            yielded last. Weights that are not trainable are never copied.
+        pairs: pairs scored by `reference_pass`.
         variants: by name.
-        held_out: pairs of other prompts, likewise.
+        held_out: scored pairs of other prompts.
         reference: for the KL; the policy itself if it is a PEFT model.
-        pad_id: token that pads.
-        eos_id: token that ends an answer.
-        out: a folder for the checkpoints; a run that was killed goes on from there.
+        pad_id: id of the padding token.
+        eos_id: id of the token that ends an answer.
+        out: a folder for the checkpoints, from which a run that was killed resumes.
         progress: show a bar.
 
     Raises:

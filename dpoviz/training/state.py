@@ -1,4 +1,4 @@
-"""What the training loop works with: devices, optimizers, scores of a batch, the step."""
+"""The state of a training run: devices, optimizers, scores of a batch, the update."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from dpoviz.validation import require
 
 
 class Scorer(nn.Module):
-    """The policy as a module whose forward gives (B, 2) log-probs, so that a wrapper around it sees the call.
+    """The policy as a module whose forward returns (B, 2) log-probabilities, so that wrappers see the call.
 
-    Its state holds what training changes, each tensor once: no weights that are not trainable, as those under a LoRA
-    adapter, and no second name of a tied weight.
+    Its state dict holds each trainable tensor once: no frozen weights, such as those under a LoRA adapter, and no
+    second name of a tied weight.
     """
 
     def __init__(self, policy: PreTrainedModel, pad_id: int) -> None:
@@ -52,7 +52,7 @@ class Scorer(nn.Module):
 
     @staticmethod
     def _expect_no_left_out(module: Scorer, keys: Any) -> None:
-        # by their ends: a wrapper, as that of several processes, puts its own prefix before them
+        # compared by suffix: a wrapper such as DDP puts its own prefix before the names
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
     def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
@@ -60,7 +60,7 @@ class Scorer(nn.Module):
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """Return the optimizer of what is trainable of a module, without weight decay.
+    """Return AdamW over the trainable parameters of a module, without weight decay.
 
     Fused: one pass over the parameters instead of one per operation.
     """
@@ -70,10 +70,10 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
 
 @contextmanager
 def training_mode(policy: PreTrainedModel, *, dropout: bool) -> Iterator[None]:
-    """Put the policy in the mode in which it trains: without dropout, as the reference is scored, unless asked for.
+    """Put the policy in its mode for training: without dropout, like the reference, unless `dropout` is true.
 
-    Evaluation mode turns off dropout by any name, and routing noise. Gradient checkpointing acts only in layers that
-    are in training mode: their own flag is set, and their own dropout probabilities are 0 meanwhile.
+    Evaluation mode turns off dropout under any name, and routing noise. Gradient checkpointing acts only in layers in
+    training mode: these layers are put in it, with their dropout probabilities set to 0.
     """
     before = [(module, module.training) for module in policy.modules()]
     probabilities: list[tuple[nn.Module, str, float]] = []
@@ -97,21 +97,21 @@ def training_mode(policy: PreTrainedModel, *, dropout: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class State:
-    """What the loop works with.
+    """The objects that the training loop works on.
 
     Attributes:
         models: policy and reference.
-        rule: what gives beta.
+        rule: the rule for beta.
         config: the settings.
         accelerator: devices and processes.
         scorer: the policy, as the accelerator wrapped it.
-        optimizers: of the policy, and of beta where it is trainable.
-        schedules: of their learning rates.
+        optimizers: that of the policy, and that of beta if it is trainable.
+        schedules: the learning-rate schedule of each optimizer.
         alpha: beta per nat of entropy.
-        regularization: the penalties on beta; None where there are none.
-        held_out: pairs to measure on; None where there are none.
-        kl_prompts: training prompts, for a rule that looks at their KL; else None.
-        rescores: whether the reference scores each batch again, beside the policy.
+        regularization: the penalties on beta; None if there are none.
+        held_out: pairs to measure on; None if there are none.
+        kl_prompts: training prompts for a rule that observes their KL; None for other rules.
+        rescores: whether the reference scores each batch again, together with the policy.
     """
 
     models: Models
@@ -145,10 +145,10 @@ class State:
         return torch.cat([whole[: own.start], mine, whole[own.stop :]])
 
     def read(self, rows: Mapping[str, Sequence]) -> Batch:
-        """Make a batch of rows of the data set; where the precision is low, the reference scores it beside the policy.
+        """Return rows of the data set as a batch; in low precision, the reference scores it again.
 
-        A sum in half precision depends on what else stands in the batch: scored with the same company, policy and
-        reference round alike.
+        In half precision a score depends on the other rows of the batch: scored in the same batch, policy and reference
+        round alike.
         """
         batch = read_batch(rows, self.accelerator.device)
         if not self.rescores:
@@ -159,13 +159,13 @@ class State:
         return batch._replace(ref_logps=scores.logps.float())
 
     def observe(self, batch: Batch, logps: Tensor, step: int) -> Observation:
-        """Return what the rule looks at."""
+        """Return the rule's observation of the batch."""
         return observe(self.rule, batch, logps, self.models, step, kl=lambda step: self._kl(self.kl_prompts, step))
 
     def update(self, total: Tensor) -> dict[str, float]:
-        """Take a step; return the gradients' norms before clipping, the policy's and beta's each by itself.
+        """Update policy and beta; return the norm of each one's gradient before clipping.
 
-        Clipped together, the few weights of beta would vanish beside a language model's.
+        The two are clipped separately: together, the few weights of beta would vanish beside a language model's.
         """
         self.accelerator.backward(total)
         policy = self.models.policy.parameters()
@@ -186,7 +186,7 @@ class State:
         return log_ratios(policy, self.held_out.pairs, pad_id=ends, batch_size=size, progress=False)
 
     def measure(self, ratios: np.ndarray | None) -> dict[str, float]:
-        """Return what the history says of the held-out pairs; accuracy and KL where `ratios` are given."""
+        """Return the measurements on held-out pairs for the history; accuracy and KL only if `ratios` are given."""
         if self.held_out is None:
             return {}
         row = mean_betas(self.rule, self.held_out)
@@ -205,8 +205,8 @@ class State:
 def prepare(
     models: Models, rule: Rule, config: TrainConfig, stage: int, pairs: Dataset, held_out: Dataset | None
 ) -> State:
-    """Set up devices, optimizers and what is measured."""
-    # batch_size is that of all processes together: the schedule takes one step per batch, not one per process
+    """Return the state at the start of a stage: devices, optimizers, and pairs to measure on."""
+    # batch_size counts all processes together: the schedule must step once per batch, not once per process
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     _check_accelerator(accelerator, config)
     set_seed(config.seed + stage)
@@ -217,7 +217,7 @@ def prepare(
     if rule.state_dict():  # weights, or moving averages
         accelerator.register_for_checkpointing(rule)
     schedules = [accelerator.prepare(get_constant_schedule_with_warmup(o, config.warmup_steps)) for o in optimizers]
-    rule.to(accelerator.device).load_state_dict(broadcast(rule.state_dict()))  # the main process's
+    rule.to(accelerator.device).load_state_dict(broadcast(rule.state_dict()))  # as on the main process
     if models.reference is not None:
         models.reference.to(accelerator.device).eval()
     alpha = config.alpha_for(pairs["ref_entropy"])
@@ -267,7 +267,7 @@ def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def _weights(rule: Rule, config: TrainConfig, alpha: float) -> Regularization:
-    """Return the penalties' weights; the gradient penalty acts only on a beta that reads x."""
+    """Return the weights of the penalties; the gradient penalty applies only to a beta that reads x."""
     weights = config.regularization(alpha)
     reads_x = isinstance(rule, PromptRule) and isinstance(rule.beta, BetaNetwork)
     return weights if reads_x else replace(weights, smoothness=0.0)

@@ -66,7 +66,7 @@ def small_model(seed=0):
 
 def by_hand(model, prompt, answer):
     """log π(answer | prompt), one forward per pair and no batch: independent of the library's scoring."""
-    logits = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    logits = model(torch.tensor([prompt + answer], device=model.device)).logits[0].log_softmax(-1)
     return sum(logits[len(prompt) + i - 1, token] for i, token in enumerate(answer))
 
 
@@ -139,7 +139,7 @@ def run(world, config, beta, *, stage=2, start=None, **more):
 
 
 def weights(*modules):
-    return torch.cat([tensor.flatten().double() for m in modules for tensor in m.state_dict().values()])
+    return torch.cat([tensor.flatten().double().cpu() for m in modules for tensor in m.state_dict().values()])
 
 
 class Killed(BaseException):
