@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,8 +29,8 @@ _LEVEL = 0.95
 
 
 def reward_per_nat(
-    h: Sequence[float],
-    reward: Sequence[float],
+    h: Sequence[float] | np.ndarray,
+    reward: Sequence[float] | np.ndarray,
     *,
     prompt: Sequence[object],
     task: Sequence[object],
@@ -86,7 +86,7 @@ def reward_per_nat(
 
 
 def reward_per_nat_of_pairs(
-    h: Sequence[float],
+    h: Sequence[float] | np.ndarray,
     *,
     task: Sequence[object],
     prompt: Sequence[object] | None = None,
@@ -132,7 +132,7 @@ def reward_per_nat_of_pairs(
     return _slopes("h", sums, resamples, seed, per="answers")
 
 
-def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
+def _numbers(name: str, values: Any) -> np.ndarray:
     """Return a list, array, column or tensor as (N,) float64; all numbers must be finite, and N at least 1."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
@@ -148,7 +148,7 @@ def _numbers(name: str, values: Sequence[float]) -> np.ndarray:
     return numbers
 
 
-def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+def _frame(columns: Mapping[str, Any]) -> pd.DataFrame:
     columns = {name: values.tolist() if hasattr(values, "tolist") else list(values) for name, values in columns.items()}
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:

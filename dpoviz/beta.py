@@ -50,6 +50,7 @@ class Beta(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
+        assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
         return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
 
     @classmethod
@@ -152,6 +153,9 @@ class EntropyBeta(Beta):
 class _BatchNorm(nn.BatchNorm1d):
     """Batch normalisation that uses the running statistics for a batch of one row, which has no variance."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z) if self.training and len(z) > 1 else self.by_running_statistics(z)
 
@@ -206,8 +210,12 @@ class BetaNetwork(Beta):
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
     ) -> Tensor:
         require_features(x, self.in_features)
-        log_ratio = self.layers(x.to(self.layers[-1].weight.dtype)).squeeze(-1)  # (B, 1) would broadcast to (B, B)
+        log_ratio = self.layers(x.to(self._dtype)).squeeze(-1)  # (B, 1) would broadcast to (B, B)
         return _from_log(log_ratio, self.beta0)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.layers[-1].parameters()).dtype
 
     @torch.no_grad()
     def fit_running_statistics(self, x: Tensor) -> None:
@@ -225,7 +233,7 @@ class BetaNetwork(Beta):
         require_features(x, self.in_features)
         if len(x) < 2:
             raise ValueError("x: got 1 row, expected at least 2: one has no variance")
-        z = x.to(self.layers[-1].weight.dtype)
+        z = x.to(self._dtype)
         for layer in self.layers:
             if isinstance(layer, _BatchNorm):
                 layer.running_mean.copy_(z.mean(dim=0))

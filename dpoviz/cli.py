@@ -93,7 +93,8 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
 
 def _parse(name: str, command: Command, arguments: list[str]) -> object:
     """Return the settings of the --config file, if any, overridden by the options."""
-    prog, settings = f"dpoviz {name}", command.settings("--fast" in arguments)
+    prog = f"dpoviz {name}"
+    settings: Any = command.settings("--fast" in arguments)
     if settings is None:
         return parse(command.options, arguments, prog=prog, description=command.line)
     file = _value(arguments, "--config")

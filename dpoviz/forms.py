@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Number = TypeVar("Number", float, Tensor)
+    Number = TypeVar("Number", float, Tensor, float | Tensor)
 
 Form = Literal["inverse", "standard"]
 FORMS: tuple[Form, ...] = ("inverse", "standard")
@@ -36,7 +36,7 @@ def scale(beta: Number, form: Form) -> Number:
     if isinstance(beta, bool) or not isinstance(beta, Real):
         from dpoviz.validation import require_positive_rows  # imports torch, which plain numbers do not need
 
-        require_positive_rows("beta", beta)
+        require_positive_rows("beta", beta)  # type: ignore[arg-type]  # what is no tensor is refused there
     elif not 0 < beta < math.inf:
         raise ValueError(f"beta: got {beta!r}, expected a positive finite number or a tensor of shape (B,)")
     return 1 / beta if form == "inverse" else beta

@@ -104,7 +104,7 @@ def dpo_loss(
     """
     h = log_ratio_difference(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     s = scale(beta, form)
-    if isinstance(s, Tensor):
+    if isinstance(beta, Tensor):
         require_rows("beta", beta, len(h))
     losses = -F.logsigmoid(s * h)
     with torch.no_grad():
@@ -193,12 +193,13 @@ def total_loss(
         if (weight < 0).any() or not weight.any():
             raise ValueError(f"weight: got {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
         mean = (weight * dpo.losses).sum() / weight.sum()
-    terms, squared_gradients = {"dpo": mean}, torch.zeros_like(beta)
+    total, terms, squared_gradients = mean, {"dpo": mean}, torch.zeros_like(beta)
     if regularization is not None:
         found = penalties(beta, regularization, ref_entropy=ref_entropy, beta_fn=beta_fn, x=x, task=task)
+        total = sum(found.terms.values(), mean)
         terms |= found.terms
         squared_gradients = found.squared_gradients
-    return TotalLoss(sum(terms.values()), terms, dpo, squared_gradients.detach())
+    return TotalLoss(total, terms, dpo, squared_gradients.detach())
 
 
 def gradients_on_beta(out: TotalLoss, beta: Tensor) -> dict[str, Tensor]:

@@ -234,15 +234,18 @@ def penalties(
         terms["range"] = weights.range * range_penalty(beta, weights.beta_min, weights.beta_max)
     if weights.smoothness > 0:
         _require_inputs("smoothness", beta_fn=beta_fn, x=x)
+        assert x is not None and beta_fn is not None
         if len(x) != len(beta):
             raise ValueError(f"x: got {len(x)} rows, expected {len(beta)}, one per row of beta")
         weighted = weights.smoothness * squared_gradient_norms(beta_fn, x)
         terms["smoothness"], squared_gradients = weighted.mean(), weighted.detach()
     if weights.consistency > 0:
         _require_inputs("consistency", task=task)
+        assert task is not None
         terms["consistency"] = weights.consistency * task_consistency_penalty(beta, task)
     if weights.entropy > 0:
         _require_inputs("entropy", ref_entropy=ref_entropy)
+        assert ref_entropy is not None and weights.alpha is not None
         terms["entropy"] = weights.entropy * entropy_penalty(beta, ref_entropy, weights.alpha)
     return Penalties(terms, squared_gradients)
 

@@ -83,6 +83,8 @@ class Rule(nn.Module):
     form: ClassVar[Form | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     settings: ClassVar[tuple[str, ...]] = ()
+    epsilon: float  # of a rule that needs "direction"
+    every: int  # of a rule that needs "kl"
 
     @property
     def trainable(self) -> bool:
@@ -133,6 +135,9 @@ class BetaDPO(Rule):
 
     form = "standard"
     settings = ("beta0", "a", "momentum", "keep", "seed")
+    mean: Tensor
+    spread: Tensor
+    step: Tensor
 
     def __init__(
         self, beta0: float, *, a: float = 0.6, momentum: float = 0.9, keep: float = 0.8, seed: int = 0
@@ -199,6 +204,7 @@ class EpsilonDPO(Rule):
     form = "standard"
     needs = frozenset({"direction"})
     settings = ("beta0", "epsilon")
+    current: Tensor
 
     def __init__(self, beta0: float, *, epsilon: float = 0.01) -> None:
         super().__init__()
@@ -244,7 +250,7 @@ class MallowsPO(Rule):
     needs = frozenset({"answer_entropy"})
     settings = ("beta0", "c", "sign")
 
-    def __init__(self, beta0: float, *, c: float, sign: int = 1) -> None:
+    def __init__(self, beta0: float, *, c: float, sign: float = 1) -> None:
         super().__init__()
         require_positive("beta0", beta0)
         require_positive("c", c)
@@ -302,6 +308,8 @@ class LSC(Rule):
 
     form = "standard"
     settings = ("beta0", "eta", "target", "start")
+    current: Tensor
+    started: Tensor
 
     def __init__(self, beta0: float, *, eta: float = 0.1, target: float = 0.4, start: float = 0.4) -> None:
         super().__init__()
@@ -348,6 +356,7 @@ class DualKL(Rule):
     form = "standard"
     needs = frozenset({"kl"})
     settings = ("beta0", "target", "tasks", "every", "horizon")
+    current: Tensor
 
     def __init__(
         self,
@@ -442,6 +451,8 @@ class LookupBeta(Rule):
     """
 
     settings = ("digest",)
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, x: Tensor, beta: Tensor) -> None:
         super().__init__()

@@ -724,9 +724,9 @@ def first_order_beta(ref_logps: Tensor, logits: Tensor, rewards: Tensor, price: 
     Raises:
         ValueError: as `tilt_moments`, or the price is not a positive finite number.
     """
-    price = _per_prompt("price", price, len(ref_logps))
+    prices = _per_prompt("price", price, len(ref_logps))
     slope = tilt_moments(ref_logps, logits, rewards, 0.0).slope
-    return torch.where(slope > 0, price / slope.clamp(min=torch.finfo(torch.float64).tiny), math.inf)
+    return torch.where(slope > 0, prices / slope.clamp(min=torch.finfo(torch.float64).tiny), math.inf)
 
 
 class Tilt(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,6 +13,7 @@ from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
@@ -112,6 +114,10 @@ class BetaDPOTrainer(DPOTrainer):
             in-memory data set, for which TRL writes no file that they could share.
     """
 
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    _signature_columns: Any  # None until it is first asked for
+
     def __init__(
         self,
         model,
@@ -140,7 +146,8 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _weights(self, train_dataset: Dataset | IterableDataset | None) -> Regularization:
         """Return the penalties' weights, with alpha computed from the data if the configuration leaves it open."""
-        config, entropy = self.config, None
+        config = self.config
+        entropy: Any = None
         if config.alpha is None and config.lambda_entropy > 0 and train_dataset is not None:
             if isinstance(train_dataset, IterableDataset):
                 raise ValueError("config.alpha: got None, expected a number; a stream's mean entropy is unknown")
@@ -165,8 +172,8 @@ class BetaDPOTrainer(DPOTrainer):
             found = super()._compute_loss(model, inputs, return_outputs)
         finally:
             self.beta = own
-        terms = {}
-        if self.learns:
+        terms: dict[str, Tensor] = {}
+        if self.regularization is not None:
             terms = penalties(
                 beta,
                 self.regularization,
@@ -231,7 +238,9 @@ class BetaDPOTrainer(DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         if self.args.should_save:
-            self.beta_module.save_pretrained(Path(output_dir or self.args.output_dir) / "beta")
+            folder = output_dir or self.args.output_dir
+            assert folder is not None  # transformers fills it in
+            self.beta_module.save_pretrained(Path(folder) / "beta")
         super().save_model(output_dir, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -250,6 +259,7 @@ class BetaDPOTrainer(DPOTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.learns:
+            assert self.state.best_model_checkpoint is not None
             self._load_beta(self.state.best_model_checkpoint)
 
     def _load_beta(self, checkpoint: str) -> None:

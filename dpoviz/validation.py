@@ -17,8 +17,8 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
 
 def require_positive(name: str, value: object) -> None:
     """Refuse anything but a positive finite int or float of Python's own types, which a config file can hold."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    require(name, value, plain and 0 < value < math.inf, "a positive finite number")
+    holds = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    require(name, value, holds, "a positive finite number")
 
 
 def rows_where(wrong: Tensor) -> list[int]:

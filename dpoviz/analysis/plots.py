@@ -7,13 +7,16 @@ of them. The tables come from `beta_table` and `train`; only quartiles, means an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from dpoviz.analysis.style import (
     GREY,
@@ -105,7 +108,7 @@ def plot_beta_by_task(
     for place, (task, color) in enumerate(colors.items()):
         rows = table[table["task"] == task]
         beta = rows["beta"].to_numpy()
-        style = {"s": 16, "color": color, "alpha": 0.55, "linewidths": 0} | artist_kws
+        style: dict[str, Any] = {"s": 16, "color": color, "alpha": 0.55, "linewidths": 0} | artist_kws
         ax.scatter(place + _jitter(beta), beta, **style)
         # not Axes.boxplot, which reads all rcParams, and so loads pyplot
         q1, median, q3 = np.quantile(beta, [0.25, 0.5, 0.75])
@@ -115,7 +118,7 @@ def plot_beta_by_task(
     if len(colors) <= 4:
         ax.set_xticks(range(len(colors)), ["\n".join(label) for label in labels])
     else:
-        turned = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(range(len(colors)), [" ".join(label) for label in labels], **turned)
     use_known_letters(ax.get_xticklabels())
     ax.set_xlim(-0.5 - 0.22 * len(colors), len(colors) - 0.5)  # leaves room for the lines' labels on the left
@@ -162,8 +165,8 @@ def plot_beta_vs_entropy(
         rows = table[table["task"] == task]
         h, beta = rows["ref_entropy"], rows["beta"]
         ax.errorbar(h, beta, xerr=rows["ref_entropy_se"], fmt="none", ecolor=color, elinewidth=1, alpha=0.4)
-        style = {"s": 18, "color": color, "alpha": 0.75, "linewidths": 0, "label": task_label(task)} | artist_kws
-        ax.scatter(h, beta, **style)
+        style: dict[str, Any] = {"s": 18, "color": color, "alpha": 0.75, "linewidths": 0, "label": task_label(task)}
+        ax.scatter(h, beta, **(style | artist_kws))
     if alpha is not None:
         _entropy_line(ax, alpha, beta_min, beta_max)
     ax.set_xlabel(_ENTROPY_LABEL)
@@ -293,13 +296,16 @@ def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **ar
     width = (0.48 if named.any() else 0.8) / len(colors)  # examples stand to the right of the tasks
     for i, (task, color) in enumerate(colors.items()):
         rows = of_data[of_data["task"] == task]
-        style = {"s": 12, "color": color, "alpha": 0.4, "linewidths": 0, "label": "_prompts"} | artist_kws
+        style: dict[str, Any] = {"s": 12, "color": color, "alpha": 0.4, "linewidths": 0, "label": "_prompts"}
+        style |= artist_kws
         for name, values in rows.groupby("estimator")["entropy"]:
             x = places[name] - (0.46 if named.any() else 0.4) + width * (i + 0.5)
             ax.scatter(x + _jitter(values.to_numpy(), 0.6 * width), values, **style)
             se = values.std() / len(values) ** 0.5 if len(values) > 1 else 0
-            mean = {"marker": "D", "markersize": 4.5, "markeredgecolor": "white", "capsize": 4, "elinewidth": 1.6}
-            ax.errorbar(x, values.mean(), se, color=color, ecolor=INK, zorder=4, label=f"_{task}", **mean)
+            mean: dict[str, Any] = {"marker": "D", "markersize": 4.5, "markeredgecolor": "white", "capsize": 4}
+            ax.errorbar(
+                x, values.mean(), se, color=color, ecolor=INK, zorder=4, label=f"_{task}", elinewidth=1.6, **mean
+            )
         ax.scatter([], [], color=color, s=24, linewidths=0, label=f"{task_label(task)} (n={rows['prompt'].nunique()})")
     ax.set_xticks(range(len(places)), [ESTIMATORS[name] for name in places])
     ax.set_xlim(-0.5, len(places) - 0.5)
@@ -307,8 +313,9 @@ def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **ar
         ax.axvline(place - 0.5, color=GREY, linewidth=0.5, alpha=0.4, label="_between")
     examples = table[named].groupby("estimator")
     for name, values in examples["entropy"]:
-        x = np.full(len(values), places[name] + 0.09)
-        ax.scatter(x, values, s=24, marker="_", color=INK, label="_examples", zorder=3)
+        ax.scatter(
+            np.full(len(values), places[name] + 0.09), values, s=24, marker="_", color=INK, label="_examples", zorder=3
+        )
     ax.set_ylim(ax.get_ylim())  # the texts are placed within these limits
     for name, group in examples:
         texts = [p if mark is True else mark for p, mark in zip(group["prompt"], shown[group.index], strict=True)]
@@ -341,7 +348,8 @@ def figure_beta_by_task(
     """
     forms = _forms(table, "table")
     figure = Figure(figsize=(9, 3.9 * len(forms)), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    constrained: Any = figure.get_layout_engine()
+    constrained.set(hspace=0.06, wspace=0.04)
     panels = figure.subplots(len(forms), 2, squeeze=False, width_ratios=(1, 1.1))
     for form, (left, right) in zip(forms, panels, strict=True):
         rows = table[table["form"] == form]
@@ -413,7 +421,7 @@ def figure_beta_gradients(history: pd.DataFrame) -> Figure:
     if not tasks:
         raise ValueError("history: missing columns ['grad/dpo/<task>']")
     figure = Figure(figsize=(9, 3.1 * len(forms) + 0.3), layout="constrained")
-    lines = {}  # by label: a form may have a term that the other lacks
+    lines: dict[str, Artist] = {}  # by label: a form may have a term that the other lacks
     for form, part in zip(forms, figure.subfigures(len(forms), squeeze=False).flat, strict=True):
         part.suptitle(_FORMULAS[form], x=0.01, ha="left")
         panels = part.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
@@ -457,10 +465,10 @@ def _jitter(values: np.ndarray, width: float = 0.5) -> np.ndarray:
     return width * ((0.5 + rank * 0.618033988749895) % 1 - 0.5)
 
 
-def _reciprocal(values: np.ndarray) -> np.ndarray:
+def _reciprocal(values: ArrayLike) -> np.ndarray:
     # matplotlib also passes 0, for the corners of hidden spines
-    values = np.asarray(values, dtype=float)
-    return np.divide(1, values, out=np.full(values.shape, np.inf), where=values != 0)
+    numbers = np.asarray(values, dtype=float)
+    return np.divide(1, numbers, out=np.full(numbers.shape, np.inf), where=numbers != 0)
 
 
 def _beta_axis(ax: Axes, beta: pd.Series) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,8 +99,9 @@ def plot_frontier(rows: pd.DataFrame, names: Sequence[str], task: str, *, ax: Ax
         ax.fill_between(line["kl"], low, high, color=INK, alpha=0.1, linewidth=0)
     for name, color, marker in zip(names, _COLORS, _MARKERS, strict=False):
         of_name = points[points["contender"] == name]
-        style = {"color": color, "marker": marker, "markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.6}
-        errors = {"xerr": of_name["kl_se"], "yerr": of_name["gain_se"], "elinewidth": 0.9}
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
+        style |= {"markeredgecolor": "white", "markeredgewidth": 0.6}
+        errors: dict[str, Any] = {"xerr": of_name["kl_se"], "yerr": of_name["gain_se"], "elinewidth": 0.9}
         ax.errorbar(of_name["kl"], of_name["gain"], linestyle="", label=name, **errors, **style)
     # near the reference, the largest possible gain grows with √KL
     ax.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))

@@ -83,7 +83,7 @@ def _order(form: str, rows: pd.DataFrame) -> str:
             f"{MIN_PROMPTS} per task."
         )
     medians = dict(zip(rows["task"], rows["beta_median"], strict=True))
-    ranked = sorted(medians, key=medians.get)
+    ranked = sorted(medians, key=medians.__getitem__)
     text = f"{form} form: median β is {ranked[0]} {number(medians[ranked[0]])}"
     for before, task in pairwise(ranked):
         sign = "<" if number(medians[before]) != number(medians[task]) else "="

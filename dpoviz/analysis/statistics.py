@@ -183,8 +183,8 @@ def holm(p: Mapping[str, float] | Sequence[float]) -> np.ndarray:
 
     Holm 1979, "A simple sequentially rejective multiple test procedure", Scand. J. Statist. 6.
     """
-    p = np.asarray(list(p.values()) if isinstance(p, Mapping) else p, dtype=float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
+    values = np.asarray(list(p.values()) if isinstance(p, Mapping) else p, dtype=float)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order]))
     return adjusted

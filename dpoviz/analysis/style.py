@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -68,7 +68,7 @@ def open_axes(ax: Axes | None) -> Axes:
 class _PlainLogLocator(LogLocator):
     """A locator of at least three round numbers: 1, 2 and 5 of each decade, and more on a short axis."""
 
-    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         low, high = sorted((vmin, vmax))
         if high < 5 * low:
             return MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(vmin, vmax)
@@ -98,7 +98,7 @@ _CHINESE_FONTS = (
 )  # fmt: skip
 
 
-def printable(text: str) -> tuple[dict[str, list[str]], str]:
+def printable(text: str) -> tuple[dict[str, Any], str]:
     """Return font properties and text to draw; characters that no installed font has are replaced by boxes.
 
     matplotlib would also draw a box for such a character, but with a warning.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ class TensorLike(Protocol):
     def detach(self) -> TensorLike: ...
 
 
-Numbers = TensorLike | Sequence[float] | np.ndarray | pd.Series
+Numbers: TypeAlias = TensorLike | Sequence[float] | np.ndarray | pd.Series
 
 
 def beta_table(
@@ -79,7 +80,7 @@ def beta_table(
     _require_no_pooled(task)
     beta = _numbers("beta", beta, len(prompt))
     _require_rows("beta", beta > 0, "not positive", "numbers above 0")
-    columns = {"form": form, "seed": seed, "task": task, "prompt": prompt}
+    columns: dict[str, Any] = {"form": form, "seed": seed, "task": task, "prompt": prompt}
     columns |= {"beta": beta, "scale": [scale(float(value), form) for value in beta]}
     for name, values in (("ref_entropy", ref_entropy), ("ref_entropy_se", ref_entropy_se)):
         columns[name] = _numbers(name, values, len(prompt))
@@ -89,15 +90,20 @@ def beta_table(
     return table
 
 
+def _mean_of_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return values[rows].mean(axis=1)
+
+
 def _numbers(name: str, values: Numbers, n: int) -> np.ndarray:
     """Return finite values as a float64 array (n,); raise ValueError if they are not."""
-    if hasattr(values, "detach"):  # a tensor, perhaps with a gradient, on another device, or in bfloat16
-        values = values.detach().cpu().double().numpy()
-    values = np.array(values, dtype=np.float64)
-    if values.shape != (n,):
-        raise ValueError(f"{name}: got shape {values.shape}, expected ({n},), one number per prompt")
-    _require_rows(name, np.isfinite(values), "not finite", "finite numbers")
-    return values
+    given: Any = values
+    if hasattr(given, "detach"):  # a tensor, perhaps with a gradient, on another device, or in bfloat16
+        given = given.detach().cpu().double().numpy()
+    found = np.array(given, dtype=np.float64)
+    if found.shape != (n,):
+        raise ValueError(f"{name}: got shape {found.shape}, expected ({n},), one number per prompt")
+    _require_rows(name, np.isfinite(found), "not finite", "finite numbers")
+    return found
 
 
 def _require_rows(name: str, holds: np.ndarray, got: str, expected: str) -> None:
@@ -342,9 +348,7 @@ def summarize_estimators(table: pd.DataFrame, *, n_boot: int = 2000, seed: int =
         groups = {task: group.to_numpy() for task, group in of_estimator.groupby("task", sort=False)["entropy"]}
         resampled = {}
         for task, values in groups.items():
-            resampled[task] = bootstrap(
-                lambda prompts, values=values: values[prompts].mean(axis=1), len(values), resamples=n_boot, rng=rng
-            )
+            resampled[task] = bootstrap(partial(_mean_of_rows, values), len(values), resamples=n_boot, rng=rng)
         order = sorted(groups, key=lambda task: groups[task].mean())
         shared = {"order": " < ".join(order), "order_share": order_share([resampled[task] for task in order])}
         for task, values in groups.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
+from typing import Any
 
 import pandas as pd
 
@@ -35,11 +36,11 @@ def interval(value: float, low: float, high: float, decimals: int = 2, *, sign: 
     """Return an estimate with its interval, such as "+0.50 [+0.10, +0.75]"; "–" if the estimate is NaN."""
     if math.isnan(value):
         return MISSING
-    value, low, high = (fixed(x, decimals, sign=sign) for x in (value, low, high))
-    return f"{value} [{low}, {high}]"
+    estimate, below, above = (fixed(x, decimals, sign=sign) for x in (value, low, high))
+    return f"{estimate} [{below}, {above}]"
 
 
-def rho(row: tuple) -> str:
+def rho(row: Any) -> str:
     """Return Spearman's rho of a row of `summarize` with its interval, or "undefined"."""
     text = interval(row.rho, row.rho_low, row.rho_high, sign=True)
     return "undefined" if text == MISSING else text

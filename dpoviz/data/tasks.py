@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 TASKS = ("math", "code", "dialogue")
 
@@ -222,7 +223,7 @@ def _values(expression: str) -> tuple[object, ...]:
     return tuple(evaluate_expression(expression, inputs) for inputs in _INPUTS)
 
 
-_BINARY = {
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -230,7 +231,7 @@ _BINARY = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-_COMPARE = {
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
@@ -238,7 +239,14 @@ _COMPARE = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
 }
-_FUNCTIONS = {"abs": abs, "len": len, "max": max, "min": min, "sorted": sorted, "sum": sum}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": abs,
+    "len": len,
+    "max": max,
+    "min": min,
+    "sorted": sorted,
+    "sum": sum,
+}
 _MAX_CHARS, _MAX_STEPS, _MAX_INT, _MAX_LIST = 200, 2_000, 10**9, 1_000
 
 
@@ -276,7 +284,7 @@ class _Walk:
         self.names = dict(names)
         self.steps = _MAX_STEPS
 
-    def value(self, node: ast.expr) -> object:
+    def value(self, node: ast.expr) -> Any:
         self.steps -= 1
         if self.steps < 0:
             raise ValueError(f"more than {_MAX_STEPS} steps")
@@ -287,7 +295,7 @@ class _Walk:
             raise ValueError(f"a list of more than {_MAX_LIST}")
         return result
 
-    def _value(self, node: ast.expr) -> object:
+    def _value(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=int(value)) if type(value) is int:
                 return value
@@ -311,7 +319,7 @@ class _Walk:
                 return _FUNCTIONS[name](*[self.value(argument) for argument in arguments])
         raise ValueError(f"not allowed here: {type(node).__name__}")
 
-    def _binary(self, op: type, left: object, right: object) -> object:
+    def _binary(self, op: type[ast.operator], left: Any, right: Any) -> Any:
         # numbers only: list arithmetic would allocate before the size check
         if not (isinstance(left, int) and isinstance(right, int)):
             raise ValueError("arithmetic on something that is not a number")
@@ -487,7 +495,7 @@ def preference_probability(task: str, reward_a: float, reward_b: float) -> float
     return 1.0 / (1.0 + math.exp(-logit))
 
 
-def label_pairs(problem: Problem, answers: Sequence[str], n: int, rng: random.Random) -> list[dict[str, object]]:
+def label_pairs(problem: Problem, answers: Sequence[str], n: int, rng: random.Random) -> list[dict[str, Any]]:
     """Sample labelled pairs of answers to one problem.
 
     Only distinct, non-empty answers of different reward are paired: between equal rewards there is no preference.

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +43,10 @@ class Chat(NamedTuple):
         options: further variables of the template.
     """
 
-    messages: Sequence[Mapping[str, object]]
-    tools: Sequence[Mapping[str, object]] | None = None
+    messages: Sequence[Mapping[str, Any]]
+    tools: list[dict[str, Any]] | None = None
     prompt: bool = False
-    options: Mapping[str, object] | None = None
+    options: Mapping[str, Any] | None = None
 
 
 class Rendered(NamedTuple):
@@ -93,12 +93,13 @@ def _overrides(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _by_its_own_code(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Rendered:
+    tools: dict[str, Any] = {"tools": chat.tools} if chat.tools else {}
     try:
-        text = tokenizer.apply_chat_template(
+        text: Any = tokenizer.apply_chat_template(
             [dict(message) for message in chat.messages],
             add_generation_prompt=chat.prompt,
             tokenize=False,
-            **({"tools": chat.tools} if chat.tools else {}),
+            **tools,
             **(chat.options or {}),
         )
     except Exception as error:  # the class may raise anything to refuse a chat
@@ -110,15 +111,18 @@ class _Process:
     """The rendering process: started on first use, ended with this process or by its limits."""
 
     def __init__(self) -> None:
-        self.lock, self.running, self.owner = threading.Lock(), None, None
+        self.lock = threading.Lock()
+        self.running: subprocess.Popen[bytes] | None = None
+        self.owner: int | None = None
 
     def ask(self, jobs: Sequence[dict]) -> list[list]:
         with self.lock:
             running = self._started()
+            to_it, from_it = _pipes(running)
             try:
-                pickle.dump(jobs, running.stdin)
-                running.stdin.flush()
-                return [json.loads(running.stdout.readline()) for _ in jobs]
+                pickle.dump(jobs, to_it)
+                to_it.flush()
+                return [json.loads(from_it.readline()) for _ in jobs]
             except (BrokenPipeError, json.JSONDecodeError):  # the process has ended, perhaps in the middle of a line
                 raise ValueError(f"tokenizer: its chat template {self._end()}; give another one") from None
             except BaseException:  # such as Ctrl-C: the remaining output must not be read as the next answer
@@ -126,7 +130,7 @@ class _Process:
                 self._end()
                 raise
 
-    def _started(self) -> subprocess.Popen:
+    def _started(self) -> subprocess.Popen[bytes]:
         # a fork inherits the pipes, but they belong to its parent
         if self.running is None or self.owner != os.getpid():
             program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
@@ -144,6 +148,7 @@ class _Process:
     def _end(self) -> str:
         """End the process and return the reason why it ended."""
         running, self.running = self.running, None
+        assert running is not None
         self._stop(running, self.owner)
         code = running.returncode
         if code == -signal.SIGXCPU:
@@ -151,12 +156,18 @@ class _Process:
         return f"ended its process with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
 
     @staticmethod
-    def _stop(running: subprocess.Popen, owner: int) -> None:
+    def _stop(running: subprocess.Popen[bytes], owner: int | None) -> None:
         if owner == os.getpid():
+            to_it, from_it = _pipes(running)
             with suppress(BrokenPipeError):
-                running.stdin.close()
-            running.stdout.close()
+                to_it.close()
+            from_it.close()
             running.wait()
+
+
+def _pipes(running: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert running.stdin is not None and running.stdout is not None
+    return running.stdin, running.stdout
 
 
 _PROCESS = _Process()
@@ -172,7 +183,7 @@ def serve() -> None:
         asked.date = True
         return DATE
 
-    chat_template_utils.datetime = SimpleNamespace(now=now)
+    vars(chat_template_utils)["datetime"] = SimpleNamespace(now=now)
     source, out = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     _limit_memory()
@@ -185,7 +196,8 @@ def serve() -> None:
         for job in jobs:
             asked.date = False
             try:
-                (text,), _ = chat_template_utils.render_jinja_template(**job)
+                rendered: Any = chat_template_utils.render_jinja_template(**job)
+                (text,), _ = rendered
                 if len(text) > _CHARACTERS:
                     raise ValueError(f"it writes {len(text)} characters")
                 found = [text, None, asked.date]

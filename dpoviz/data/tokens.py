@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,9 @@ _SAID = {
 """Warnings of `tokenize_pairs` by finding."""
 
 
+_Value = TypeVar("_Value")
+
+
 class _Turn(NamedTuple):
     """The text that a template writes after an assistant's answer.
 
@@ -57,7 +60,7 @@ class _Turn(NamedTuple):
 
     tail: str
     end: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method is not asked for
 
 
 class _Written(NamedTuple):
@@ -77,7 +80,7 @@ class _Written(NamedTuple):
     wholes: tuple[str, str]
     answers: tuple[str, str]
     ends: tuple[int, int]
-    count: int
+    count: int  # type: ignore[assignment]  # as in _Turn
     chat: bool
     found: dict[str, str]
 
@@ -140,16 +143,17 @@ def end_id(pairs: Dataset) -> int:
     Raises:
         ValueError: the answers end with different tokens.
     """
-    arrow, first = pairs.select_columns(list(IDS[1:])).with_format("arrow"), {}
+    arrow = pairs.select_columns(list(IDS[1:])).with_format("arrow")
+    first: dict[int, int] = {}
     for name in IDS[1:]:
         column = arrow[name][:]
         behind = pc.list_value_length(column).to_numpy().cumsum()
         ends, rows = np.unique(pc.list_flatten(column).to_numpy()[behind - 1], return_index=True)
         first = dict(zip(ends.tolist(), rows.tolist(), strict=True)) | first
     if len(first) > 1:
-        rows = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
+        found = ", ".join(f"id {end} in {_name(pairs, row)}" for end, row in sorted(first.items(), key=itemgetter(1)))
         raise ValueError(
-            f"pairs: got answers that end with different tokens ({rows}), expected one at which sampled answers "
+            f"pairs: got answers that end with different tokens ({found}), expected one at which sampled answers "
             "can stop; make all prompts chats (as_chat, --chat) or all of them texts, and let all answers end alike"
         )
     return next(iter(first))
@@ -237,7 +241,7 @@ def answer_end(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, o
     _require_template(tokenizer, "a prompt is a chat")
     turn = _turn(tokenizer, Chat(chat))
     if isinstance(turn, Rendered):
-        raise ValueError(f"a prompt: {_refusal(tokenizer, turn.refusal)}")
+        raise ValueError(f"a prompt: {_refusal(tokenizer, turn.refusal or '')}")
     return turn.end
 
 
@@ -362,16 +366,21 @@ def _write(
     bare = [[_without_end(own, ends) for own in both] for both in answers]
     jobs = [_jobs(chat, [own for own, _ in both]) for chat, both in zip(chats, bare, strict=True) if chat]
     rendered, written = iter(render(tokenizer, [chat for own in jobs for chat in own])), []
-    jobs = iter(jobs)
+    jobs_of_chats = iter(jobs)
     for prompt, chat, both in zip(prompts, chats, bare, strict=True):
-        own = tuple(text for text, _ in both)
+        own = _two(text for text, _ in both)
         if chat:
-            written.append(_written(chat, own, [next(rendered) for _ in next(jobs)], turn, tokenizer))
+            written.append(_written(chat, own, [next(rendered) for _ in next(jobs_of_chats)], turn, tokenizer))
         else:
             marks = [end or tokenizer.eos_token for _, end in both]
-            wholes = tuple(prompt + text + end for text, end in zip(own, marks, strict=True))
-            written.append(_Written(prompt, wholes, own, tuple(ends[end] for end in marks), 1, False, {}))
+            wholes = _two(prompt + text + end for text, end in zip(own, marks, strict=True))
+            written.append(_Written(prompt, wholes, own, _two(ends[end] for end in marks), 1, False, {}))
     return written
+
+
+def _two(values: Iterable[_Value]) -> tuple[_Value, _Value]:
+    first, second = values
+    return first, second
 
 
 def _jobs(chat: Chat, answers: Sequence[str]) -> list[Chat]:
@@ -408,7 +417,7 @@ def _written(
     lost = next((role for role, content, text in said if content.strip() not in text), None)
     if lost is not None:
         found["lost"] = f"the {lost}'s message"
-    return _Written(prompt, tuple(wholes), answers, (turn.end, turn.end), max(turn.count, 1), True, found)
+    return _Written(prompt, _two(wholes), answers, (turn.end, turn.end), max(turn.count, 1), True, found)
 
 
 def _without_end(text: str, ends: Mapping[str, int]) -> tuple[str, str | None]:
@@ -443,7 +452,7 @@ def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Ite
             found["same"] = ""
         if not prompt and "refused" not in found:
             found["empty"] = ""
-        yield _Cut(prompt, *answers, found)
+        yield _Cut(prompt, *_two(answers), found)
 
 
 def _up_to_end(ids: list[int], end: int, count: int) -> tuple[list[int], bool]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 import torch
@@ -146,7 +146,8 @@ def _contestants(
         )
 
     def fixed(shared: bool) -> Callable[[], Tensor]:
-        return lambda: dpo_loss(*scored(shared), *ref, torch.full_like(ref[0], 0.1), form="standard").losses.mean()
+        beta = torch.full_like(ref[0], 0.1)
+        return lambda: dpo_loss(*Logps(*scored(shared), *ref), beta, form="standard").losses.mean()
 
     def learned(logps: Sequence[Tensor]) -> Tensor:
         network.train()
@@ -288,6 +289,7 @@ def bench_sampling(
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                               num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
     prompts = sorted(prompts, key=len)
+    generate: Any = model.generate
 
     def parts(n: int) -> list[Sequence[Sequence[int]]]:
         return [prompts[start : start + n] for start in range(0, len(prompts), n)]
@@ -298,11 +300,11 @@ def bench_sampling(
             width = max(map(len, some))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in some], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
-            model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            generate(input_ids=ids, attention_mask=mask, generation_config=config)
 
     @torch.no_grad()
     def ours(n: int) -> None:
-        ends = {"max_new_tokens": new_tokens, "eos_id": never, "pad_id": pad}
+        ends: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": never, "pad_id": pad}
         with sampling(model, prompts, samples, **ends, seed=0, scores=True) as sampler:
             for some in parts(n):
                 sampler.draw(some)
@@ -377,7 +379,8 @@ def bench_batches(
         prompts, tokens and the same columns, with ratio (time over that of eight prompts, median over repeats).
     """
     draw = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
 
     def some(*shape: int) -> list:
         return torch.randint(vocabulary, shape, generator=draw).tolist()
@@ -457,7 +460,7 @@ def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tu
     model.to(getattr(torch, config.dtype))
     if config.data:
         pairs = score(config.real(), loaded, cache_dir=cache_dir).train
-    sizes = {"batch_size": config.batch_size, "repeats": config.repeats, "max_length": limit}
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "repeats": config.repeats, "max_length": limit}
     for name, table in bench(model, tokenizer, pairs, **sizes):
         table.to_csv(out / f"{name.replace(' ', '-')}.csv", index=False)
         yield name, table
@@ -483,7 +486,8 @@ def bench(
     mixed = scored.shuffle(seed=0)  # of all tasks
     some = mixed.select(range(min(len(mixed), 4 * batch_size)))
     prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:8]
-    often, seldom = ({"repeats": n, "progress": progress} for n in (repeats, min(repeats, 3)))
+    often: dict[str, Any] = {"repeats": repeats, "progress": progress}
+    seldom = often | {"repeats": min(repeats, 3)}
     rate = matrix_rate(model.device, model.dtype)
 
     def shared(table: pd.DataFrame) -> pd.DataFrame:
@@ -559,18 +563,21 @@ class _Measured(NamedTuple):
 
     seconds: list[float]
     memory: float
-    result: object
+    result: Any
+
+
+_Who = TypeVar("_Who", bound=Hashable)
 
 
 def _in_turn(
-    calls: Mapping[Hashable, Callable[[], object]], repeats: int, device: torch.device, said: str | None
-) -> dict[Hashable, _Measured]:
+    calls: Mapping[_Who, Callable[[], Any]], repeats: int, device: torch.device, said: str | None
+) -> dict[_Who, _Measured]:
     """Time all calls in turn, each turn in a new order, after a turn that is not timed; `said` labels the bar.
 
     Memory is measured in an extra turn at the end: returning free memory first, so that the peak is visible, slows the
     allocations that follow.
     """
-    seconds: dict[Hashable, list[float]] = {who: [] for who in calls}
+    seconds: dict[_Who, list[float]] = {who: [] for who in calls}
     memory, result = {}, {}
     order = random.Random(0)
     for turn in tqdm(range(repeats + 2), desc=said, unit="turn", disable=hidden(said is not None)):
@@ -590,7 +597,7 @@ def _in_turn(
     return {who: _Measured(seconds[who], memory[who], result[who]) for who in calls}
 
 
-def _rows(taken: Mapping[Hashable, _Measured], base: Hashable, **amounts: float) -> pd.DataFrame:
+def _rows(taken: Mapping[_Who, _Measured], base: _Who, **amounts: float) -> pd.DataFrame:
     """Return a row per call; each of `amounts` of work becomes a column of work per second."""
     rows = []
     for who, (seconds, memory, _) in taken.items():

@@ -47,7 +47,7 @@ def best_rates(config: CompareConfig, out: Path) -> dict[str, float]:
         return Curve(rows["kl/all"], rows["reward/all"], start=starts[seed])
 
     def worth(rate: float) -> float:
-        return np.mean([[curve(rate, seed).best(b) for b in BUDGETS] for seed in starts.index])
+        return float(np.mean([[curve(rate, seed).best(b) for b in BUDGETS] for seed in starts.index]))
 
     rates = {BASELINE: max(config.learning_rates, key=worth)}
     for name in config.contenders:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dpoviz.analysis.evaluate import MEASURES, calibration, evaluate_policy, reliability, summarize_evaluation
-from dpoviz.beta import ConstantBeta
+from dpoviz.beta import Beta, ConstantBeta
 from dpoviz.data import tasks
 from dpoviz.data.records import split_by_group
 from dpoviz.experiments.comparison import best_rates, job_table
@@ -155,6 +155,7 @@ def _trained(config: CompareConfig, job: Job, rate: float, ground: _Ground, out:
     pairs, others = _noisy(config, str(cache_dir), job.seed, job.noise), None
     if contender.calibrated:
         pairs, others = split_by_group(pairs, config.calibration, job.seed)
+    beta: Beta | Rule
     if contender.control:
         beta = _control(config, job, pairs, out, cache_dir)
     else:
@@ -175,6 +176,7 @@ def _trained(config: CompareConfig, job: Job, rate: float, ground: _Ground, out:
     found = _measured(config, ground, policy, job.seed)
     found |= _margins(config, ground, policy, rule, settings.form, list(seen))
     if contender.method == "network" and not contender.control:
+        assert isinstance(rule, PromptRule)
         x, names = torch.tensor(pairs["ref_features"][:]), pairs["task"][:]
         with torch.no_grad():
             betas = rule.beta(x, task=names, ref_entropy=torch.tensor(pairs["ref_entropy"][:]))
@@ -232,7 +234,7 @@ def _margins(
     of_task = np.array([name for given, _ in seen for name in given.task])
     entropy = torch.cat([given.ref_entropy for given, _ in seen]).double().numpy()
     own = isinstance(rule, PromptRule)
-    if own:  # a function of the prompt: take its values at the held-out prompts
+    if isinstance(rule, PromptRule):  # a function of the prompt: take its values at the held-out prompts
         rule.eval()
         x = torch.tensor(held_out["ref_features"][:])
         entropy = np.array(held_out["ref_entropy"])
@@ -249,7 +251,7 @@ def _margins(
     right = correctly_ranked(h)
     # both orders: labels are sampled from the truth, so for the chosen answer alone it lies above one half on average
     both_said, both_truth = np.concatenate([said, 1 - said]), np.concatenate([truth, 1 - truth])
-    found = {"function_of_prompt": own, **calibration(both_said, both_truth)}
+    found: dict[str, Any] = {"function_of_prompt": own, **calibration(both_said, both_truth)}
     for task in (*tasks.TASKS, "all"):
         rows = slice(None) if task == "all" else names == task
         found |= {f"accuracy/{task}": right[rows].mean(), f"h/{task}": h[rows].mean(), f"s/{task}": s[rows].mean(),

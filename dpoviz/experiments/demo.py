@@ -34,7 +34,7 @@ def run_demo(
     # prompts whose sampled answers all have the same reward give no pair: they are listed, not dropped silently
     left_out = json.dumps(dict(world.left_out), indent=1, ensure_ascii=False)
     (out / "left_out.json").write_text(left_out, encoding="utf-8")
-    variants = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
+    variants: dict[str, Variant] = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
     return run(scored_pairs(world), variants, out=out, answers=config.answers, progress=progress)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -21,6 +21,9 @@ from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
 from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TABLES = ("beta", "history", "entropy", "held_out", "answers")
 """The tables a folder may hold, each as <name>.csv."""
@@ -67,7 +70,7 @@ def write_config(out: Path, settings: Mapping[str, object]) -> None:
 
 
 @contextmanager
-def locked_run(out: Path, command: str, config: object, *, shared: bool = False) -> Iterator[None]:
+def locked_run(out: Path, command: str, config: DataclassInstance, *, shared: bool = False) -> Iterator[None]:
     """Lock a folder for a run, and write the run's settings to its config.json.
 
     Args:
@@ -172,7 +175,8 @@ def report(out: Path) -> Report:
     files = {name: out / f"{name}.csv" for name in TABLES}
     tables = {name: read_table(path) for name, path in files.items() if path.is_file()}
     metadata, config = read_json(out / "run.json"), read_json(out / "config.json")
-    figures, found, sentences = {}, {}, []
+    figures: dict[str, Any] = {}
+    found, sentences = {}, []
     baseline = metadata.get("baseline")
     if "beta" in tables:
         lines = {name: metadata[name] for name in ("alpha", "beta0", "beta_min", "beta_max")}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -167,7 +168,9 @@ def sample_pairs(
     ]
     ends = [answer_end(tokenizer, questions[0].messages) for questions in asked]
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    settings = [{"max_new_tokens": max_new_tokens, "eos_id": end, "pad_id": pad, "seed": seed} for end in ends]
+    settings: list[dict[str, Any]] = [
+        {"max_new_tokens": max_new_tokens, "eos_id": end, "pad_id": pad, "seed": seed} for end in ends
+    ]
     for prompts, own in zip(encoded, settings, strict=True):
         with sampling(
             model, prompts, samples, **own
@@ -197,7 +200,7 @@ def _drawn(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     samples: int,
-    settings: dict[str, int],
+    settings: dict[str, Any],
     batch_size: int,
     keep: Path | str | None,
     title: str,
@@ -249,7 +252,8 @@ def _finished(
     for answer in answers:
         ended = answer[-1] == end
         own = answer[:-1] if ended else answer  # not every end token counts as special
-        text = question.finish(tokenizer.decode(own, skip_special_tokens=True), ended)
+        decoded: Any = tokenizer.decode(list(own), skip_special_tokens=True)
+        text = question.finish(decoded, ended)
         if text is not None and text.strip():
             found.append(text)
     return found

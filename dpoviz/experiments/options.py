@@ -7,9 +7,12 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def read_settings(path: Path, default: Settings, command: str) -> Settings:
@@ -47,7 +50,7 @@ def with_settings(default: Settings, given: Mapping[str, object]) -> Settings:
         ValueError: an unknown name, or a value of another type.
     """
     own = {f.name: getattr(default, f.name) for f in fields(default)}
-    groups = {name: value for name, value in own.items() if is_dataclass(value)}
+    groups: dict[str, Any] = {name: value for name, value in own.items() if is_dataclass(value)}
     inside = {f.name: group for group, value in groups.items() for f in fields(value)}
     types_ = get_type_hints(type(default))
     changes: dict[str, Any] = {}
@@ -98,7 +101,7 @@ def parse(
     """Parse the command line into a dataclass; its docstrings are the help. Exit on --help and usage errors."""
     import tyro
 
-    more = {} if default is None else {"default": default}
+    more: dict[str, Any] = {} if default is None else {"default": default}
     text = " ".join(description.split())
     return tyro.cli(cls, args=_split_pairs(arguments), prog=prog, description=text, **more)
 

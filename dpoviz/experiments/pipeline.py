@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,6 +97,8 @@ def run(
     """
     began = time.monotonic()
     seed = next(iter(variants.values())).config.seed
+    policy: Any  # a model, or PEFT's around it
+    reference: Any
     if lora_rank:
         policy = reference = add_lora(scored.model, rank=lora_rank, seed=seed)
     else:
@@ -161,8 +164,9 @@ class _Parts:
 
     def results(self, entropy: pd.DataFrame | None) -> Results:
         table = pd.concat(self.tables, ignore_index=True) if self.tables else pd.DataFrame()
-        joined = [pd.concat(parts, ignore_index=True) for parts in (self.histories, self.scores, self.answers)]
-        return Results(table, *joined, self.alpha, entropy)
+        parts = (self.histories, self.scores, self.answers)
+        history, scores, answers = (pd.concat(part, ignore_index=True) for part in parts)
+        return Results(table, history, scores, answers, self.alpha, entropy)
 
 
 def _save(
@@ -172,7 +176,7 @@ def _save(
     if not processes().is_main_process:
         return
     # else peft looks up the base model's configuration to see whether the vocabulary grew; ours did not
-    more = {"save_embedding_layers": False} if adapters else {}
+    more: dict[str, Any] = {"save_embedding_layers": False} if adapters else {}
     policy.save_pretrained(out / variant.name / "policy", **more)
     tokenizer.save_pretrained(out / variant.name / "policy")
     if isinstance(variant.beta, Beta):

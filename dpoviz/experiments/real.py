@@ -6,7 +6,7 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -82,6 +82,7 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
     train_pairs, held_out = split_by_group(pairs, config.held_out, config.training.seed)
     if training:
         size = config.settings(len(train_pairs)).batch_size
+        assert size is not None  # filled in
         if len(train_pairs) < size:
             raise ValueError(
                 f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
@@ -103,7 +104,7 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
     """Score the pairs of `load` with the reference, and estimate its entropy at the examples."""
     began = time.monotonic()
     model, tokenizer = loaded.model, loaded.tokenizer
-    scored = [
+    train, held_out = (
         reference_pass(
             model,
             tokenizer,
@@ -117,17 +118,18 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
             progress=progress,
         )
         for part in (loaded.train, loaded.held_out)
-    ]
+    )
     examples = _examples(config, model, tokenizer, cache_dir, progress)
-    entropy = pd.concat([*(entropy_table(part) for part in scored), examples])
+    entropy = pd.concat([*(entropy_table(part) for part in (train, held_out)), examples])
     seconds = {"reference": time.monotonic() - began}
-    return ScoredPairs(model, tokenizer, *scored, entropy.reset_index(drop=True), seconds=seconds)
+    return ScoredPairs(model, tokenizer, train, held_out, entropy.reset_index(drop=True), seconds=seconds)
 
 
 def write_entropy(out: Path, scored: ScoredPairs) -> None:
     """Write the estimates of the reference's entropy into a folder, as a table and a picture."""
     write_table(scored.entropy, out / "entropy.csv")
-    plot_entropy_estimators(scored.entropy).figure.savefig(out / "entropy.png", dpi=150)
+    figure: Any = plot_entropy_estimators(scored.entropy).figure
+    figure.savefig(out / "entropy.png", dpi=150)
 
 
 def entropy_table(scored: Dataset) -> pd.DataFrame:
@@ -192,7 +194,9 @@ def variants(config: RealConfig, pairs: int) -> dict[str, Variant]:
         pairs: number of training pairs.
     """
     settings = config.settings(pairs)
-    found = {form: Variant.of(config.rule, settings.in_form(form), config.strength) for form in config.forms}
+    found: dict[str, Variant] = {
+        form: Variant.of(config.rule, settings.in_form(form), config.strength) for form in config.forms
+    }
     return {**found, FIXED: Variant.of("constant", settings.in_form("standard"))}
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -21,6 +22,9 @@ from dpoviz.lm import models
 from dpoviz.lm.cache import code_digest, open_entry, require_writable, write_entry
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, pro
     return World(reference, tokenizer, train_pairs, held_out, facts["rewards"], facts["left_out"])
 
 
-def config_digest(config: object, module: str) -> str:
+def config_digest(config: DataclassInstance, module: str) -> str:
     """Return a digest of the settings, the code of a module, and the version of PyTorch: the key of a cache entry."""
     parts = [json.dumps(asdict(config)), torch.__version__, code_digest(module)]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
@@ -105,7 +109,7 @@ def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
 def _read(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, dict], Dataset]:
     """Return what `_build` stored: the reference, its tokenizer, facts and pairs."""
     reference = AutoModelForCausalLM.from_pretrained(folder / "reference", trust_remote_code=False).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "reference", trust_remote_code=False)
     facts = json.loads((folder / "facts.json").read_text())
     lines = (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     # not load_pairs, which refuses a chosen answer with the lower reward: some labels are noise
@@ -129,7 +133,9 @@ def _sample_pairs(
         progress=progress,
     )
     rng = random.Random(f"labels {config.seed}")
-    records, left_out, rewards = [], {task: [] for task in tasks.TASKS}, {task: [] for task in tasks.TASKS}
+    records: list[dict] = []
+    left_out: dict[str, list[str]] = {task: [] for task in tasks.TASKS}
+    rewards: dict[str, list[float]] = {task: [] for task in tasks.TASKS}
     for problem, answers in zip(problems, sampled.answers, strict=True):
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         rewards[problem.task] += [tasks.reward(problem, text) for text in texts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -29,14 +30,16 @@ def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> di
         variants: number of runs of stage 2; 0 estimates the scoring by the reference alone.
     """
     settings = config.settings(len(loaded.train))
+    stage1, stage2, batch_size = settings.stage1_steps, settings.stage2_steps, settings.batch_size
+    assert stage1 is not None and stage2 is not None and batch_size is not None  # filled in
     parts = time_parts(
         loaded.model,
         loaded.train,
         loaded.held_out,
         samples=config.entropy_samples,
         max_new_tokens=settings.max_new_tokens,
-        steps=settings.stage1_steps + variants * settings.stage2_steps if variants else 0,
-        batch_size=settings.batch_size,
+        steps=stage1 + variants * stage2 if variants else 0,
+        batch_size=batch_size,
         evaluations=1 + variants if variants else 0,  # at the end of each stage
         eos_id=end_id(loaded.train),
         pad_id=loaded.tokenizer.pad_token_id,
@@ -92,7 +95,7 @@ def time_parts(
         model.zero_grad(set_to_none=True)
 
     def draw(tokens: int) -> None:
-        ends = {"eos_id": eos_id, "pad_id": pad_id, "seed": 0}
+        ends: dict[str, Any] = {"eos_id": eos_id, "pad_id": pad_id, "seed": 0}
         sample_answers(model, rows["prompt_ids"], samples, max_new_tokens=tokens, **ends)
 
     with torch.no_grad():

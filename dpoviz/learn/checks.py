@@ -941,6 +941,7 @@ def smoothness_penalty_answers() -> Answers:
     moved = net()
     moved(x)
     moved.eval()
+    assert moved.norm.running_var is not None
     moved_slope = moved.weight.detach() / (moved.norm.running_var + 1e-5).sqrt()
     by_weight = (beta[:, None] * (x - net.mean) / (net.var + 1e-5).sqrt()).sum(0)
     mistakes = [

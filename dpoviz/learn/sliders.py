@@ -14,6 +14,7 @@ import math
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from dpoviz import tabular
 from dpoviz.analysis.plots import TERM_COLORS, task_colors
-from dpoviz.forms import scale
+from dpoviz.forms import FORMS, Form, scale
 
 FORM_COLORS = {"inverse": "#B4460F", "standard": "#0B6E75"}
 """The colour of each form, where both are in one picture."""
@@ -113,9 +114,9 @@ class Explorer:
     def _layers(self) -> tuple[list[Artist], list[Artist]]:
         """Return the artists of the background, and those redrawn over it at each change, lowest first."""
         axes = self.figure.axes
-        standing = [self.figure.patch, *(part for ax in axes for part in (ax.patch, ax.xaxis, ax.yaxis))]
+        standing: list[Artist] = [self.figure.patch, *(part for ax in axes for part in (ax.patch, ax.xaxis, ax.yaxis))]
         # an empty label is never drawn, so it is always stale
-        labels = [label for ax in axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
+        labels: list[Artist] = [label for ax in axes for label in (ax.xaxis.label, ax.yaxis.label) if label.get_text()]
         content: list[Artist] = []
         for parent in [*axes, self.figure]:
             moving = [artist for artist in parent.get_children() if artist not in [*standing, *axes]]
@@ -212,8 +213,8 @@ def frontier() -> Explorer:
     right.set(ylim=(0, 1), ylabel="probability", xlabel="answer, and its reward")
     right.set_xticks(places, [""] * len(places))
     # not tick labels, because these texts change
-    under = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
-    names = [right.text(place, -0.03, "", **under) for place in places]
+    under: dict[str, Any] = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
+    names = [right.text(float(place), -0.03, "", **under) for place in places]
     right.xaxis.labelpad = 14
     for ax in (left, middle, right):
         ax.legend(frameon=False, loc="upper right")
@@ -259,8 +260,9 @@ def two_forms() -> Explorer:
     """
     figure, (left, middle, right) = _panels(3)
     h, p = np.linspace(-6, 6, 241), np.linspace(0.02, 0.98, 193)
-    lines: dict[str, list[Line2D]] = {}
-    for form, color in FORM_COLORS.items():
+    lines: dict[Form, list[Line2D]] = {}
+    for form in FORMS:
+        color = FORM_COLORS[form]
         style = "-" if form == "standard" else "--"  # at beta = 1 the two coincide
         lines[form] = [
             ax.plot(x, 0 * x, style, color=color, label=form)[0] for ax, x in ((left, h), (middle, h), (right, p))
@@ -315,7 +317,7 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
     readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9}
     says = right.text(0.97, 0.03, "", transform=right.transAxes, ha="right", bbox=readable)
 
-    def update(form: str, p: float, lambda_range: float, lambda_entropy: float, alpha: float) -> None:
+    def update(form: Form, p: float, lambda_range: float, lambda_entropy: float, alpha: float) -> None:
         beta = _GRID.clone().requires_grad_()
         s = scale(beta, form)
         terms = {
@@ -323,7 +325,7 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
             "range": lambda_range * (torch.relu(beta - _BETA_MAX) + torch.relu(_BETA_MIN - beta)),
             "entropy": lambda_entropy * (beta - alpha * ref_entropy).square(),
         }
-        terms["sum"] = sum(terms.values())
+        terms["sum"] = terms["dpo"] + terms["range"] + terms["entropy"]
         for name, term in terms.items():
             (slope,) = torch.autograd.grad(term.sum(), beta, retain_graph=True)
             lines[name][0].set_ydata(term.detach())
@@ -359,7 +361,14 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
     table = fit(**defaults)
     dots = {}
     for task, color in task_colors(table["task"]).items():
-        style = {"marker": "o", "linestyle": "", "markersize": 3.5, "alpha": 0.6, "color": color, "label": task}
+        style: dict[str, Any] = {
+            "marker": "o",
+            "linestyle": "",
+            "markersize": 3.5,
+            "alpha": 0.6,
+            "color": color,
+            "label": task,
+        }
         dots[task] = [ax.plot([], [], **style)[0] for ax in (left, right)]
     (line,) = left.plot([], [], color=_GREY, linewidth=1, label="αH")
     right.plot([0.03, 3], [0.03, 3], color=_GREY, linewidth=1, linestyle="--")

@@ -346,10 +346,13 @@ def fingerprint(model: nn.Module, facts: object, code: str) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
+    of_model: Any = model.config
     # the configuration holds the path a model was loaded from, which does not affect its results
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    config = {k: v for k, v in of_model.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     # switching off an adapter changes the results, but no weights
-    layers = [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
+    layers: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)
+    ]
     adapters = [(layer.disable_adapters, layer.active_adapters) for layer in layers]
     for part in (config, adapters, model.device.type, mixed_precision(), facts, code_digest(code)):
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())

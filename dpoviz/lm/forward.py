@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,10 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without PEFT's wrapper; its adapters are layers inside it and stay active."""
     if not hasattr(model, "get_base_model"):
         return model
-    if model.active_peft_config.is_prompt_learning:
+    wrapped: Any = model  # a PeftModel
+    if wrapped.active_peft_config.is_prompt_learning:
         raise ValueError("model: got a prompt-tuning adapter, which lives outside the model; expected one such as LoRA")
-    return model.get_base_model()
+    return wrapped.get_base_model()
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -97,13 +98,13 @@ def plain_logits(model: PreTrainedModel, tokens: list[int], places: Tensor | Non
     return plain_logits(model, tokens)[places]
 
 
-def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> dict[str, object]:
+def _plain(model: PreTrainedModel, ids: Tensor, **more: object) -> Any:
     if "attention_mask" in signature(model.forward).parameters:  # else padding tokens cause a warning
         more["attention_mask"] = torch.ones_like(ids)
     return model(input_ids=ids, use_cache=False, **more)
 
 
-def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Tensor) -> Predictions:
+def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Any) -> Predictions:
     out = _body_output(model, batch.input_ids, attention_mask=(batch.segments >= 0).long(), **more)
     hidden = out["last_hidden_state"].flatten(0, 1)
     return Predictions(hidden[batch.predictors], _own_head(model, out), hidden[batch.prompt_tokens])
@@ -112,7 +113,7 @@ def _predict(model: PreTrainedModel, batch: PrefixBatch, **more: Tensor) -> Pred
 def fill_cache(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache) -> None:
     """Fill a cache with the keys and values of (B, T) tokens, padded on the left."""
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    more = {cache_argument(model): cache}
+    more: dict[str, Any] = {cache_argument(model): cache}
     _body_output(model, ids, attention_mask=mask, position_ids=positions, use_cache=True, **more)
 
 
@@ -121,9 +122,9 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
 
 
-def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False, **more: object) -> dict[str, object]:
+def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False, **more: object) -> dict[str, Any]:
     """Return the output of the model's body, from a call of the whole model whose head sees one token per row."""
-    kept = []
+    kept: list[Any] = []
 
     def look(*args, **kwargs):
         out = inner(*args, **kwargs)
@@ -138,7 +139,7 @@ def _body_output(model: PreTrainedModel, ids: Tensor, *, use_cache: bool = False
     return kept[0]
 
 
-def _own_head(model: PreTrainedModel, out: dict[str, object]) -> Callable[[Tensor], Tensor]:
+def _own_head(model: PreTrainedModel, out: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Return the map from (n, D) hidden states to (n, V) logits: the model's code after its body."""
 
     def head(states: Tensor) -> Tensor:
@@ -183,7 +184,9 @@ def _body(model: PreTrainedModel) -> nn.Module:
         if not called:
             raise NotImplementedError(f"{type(model).__name__} calls no body")
         _BODIES[model] = weakref.ref(called[0])
-    return _BODIES[model]()
+    body = _BODIES[model]()
+    assert body is not None  # it is a part of the model, which is there
+    return body
 
 
 _MASKS = threading.RLock()

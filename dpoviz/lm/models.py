@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from huggingface_hub import HfApi
@@ -303,13 +303,14 @@ class _Lacking(ValueError):
 
 
 def _from_pretrained(
-    name: str, dtype: torch.dtype, *, local: bool, **more: str
+    name: str, dtype: torch.dtype, *, local: bool, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     more = {**more, "local_files_only": local}
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
     )
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
         raise _Lacking(
@@ -364,7 +365,7 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    arch = reader.get_field("general.architecture").contents()
+    arch = reader.fields["general.architecture"].contents()
     fields = {name.removeprefix(f"{arch}.rope."): field for name, field in reader.fields.items()}
     kind, factor = "none", 1.0
     if "scale_linear" in fields:  # files from before 2024
@@ -397,7 +398,7 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
     config.rope_parameters = {**rope, **scaled}
 
 
-def _mend_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path, rows: int) -> None:
+def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -> None:
     """Correct two errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
     from gguf import GGUFReader
 
@@ -439,7 +440,8 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         raise ValueError("tokenizer: has no end token, so that an answer could not end; set eos_token in its folder")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model {rows}; they do not belong together")
 
@@ -507,7 +509,8 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16, alpha: float = 32, seed:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=lora_targets(model), task_type="CAUSAL_LM")
+    scaling: Any = alpha  # peft's own annotation is int, and it divides what it is given by r
+    settings = LoraConfig(r=rank, lora_alpha=scaling, target_modules=lora_targets(model), task_type="CAUSAL_LM")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
         torch.manual_seed(seed)

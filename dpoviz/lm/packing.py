@@ -142,9 +142,15 @@ def prefix_batch(
                 number_of_answer[name, answer] = len(number_of_answer)
                 at = put(answer[:-1], at, segment, prefix, len(prompt))
             segment += 1
-    grid = [torch.from_numpy(own).view(len(rows), width) for own in (input_ids, segments, prefixes, position_ids)]
+
+    def grid(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).view(len(rows), width)
+
     return PrefixBatch(
-        *grid,
+        input_ids=grid(input_ids),
+        segments=grid(segments),
+        prefixes=grid(prefixes),
+        position_ids=grid(position_ids),
         predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.from_numpy(np.fromiter(chain.from_iterable(answer for _, answer in number_of_answer), np.int64)),
         owners=_owners(predictors),
@@ -210,7 +216,8 @@ def _fill(blocks: Collection[_Block], room: int) -> tuple[float, list[list[_Bloc
 
 def _parts(block: _Block, room: int) -> Iterator[_Block]:
     """Split a block's answers over as many blocks as needed for each to fit; a single answer always fits."""
-    some, length = [], len(block.prompt)
+    some: list[tuple[int, ...]] = []
+    length = len(block.prompt)
     for answer in block.answers:
         if length + len(answer) - 1 > room:
             yield block._replace(answers=some)

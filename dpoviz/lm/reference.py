@@ -181,7 +181,7 @@ def _compute(
     )
     finite = torch.isfinite(estimates.per_token.value)
     if not finite.all():
-        row = (~finite).nonzero()[0].item()
+        row = int((~finite).nonzero()[0])
         raise ValueError(f"the reference's entropy is not finite at the prompt with tokens {list(prompts[row])[:20]}")
     columns = {f"ref_{side}_logps": scores["logps"][:, i] for i, side in enumerate(("chosen", "rejected"))}
     columns |= {f"ref_{side}_entropy": scores["entropy_sums"][:, i] for i, side in enumerate(("chosen", "rejected"))}

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.data.tasks import Problem
 from dpoviz.data.tasks import reward as task_reward
-from dpoviz.lm.forward import context_length
+from dpoviz.lm.forward import context_length, language_model
 from dpoviz.lm.packing import Tokens, by_length
 from dpoviz.lm.processes import hidden
 from dpoviz.lm.scoring import score_both
@@ -146,11 +146,12 @@ def sample_retilted(
             for place, own in zip(places, drawn, strict=True):
                 found[place] = own
             bar.update(len(rows))
-    columns = [
+    columns: list[Any] = [
         [[getattr(own, name) for own in found[start : start + k]] for start in range(0, len(found), k)]
         for name in _Drawn._fields
     ]
-    return Retilted(*columns, [sum(answer[-1] != eos_id for answer in own) for own in columns[0]])
+    truncated = [sum(answer[-1] != eos_id for answer in own) for own in columns[0]]
+    return Retilted._make([*columns, truncated])
 
 
 def _factors(a: float | Sequence[float] | Tensor, prompts: int) -> list[float]:
@@ -174,7 +175,7 @@ class _Drawn(NamedTuple):
 class _Models:
     """Policy and reference as functions from tokens to next-token logits."""
 
-    def __init__(self, policy: PreTrainedModel, reference: PreTrainedModel) -> None:
+    def __init__(self, policy: Any, reference: Any) -> None:  # models, or PEFT's around them
         if reference is policy and not hasattr(policy, "disable_adapter"):
             raise ValueError("reference: got the policy itself, without an adapter to turn off; expected another model")
         for name, model in (("policy", policy), ("reference", reference)):
@@ -216,7 +217,7 @@ class _Models:
 
 def _arguments(model: PreTrainedModel, cache: DynamicCache) -> dict[str, object]:
     """Return the cache under the model's argument name, and a request for the last logits only, if supported."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = language_model(model)
     known = signature(model.forward).parameters
     name = "cache" if "cache" in signature(model.base_model.forward).parameters else "past_key_values"  # before 5.24
     return {name: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in known else {})

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,8 +70,10 @@ class _Recorder(LogitsProcessor):
     """Recorder of the log-probabilities and entropies that `generate` samples from; leaves the logits unchanged."""
 
     def __init__(self, *, keep: bool = False) -> None:
-        self.logps, self.entropies, self.last = [], [], None
-        self.kept = [] if keep else None
+        self.logps: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+        self.last: Tensor | None = None
+        self.kept: list[Tensor] | None = [] if keep else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.drew(input_ids[:, -1])
@@ -139,7 +141,7 @@ def sampling(
             _draw(model, own, k, config, way, eos_id, scores) for own in ([[p] for p in some] if way.alone else [some])
         ]
         answers = [own for part, _ in parts for own in part]
-        return answers, _joined([read for _, read in parts]) if scores else None
+        return answers, _joined([read for _, read in parts if read is not None]) if scores else None
 
     with _sampled_by(model, config), _seeded(model.device, seed) as generator:
         yield Sampler(draw, generator)
@@ -177,7 +179,8 @@ def _draw(
 
 
 def _joined(parts: list[AnswerScores]) -> AnswerScores:
-    return AnswerScores(*(None if own[0] is None else torch.cat(own) for own in zip(*parts, strict=True)))
+    columns: Any = (None if own[0] is None else torch.cat(own) for own in zip(*parts, strict=True))
+    return AnswerScores(*columns)
 
 
 _TRIED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, _Way]] = weakref.WeakKeyDictionary()
@@ -202,7 +205,7 @@ def _way(model: PreTrainedModel, longest: int) -> _Way:
     if longest <= tried:
         return known
     asked = min(1 << (max(longest, 2 * _STEPS) - 1).bit_length(), context_length(model) or 1 << 62)
-    differences = []
+    differences: list[str] = []
     for way in list(_Way)[list(_Way).index(known) :]:
         try:
             with torch.autocast(model.device.type, enabled=False), _seeded(model.device, 0):
@@ -234,7 +237,7 @@ def _error(model: PreTrainedModel, way: _Way, longest: int) -> float:
         for own in [[prompt] for prompt in prompts] if way.alone else [prompts]:
             recorder = _Recorder(keep=True)
             drawn = _generate(model, own, k, config, recorder, way)
-            logps = torch.stack(recorder.kept)  # (steps, rows, V)
+            logps = torch.stack(recorder.kept or [])  # (steps, rows, V)
             for i, prompt in enumerate(own):
                 row = i * k + k - 1
                 places = torch.arange(len(prompt) - 1, len(prompt) + steps - 1, device=model.device)
@@ -290,7 +293,7 @@ def sample_answers(
             no room for `max_new_tokens` in the model's context.
     """
     answers: list[list[list[int]]] = [[] for _ in prompts]
-    settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     with sampling(model, prompts, k, **settings) as sampler, tqdm(
         total=len(prompts), desc="sampling answers", unit="prompt", disable=hidden(progress)
     ) as bar:  # fmt: skip
@@ -316,7 +319,8 @@ def _generate(
         cache.batch_repeat_interleave(k)
         more[cache_argument(model)] = cache
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
-    out = model.generate(
+    generate: Any = model.generate
+    out = generate(
         input_ids=ids, attention_mask=mask, generation_config=config, **more,
         logits_processor=None if recorder is None else LogitsProcessorList([recorder]),
     )  # fmt: skip

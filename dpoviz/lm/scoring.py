@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ def score_answers(
     k = len(answers[0])
     means = None
     if features:
+        assert found.of_prompts is not None
         means = _means(found.of_prompts, batch.prompt_owners)[batch.prompts]
         means = means if road.shared else means[::k]
     return _collect(logps, entropies, batch.owners, batch.answers.view(-1, k), means)
@@ -115,7 +116,8 @@ def require_tokens_of(model: PreTrainedModel, name: str, texts: Tokens) -> None:
     Raises:
         ValueError: one is not; the message gives `name` and the row.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     for row, text in enumerate(texts):
         odd = next((token for token in (min(text), max(text)) if not 0 <= token < rows), None)
         if odd is not None:
@@ -137,7 +139,7 @@ def supports_shared_prefix(model: PreTrainedModel, longest: int = 32, widest: in
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]
 
 
@@ -161,7 +163,7 @@ def _token_scores(found: Predictions, targets: Tensor, entropy: bool, vocabulary
     size = max(1, _LOGITS_AT_ONCE // vocabulary)
     if len(found.states) <= size:
         return score(found.states, targets)
-    parts = [
+    parts: list[Any] = [
         checkpoint(score, s, t, use_reentrant=False) if torch.is_grad_enabled() else score(s, t)
         for s, t in zip(found.states.split(size), targets.split(size), strict=True)
     ]
@@ -231,7 +233,7 @@ def score_both(
     sizes = [model.config.get_text_config().vocab_size for model in (policy, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"reference: got a vocabulary of {sizes[1]}, expected the policy's {sizes[0]}")
-    adapter_off = policy.disable_adapter if reference is policy else nullcontext
+    adapter_off: Any = policy.disable_adapter if reference is policy else nullcontext
     models = [language_model(model) for model in (policy, reference)]
     for model in models:
         require_readable(model, prompts, answers)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,9 +117,9 @@ def lay_out(
     """
     require_tokens(prompts, answers)
     longest = max(len(p) + len(a) for p, some in zip(prompts, answers, strict=True) for a in some)
-    batch = None
+    batch: PrefixBatch | None = None
     for own in [road] if road is not None else Road:
-        if own is Road.SHARED_IN_CONTEXT and batch.input_ids.shape[1] <= (context_length(model) or math.inf):
+        if own is Road.SHARED_IN_CONTEXT and batch and batch.input_ids.shape[1] <= (context_length(model) or math.inf):
             continue  # SHARED gave the same batch
         batch = _batch(model, prompts, answers, pad_id, own)
         if road is not None or is_right(model, own, Size(longest, max(longest, batch.input_ids.shape[1]))):
@@ -274,7 +274,8 @@ def _texts(model: PreTrainedModel, road: Road, size: Size, seed: int) -> tuple[l
 def random_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Return random token sequences of the given lengths, at least 1."""
     draw = torch.Generator().manual_seed(seed)
-    top = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    top = embeddings.num_embeddings
     return [torch.randint(top, (max(1, n),), generator=draw).tolist() for n in lengths]
 
 
@@ -310,7 +311,8 @@ def require_causal(model: PreTrainedModel) -> None:
     if model in _CAUSAL:
         return
     name = type(model).__name__
-    top = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    top = embeddings.num_embeddings
     one = torch.randint(top, (12,), generator=torch.Generator().manual_seed(0))
     other = torch.cat([one[:6], (one[6:] + 1) % top])
     with _plainly(model):
@@ -324,10 +326,10 @@ def require_causal(model: PreTrainedModel) -> None:
     if first.isnan().any():
         return  # undecidable; the caller that gets the NaN scores names row and step
     for logits, why in ((again, "from one call to the next"), (second, "with the tokens that come later")):
-        error = relative_error(logits, first).max().item()
-        if error > tolerance(model):
+        off = relative_error(logits, first).max().item()
+        if off > tolerance(model):
             raise ValueError(
-                f"model: the predictions of {name} change {why}, by {error:.2g} of their spread; expected a causal "
+                f"model: the predictions of {name} change {why}, by {off:.2g} of their spread; expected a causal "
                 "language model (an encoder such as BERT is none)"
             )
     _CAUSAL.add(model)

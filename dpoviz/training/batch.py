@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     answer_entropy: Tensor | None
 
 
-def read_batch(rows: Mapping[str, Sequence], device: torch.device | str) -> Batch:
+def read_batch(rows: Mapping[str, Any], device: torch.device | str) -> Batch:
     """Return rows of the data set, such as ``pairs[[3, 1, 4]]``, as a batch."""
 
     def tensor(values: Sequence) -> Tensor:

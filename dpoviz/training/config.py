@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpoviz.forms import FORMS, Form, scale
 
@@ -152,7 +152,7 @@ class TrainSettings:
         one_pass = max(1, pairs // batch_size)
         stage1 = one_pass if self.stage1_steps is None else self.stage1_steps
         stage2 = one_pass if self.stage2_steps is None else self.stage2_steps
-        open_ = {
+        open_: dict[str, Any] = {
             "batch_size": batch_size,
             "stage1_steps": stage1,
             "stage2_steps": stage2,
@@ -183,6 +183,14 @@ class TrainConfig(TrainSettings):
     """
 
     form: Form = "inverse"
+    if TYPE_CHECKING:  # numbers here: __post_init__ refuses None
+        stage1_steps: int = 0
+        stage2_steps: int = 0
+        batch_size: int = 0
+        policy_learning_rate: float = 0.0
+        warmup_steps: int = 0
+        log_every: int = 0
+        checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -137,7 +137,8 @@ def train(
             log = last or step % config.log_every == 0
             row = {name: value for loss in losses for name, value in _measure(loss).items()} if log else {}
 
-            norms = state.update(sum(loss.objective.total for loss in losses))
+            first_loss, *others = (loss.objective.total for loss in losses)
+            norms = state.update(sum(others, first_loss))
 
             if log:
                 probe = last or (config.probe_every > 0 and step % config.probe_every == 0)

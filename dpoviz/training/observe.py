@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ def observe(
         kl: maps the step to the result of `sampled_kl`; called every `rule.every` steps if the rule needs it.
     """
     ratios = logps.detach() - batch.ref_logps
-    extras = {}
+    extras: dict[str, Any] = {}
     if "answer_entropy" in rule.needs:
+        assert batch.answer_entropy is not None  # the loop refuses pairs that lack it
         extras["answer_entropy"] = batch.answer_entropy / math.log(models.policy.config.get_text_config().vocab_size)
     if "direction" in rule.needs:
+        assert models.reference is not None  # the loop refuses to go without
         extras["direction"] = perturbed_directions(
             models.policy,
             models.reference,

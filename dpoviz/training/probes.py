@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 from dpoviz.lm.trial import evaluating
 from dpoviz.rules import PromptRule, Rule
+
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 
 
 class Models(NamedTuple):
@@ -56,7 +58,8 @@ class Models(NamedTuple):
                 f"reference: got the policy itself, a {type(self.policy).__name__} without an adapter to turn off; "
                 "expected a copy of it from before training, or a PEFT model"
             )
-        return self.policy.disable_adapter()
+        policy: Any = self.policy  # a PeftModel
+        return policy.disable_adapter()
 
 
 class HeldOut(NamedTuple):
@@ -90,13 +93,13 @@ class HeldOut(NamedTuple):
         return cls(pairs, task, x, ref_entropy, [list(prompt) for prompt in few["prompt"]], few["task"].tolist())
 
 
-def means_by_task(name: str, values: Sequence[float], task: Sequence[str]) -> dict[str, float]:
+def means_by_task(name: str, values: Sequence[float] | np.ndarray, task: Sequence[str]) -> dict[str, float]:
     """Return the mean of the values of each task, named <name>/<task>."""
     means = pd.Series(values).groupby(list(task)).mean()
     return {f"{name}/{t}": mean for t, mean in means.items()}
 
 
-def correctly_ranked(h: Tensor | np.ndarray) -> Tensor | np.ndarray:
+def correctly_ranked(h: Numbers) -> Numbers:
     """Return 1 where h > 0, 0 where h < 0, and ½ at a tie; |h| ≤ 1e-4, the rounding of float32, is a tie."""
     return ((h > 1e-4) * 1.0 + (h >= -1e-4) * 1.0) / 2
 
@@ -165,12 +168,15 @@ def sampled_kl(
 def _sampled_kl(
     models: Models, prompts: Sequence[list[int]], tasks: Sequence[str], max_new_tokens: int, seed: int
 ) -> dict[str, float]:
-    ends = {"eos_id": models.eos_id, "pad_id": models.pad_id}
-    answers = sample_answers(models.policy, prompts, 1, max_new_tokens=max_new_tokens, seed=seed, **ends).answers
+    eos_id, pad_id = models.eos_id, models.pad_id
+    answers = sample_answers(
+        models.policy, prompts, 1, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id, seed=seed
+    ).answers
 
     def logps(model: PreTrainedModel) -> Tensor:
-        return score_answers(model, prompts, answers, pad_id=models.pad_id).logps[:, 0]
+        return score_answers(model, prompts, answers, pad_id=pad_id).logps[:, 0]
 
+    assert models.reference is not None
     with evaluating(models.policy):
         of_policy = logps(models.policy)
         with models.adapter_off():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class Scorer(nn.Module):
             state.pop(prefix + name, None)
 
     @staticmethod
-    def _expect_no_left_out(module: Scorer, keys: object) -> None:
+    def _expect_no_left_out(module: Scorer, keys: Any) -> None:
         # compared by suffix: a wrapper such as DDP puts its own prefix before the names
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
@@ -152,6 +153,7 @@ class State:
         batch = read_batch(rows, self.accelerator.device)
         if not self.rescores:
             return batch
+        assert self.models.reference is not None
         with torch.no_grad(), self.models.adapter_off():
             scores = score_answers(self.models.reference, batch.prompts, batch.answers, pad_id=self.models.pad_id)
         return batch._replace(ref_logps=scores.logps.float())
@@ -194,7 +196,8 @@ class State:
                 row |= self._kl(self.held_out, 0)
         return row
 
-    def _kl(self, data: HeldOut, seed_shift: int) -> Mapping[str, float]:
+    def _kl(self, data: HeldOut | None, seed_shift: int) -> Mapping[str, float]:
+        assert data is not None
         limit, seed = self.config.max_new_tokens, self.config.seed + seed_shift
         return sampled_kl(self.models, data.prompts, data.prompt_tasks, max_new_tokens=limit, seed=seed)
 
