@@ -176,7 +176,7 @@ class TestTaskBeta:
             (["math"], "task: got 1 entries, expected 3"),
             (
                 ["math", "poetry", "code"],
-                r"task: got \['poetry'\], expected one of \['math', 'code', 'dialogue'\]",
+                r"task: got \['poetry'\], expected some of \['math', 'code', 'dialogue'\]",
             ),
             (torch.tensor([0, 1, 3]), r"task: got \[0, 1, 3\], expected 0 to 2"),
             (torch.tensor([0, -1, 2]), "task: got"),

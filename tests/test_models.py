@@ -479,7 +479,7 @@ class TestSmolLM2:
         The control has rotary frequencies that are off by a tenth, a mild one of the mistakes that a reader can make.
         """
         if importlib.util.find_spec("llama_cpp") is None:
-            pytest.skip("llama_cpp is not installed: pip install dpoviz[real]")
+            pytest.skip("llama_cpp is not installed: pip install llama-cpp-python (it compiles llama.cpp)")
         model, tokenizer = smollm2
         chat = [
             {"role": "user", "content": "What is the capital of France, and what is   12 + 345?"},

@@ -252,18 +252,19 @@ class TestGoingOn:
         for part in (model, tokenizer):
             part.save_pretrained(tmp_path / "model")
         return ["sample", "--model", str(tmp_path / "model"), "--tasks", "dialogue", "--prompts", "12",
-                "--samples", "8",                "--max-new-tokens", "40", "--batch", "3"]  # fmt: skip
+                "--samples", "8",                "--max-new-tokens", "20", "--batch", "3"]  # fmt: skip
 
     def test_equal_and_nothing_is_drawn_twice(self, tmp_path, command, monkeypatch):
         kept = tmp_path / "cache"
         code = (
             "import os, signal, sys\n"
-            "from dpoviz import cli, journal\n"
-            "add, done = journal.Journal.add, []\n"
+            "from dpoviz import cli\n"
+            "from dpoviz.lm.cache import Journal\n"
+            "add, done = Journal.add, []\n"
             "def killed_after_two(self, name, batch):\n"
             "    add(self, name, batch); done.append(name)\n"
             "    if len(done) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "journal.Journal.add = killed_after_two\n"
+            "Journal.add = killed_after_two\n"
             "cli.main(sys.argv[1:])\n"
         )
         environment = {**os.environ, "DPOVIZ_CACHE": str(kept)}
