@@ -674,7 +674,7 @@ class TestImports:
         tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
         imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
-        others = {"__future__", "collections", "matplotlib", "numpy", "pandas"}
+        others = {"__future__", "collections", "typing", "matplotlib", "numpy", "pandas"}
         own = {"dpoviz.analysis.style", "dpoviz.analysis.text"}
         assert {module if module in own else module.split(".")[0] for module in imported} <= others | own
 
