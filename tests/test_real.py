@@ -93,9 +93,7 @@ class TestTrain:
         assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
 
     def test_time_estimate_comes_before_the_work(self, run):
-        time = r"[\d.]+ (?:s|min|h)"  # the unit depends on how busy the machine is
-        parts = rf"reference {time}, entropy {time}, training {time}"
-        assert re.search(rf"about {time} if nothing is cached .*: {parts}", run[1])
+        assert re.search(r"about \d+ s if nothing is cached .*: reference \d+ s, entropy \d+ s, training \d+ s", run[1])
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
     def test_saved_adapter_gives_the_scores_again(self, run, folder):
