@@ -7,6 +7,7 @@ rendering as plain text, and `tools` the JSON schemas of its tools. Other fields
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets.table import InMemoryTable
 
 from dpoviz.data import files
 from dpoviz.data.files import Row, Source
@@ -252,6 +254,16 @@ class _Loading:
         return self.pairs.whole(several_files=len(self.files) > 1)
 
 
+def _dataset(columns: Mapping[str, pa.ChunkedArray]) -> Dataset:
+    """Return the columns as a data set whose fingerprint is their hash; `Dataset.from_dict` would pickle a copy."""
+    digest = hashlib.sha256(repr([(name, str(column.type)) for name, column in columns.items()]).encode())
+    for column in columns.values():
+        for chunk in column.chunks:
+            for buffer in chunk.buffers():
+                digest.update(b"-" if buffer is None else buffer)
+    return Dataset(InMemoryTable(pa.table(dict(columns))), fingerprint=digest.hexdigest()[:16])
+
+
 def _field_flaws(record: Mapping, field: str) -> list[str]:
     if field not in record:
         has = ", ".join(map(repr, record)) or "none"
@@ -329,7 +341,7 @@ class _Columns:
         if set(self.in_json) - {"messages"}:
             names = ", ".join(repr(name) for name in self.in_json if name != "messages")
             logger.warning("%s: columns %s hold values of several types; kept as JSON text", self.name, names)
-        pairs = Dataset.from_dict(found)
+        pairs = _dataset(found)
         if not self.rich:
             return pairs
         messages = [text and json.loads(text) for text in chats.to_pylist()]
