@@ -43,6 +43,8 @@ def world(make_model, tokenizer):
         rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 2], "group": None})
     scored = reference_pass(model, tokenizer, Dataset.from_list(rows), max_length=32, max_new_tokens=4,
                             entropy_samples=2, progress=False)  # fmt: skip
+    # entropies far enough apart for the entropy term to show in the loss
+    scored = scored.map(lambda row, i: {"ref_entropy": 0.25 * (1 + i % 5)}, with_indices=True)
     return model, tokenizer, scored
 
 

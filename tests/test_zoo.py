@@ -7,13 +7,13 @@ import contextlib
 
 import pytest
 import torch
+from helpers import zoo
 
 from dpoviz.lm import trial
 from dpoviz.lm.forward import context_length
 from dpoviz.lm.models import add_lora
 from dpoviz.lm.sampling import sampling
 from dpoviz.lm.scoring import score_answers
-from tests.helpers import zoo
 
 EOS, PAD = 2, 0
 

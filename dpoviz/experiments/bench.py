@@ -285,7 +285,7 @@ def bench_sampling(
         the answers), operations (needed operations per second), ratio (time over that of `generate` at its best batch
         size), memory (MiB).
     """
-    pad, never = tokenizer.pad_token_id, model.config.get_text_config().vocab_size + 1
+    pad = tokenizer.pad_token_id
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                               num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
     prompts = sorted(prompts, key=len)
@@ -304,7 +304,7 @@ def bench_sampling(
 
     @torch.no_grad()
     def ours(n: int) -> None:
-        ends: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": never, "pad_id": pad}
+        ends: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": None, "pad_id": pad}
         with sampling(model, prompts, samples, **ends, seed=0, scores=True) as sampler:
             for some in parts(n):
                 sampler.draw(some)

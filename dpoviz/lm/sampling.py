@@ -107,7 +107,7 @@ def sampling(
     k: int,
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | None,
     pad_id: int,
     seed: int,
     scores: bool = False,
@@ -118,6 +118,7 @@ def sampling(
 
     Args:
         prompts: all prompts that will be sampled at; checked in advance.
+        eos_id: the end token; None samples `max_new_tokens` tokens of each answer.
         scores: also record the log-probabilities and entropies of the answers while sampling.
     """
     if k < 1:
@@ -126,7 +127,7 @@ def sampling(
         raise ValueError("prompts: got none, or an empty one, expected at least one token each")
     model, longest = language_model(model), max(len(prompt) for prompt in prompts)
     require_tokens_of(model, "prompts", prompts)
-    require_tokens_of(model, "eos_id, pad_id", [[eos_id, pad_id]])
+    require_tokens_of(model, "eos_id, pad_id", [[pad_id] if eos_id is None else [eos_id, pad_id]])
     room = context_length(model)
     if room is not None and longest + max_new_tokens > room:
         raise ValueError(
@@ -167,7 +168,7 @@ def _sampled_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def _draw(
-    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, way: _Way, eos_id: int, scores: bool
+    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, way: _Way, eos_id: int | None, scores: bool
 ) -> tuple[list[list[list[int]]], AnswerScores | None]:
     recorder = _Recorder() if scores else None
     with autocast(model.device):
@@ -329,5 +330,5 @@ def _generate(
     return out[:, width:].tolist()
 
 
-def _until_end(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+def _until_end(tokens: list[int], eos_id: int | None) -> list[int]:
+    return tokens[: tokens.index(eos_id) + 1] if eos_id is not None and eos_id in tokens else tokens
