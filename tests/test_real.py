@@ -87,8 +87,8 @@ class TestTrain:
         out, _ = run
         names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
         tables = {f"{name}.csv" for name in ("beta", "history", "entropy", "held_out", "answers")}
-        adapters = {f"{arm}/policy/adapter_model.safetensors" for arm in (*FORMS, FIXED)}
-        betas = {f"{arm}/beta/model.safetensors" for arm in FORMS}
+        adapters = {f"{variant}/policy/adapter_model.safetensors" for variant in (*FORMS, FIXED)}
+        betas = {f"{variant}/beta/model.safetensors" for variant in FORMS}
         assert tables | adapters | betas | {"config.json", "run.json", "report.html", "entropy.png"} <= names
         assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
 
@@ -97,14 +97,15 @@ class TestTrain:
 
     @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
     def test_saved_adapter_gives_the_scores_again(self, run, folder):
-        """Each arm's h, from the files alone: the base model, the adapter on top, and two separate passes."""
+        """Each variant's h, from the files alone: the base model, the adapter on top, and two separate passes."""
         scores = pd.read_csv(run[0] / "held_out.csv")
         tokenizer = load_lm(folder / "model").tokenizer
         held_out = load(config_of(run[0])).held_out
-        for arm in (*FORMS, FIXED):
+        for variant in (*FORMS, FIXED):
             reference = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False).eval()
             policy = peft.PeftModel.from_pretrained(
-                AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False), run[0] / arm / "policy"
+                AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=False),
+                run[0] / variant / "policy",
             ).eval()
             answers = [list(pair) for pair in zip(held_out["chosen_ids"], held_out["rejected_ids"], strict=True)]
             with torch.no_grad():
@@ -115,7 +116,7 @@ class TestTrain:
                     for model in (policy.merge_and_unload(), reference)
                 )
             h = ((of_policy - of_reference) @ torch.tensor([1.0, -1.0], dtype=torch.float64)).numpy()
-            own = scores[scores["arm"] == arm]["h"].to_numpy()
+            own = scores[scores["variant"] == variant]["h"].to_numpy()
             # float32 sums over a dozen tokens, by other routes
             assert own == pytest.approx(h, abs=2e-3)
             assert np.abs(h).max() > 0.05
@@ -133,25 +134,25 @@ class TestTrain:
 
     def test_arms_start_alike_and_train_as_long(self, run):
         history = pd.read_csv(run[0] / "history.csv")
-        steps = history.groupby("arm")["step"].max()
+        steps = history.groupby("variant")["step"].max()
         assert set(steps.index) == {*FORMS, FIXED} and steps.nunique() == 1
-        start = history[history["step"] == 0].set_index("arm")
+        start = history[history["step"] == 0].set_index("variant")
         assert start["loss/dpo"].nunique() == 1
-        last = history.groupby("arm")["loss/dpo"].last()
+        last = history.groupby("variant")["loss/dpo"].last()
         assert last.nunique() == 3
 
     def test_answers_before_and_after(self, run):
         answers = pd.read_csv(run[0] / "answers.csv", keep_default_na=False)
-        assert set(answers["arm"]) == {"reference", *FORMS, FIXED}
-        assert answers.groupby("arm").size().nunique() == 1
-        wide = answers.pivot(index="prompt", columns="arm", values="answer")
+        assert set(answers["variant"]) == {"reference", *FORMS, FIXED}
+        assert answers.groupby("variant").size().nunique() == 1
+        wide = answers.pivot(index="prompt", columns="variant", values="answer")
         assert (wide["reference"] != wide["inverse"]).any()
 
     def test_report_shows_the_tables(self, run):
         text = (run[0] / "report.html").read_text(encoding="utf-8")
         for heading in ("Held-out pairs", "The entropy of the reference, by estimator", "Answers before and after"):
             assert heading in text
-        accuracy = pd.read_csv(run[0] / "held_out.csv").query("arm == 'inverse'")["h"].gt(0).mean()
+        accuracy = pd.read_csv(run[0] / "held_out.csv").query("variant == 'inverse'")["h"].gt(0).mean()
         assert f"is {accuracy:.3f}, " in text
 
     def test_examples_are_among_the_entropies(self, run):

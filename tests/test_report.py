@@ -120,7 +120,10 @@ class TestReadingOfAccuracy:
         row = {"task": "all", "n": 50, "groups": 50, "accuracy_low": 0.5, "accuracy_high": 0.7}
         none = dict.fromkeys(("difference", "difference_low", "difference_high"), float("nan"))
         compared = {"difference": difference, "difference_low": low, "difference_high": high}
-        rows = [row | {"arm": "inverse", "accuracy": 0.625} | compared, row | {"arm": "fixed", "accuracy": 0.6} | none]
+        rows = [
+            row | {"variant": "inverse", "accuracy": 0.625} | compared,
+            row | {"variant": "fixed", "accuracy": 0.6} | none,
+        ]
         (found,) = reading_of_accuracy(pd.DataFrame(rows))
         return found
 
@@ -324,7 +327,7 @@ class TestWriteReport:
     def test_accuracy_estimators_and_answers(self, tmp_path):
         nan = float("nan")
         accuracy = {
-            "arm": ["inverse", "fixed"],
+            "variant": ["inverse", "fixed"],
             "task": ["math", "all"],
             "n": [9, 9],
             "groups": [4, 4],
@@ -339,7 +342,7 @@ class TestWriteReport:
         answers = {
             "task": ["math"] * 2,
             "prompt": ["1+1="] * 2,
-            "arm": ["reference", "inverse"],
+            "variant": ["reference", "inverse"],
             "answer": ["", NASTY],
             "beta": [nan, 2.0],
         }
@@ -358,7 +361,7 @@ class TestWriteReport:
 
     def test_runs_of_one_form_have_a_row_each(self, tmp_path):
         history = arguments()["history"]
-        both = pd.concat([history.assign(arm="inverse"), history.assign(arm="fixed", kl=-0.5, kl_se=0.125)])
+        both = pd.concat([history.assign(variant="inverse"), history.assign(variant="fixed", kl=-0.5, kl_se=0.125)])
         head, *rows = written(tmp_path, history=both).tables[2]
         assert head[:3] == ["run", "form", "seed"]
         assert [(row[0], row[-1]) for row in rows] == [("fixed", "−0.500 ± 0.125"), ("inverse", "1.25 ± 0.125")]
@@ -392,8 +395,8 @@ def test_odd_names_and_texts_reach_the_page(tmp_path, odd):
         "beta": beta,
         "history": pd.DataFrame([row | {"stage": stage, "step": step} for stage, step in ((1, 0), (2, 1), (2, 2))]),
         "entropy": entropy.assign(example=False),
-        "held_out": pd.concat([pairs.assign(arm="fixed"), pairs.assign(arm="inverse", h=1.0)]),
-        "answers": pd.DataFrame({"arm": "reference", "task": odd, "prompt": odd, "answer": odd, "beta": 1.0}),
+        "held_out": pd.concat([pairs.assign(variant="fixed"), pairs.assign(variant="inverse", h=1.0)]),
+        "answers": pd.DataFrame({"variant": "reference", "task": odd, "prompt": odd, "answer": odd, "beta": 1.0}),
     }
     for name, table in tables.items():
         write_table(table, tmp_path / f"{name}.csv")

@@ -291,10 +291,10 @@ class TestSummarize:
 
 
 def scored(h: dict[str, list[float]], *, task=None, group=None) -> pd.DataFrame:
-    """A row per arm and pair; every pair has a prompt of its own."""
+    """A row per variant and pair; every pair has a prompt of its own."""
     n = len(next(iter(h.values())))
     pairs = {"task": task or ["math"] * n, "group": group or [None] * n, "prompt": [f"p{i}" for i in range(n)]}
-    return pd.concat([pd.DataFrame({"arm": arm, **pairs, "h": values}) for arm, values in h.items()])
+    return pd.concat([pd.DataFrame({"variant": variant, **pairs, "h": values}) for variant, values in h.items()])
 
 
 class TestSummarizeAccuracy:
@@ -306,8 +306,8 @@ class TestSummarizeAccuracy:
             ),
             baseline="fixed",
         )
-        assert list(zip(out["arm"], out["task"], out["n"], strict=True)) == [
-            (arm, task, n) for arm in ("inverse", "fixed") for task, n in (("math", 3), ("code", 1), ("all", 4))
+        assert list(zip(out["variant"], out["task"], out["n"], strict=True)) == [
+            (variant, task, n) for variant in ("inverse", "fixed") for task, n in (("math", 3), ("code", 1), ("all", 4))
         ]
         assert out["accuracy"].tolist() == pytest.approx([2 / 3, 1, 3 / 4, 0.5 / 3, 1, 1.5 / 4], **EXACT)
         assert out["difference"].tolist()[:3] == pytest.approx([1.5 / 3, 0, 1.5 / 4], **EXACT)
@@ -319,9 +319,12 @@ class TestSummarizeAccuracy:
         group = [f"g{i // 3}" for i in range(90)]
         shared = np.repeat(rng.normal(size=30), 3)  # pairs of a group agree
         data = scored({"a": (shared + 0.2).tolist(), "fixed": shared.tolist()}, group=group)
-        out = summarize_accuracy(data, baseline="fixed", n_boot=4000).set_index(["arm", "task"]).loc[("a", "math")]
+        out = summarize_accuracy(data, baseline="fixed", n_boot=4000).set_index(["variant", "task"]).loc[("a", "math")]
         rows = (
-            data[data["arm"] == "a"].assign(right=lambda d: d["h"] > 0).groupby("group")["right"].agg(["sum", "size"])
+            data[data["variant"] == "a"]
+            .assign(right=lambda d: d["h"] > 0)
+            .groupby("group")["right"]
+            .agg(["sum", "size"])
         )
         draws = [rows.sample(len(rows), replace=True, random_state=i) for i in range(4000)]
         boot = [draw["sum"].sum() / draw["size"].sum() for draw in draws]
@@ -330,7 +333,7 @@ class TestSummarizeAccuracy:
         assert (out["accuracy_low"], out["accuracy_high"]) == pytest.approx((low, high), abs=0.015)
         assert out["groups"] == 30
         # the control: pairs drawn by themselves would look surer than they are
-        alone = summarize_accuracy(data.assign(group=None), baseline="fixed").set_index(["arm", "task"])
+        alone = summarize_accuracy(data.assign(group=None), baseline="fixed").set_index(["variant", "task"])
         narrow = alone.loc[("a", "math"), "accuracy_high"] - alone.loc[("a", "math"), "accuracy_low"]
         assert narrow < 0.75 * (high - low)
 
@@ -338,8 +341,8 @@ class TestSummarizeAccuracy:
         rng = np.random.default_rng(0)
         h = rng.normal(size=200)
         out = summarize_accuracy(scored({"a": h.tolist(), "fixed": (h * 3).tolist()}), baseline="fixed")
-        same = out[(out["arm"] == "a") & (out["task"] == "all")].iloc[0]
-        # the arms rank every pair alike: no resample can tell them apart, though each accuracy is uncertain
+        same = out[(out["variant"] == "a") & (out["task"] == "all")].iloc[0]
+        # the variants rank every pair alike: no resample can tell them apart, though each accuracy is uncertain
         assert same[["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
         assert same["accuracy_high"] - same["accuracy_low"] > 0.1
 
@@ -442,7 +445,9 @@ ODD = (
 def odd_table() -> pd.DataFrame:
     n = len(ODD)
     group = pd.Series([None if i % 3 else text for i, text in enumerate(ODD)], dtype=object)
-    text = {name: ODD[i:] + ODD[:i] for i, name in enumerate(("task", "prompt", "answer", "arm", "form", "estimator"))}
+    text = {
+        name: ODD[i:] + ODD[:i] for i, name in enumerate(("task", "prompt", "answer", "variant", "form", "estimator"))
+    }
     numbers = {
         "seed": range(n),
         "beta": np.random.default_rng(0).normal(size=n) * 1e-7,
@@ -489,6 +494,10 @@ class TestFiles:
         write_table(table, path)
         back = read_table(path)
         assert list(back.itertuples(index=False, name=None)) == rows
+
+    def test_a_column_with_its_name_of_version_0_1(self, tmp_path):
+        (tmp_path / "t.csv").write_text('"arm","h"\n"inverse",0.5\n', encoding="utf-8")
+        assert read_table(tmp_path / "t.csv").to_dict("records") == [{"variant": "inverse", "h": 0.5}]
 
     def test_a_column_of_one_empty_text(self, tmp_path):
         write_table(pd.DataFrame({"prompt": ["", "x", ""]}), tmp_path / "t.csv")

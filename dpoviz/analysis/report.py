@@ -129,8 +129,8 @@ def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
             verdict = "not significantly different from"
         low, high = (fixed(x, 3, sign=True) for x in (row.difference_low, row.difference_high))
         sentences.append(
-            f"{row.arm}: reward accuracy on {row.n} held-out pairs is {fixed(row.accuracy, 3)}, {verdict} the "
-            f"{base.arm} β’s {fixed(base.accuracy, 3)} after as many steps (difference "
+            f"{row.variant}: reward accuracy on {row.n} held-out pairs is {fixed(row.accuracy, 3)}, {verdict} the "
+            f"{base.variant} β’s {fixed(base.accuracy, 3)} after as many steps (difference "
             f"{fixed(row.difference, 3, sign=True)}, 95 % bootstrap interval {low} to {high})."
         )
     return sentences
@@ -162,7 +162,7 @@ def write_report(
         reading: sentences on the results, such as those of the function `reading`.
         accuracy: the table of `summarize_accuracy`, or None.
         entropy: the table of `summarize_estimators`, or None.
-        answers: a row per variant and prompt, with arm (the variant), task, prompt, answer and beta (NaN if there is
+        answers: a row per variant and prompt, with variant, task, prompt, answer and beta (NaN if there is
             none); or None.
         notes: sentences for the top of the page.
 
@@ -233,14 +233,14 @@ def _last_measurements(history: pd.DataFrame) -> dict[str, object]:
     """Return the names of the measures and the last value of each in every run; KL with its standard error."""
     names = {"loss/dpo": "DPO loss, last batch", "held_out_accuracy": "held-out accuracy", "kl": "KL, nats"}
     names = {column: name for column, name in names.items() if column in history}
-    keys = [column for column in ("arm", "form", "seed") if column in history]
+    keys = [column for column in ("variant", "form", "seed") if column in history]
     rows = []
     for key, run in history.sort_values("step").groupby(keys, sort=True):
         cells = [number(run[column].dropna().iloc[-1]) if run[column].notna().any() else "–" for column in names]
         if "kl" in names and "kl_se" in run and run["kl"].notna().any():
             cells[-1] += f" ± {number(run.dropna(subset='kl')['kl_se'].iloc[-1])}"
         rows.append(([str(part) for part in key], cells))
-    by = ["run" if column == "arm" else column for column in keys]
+    by = ["run" if column == "variant" else column for column in keys]
     return {"by": by, "measures": list(names.values()), "runs": rows}
 
 

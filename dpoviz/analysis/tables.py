@@ -27,7 +27,7 @@ EXPECTED_ORDER = ("math", "code", "dialogue")
 POOLED = "all"
 """The task of summary rows over all tasks; no task may have this name."""
 
-TEXT_COLUMNS = ("form", "task", "prompt", "answer", "arm", "variant", "group", "estimator")
+TEXT_COLUMNS = ("form", "task", "prompt", "answer", "variant", "group", "estimator")
 """The text columns in the files of a run; all other columns hold numbers or booleans."""
 
 OPTIONAL_TEXT = ("group",)
@@ -251,14 +251,14 @@ def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 200
     together. All variants use the same resamples, so that differences are paired.
 
     Args:
-        scores: a row per variant and pair: arm (the variant), task, group, prompt, h (nats). Every variant has the same
+        scores: a row per variant and pair: variant, task, group, prompt, h (nats). Every variant has the same
             pairs, in the same order.
         baseline: the variant that the others are compared with.
         n_boot: number of bootstrap resamples, at least 100.
         seed: seed of the bootstrap.
 
     Returns:
-        A row per variant and task, and one per variant over all tasks (`task` "all"): arm, task, n (pairs), groups,
+        A row per variant and task, and one per variant over all tasks (`task` "all"): variant, task, n (pairs), groups,
         accuracy, accuracy_low, accuracy_high, difference, difference_low, difference_high; the last three are NaN
         for the baseline.
 
@@ -266,25 +266,29 @@ def summarize_accuracy(scores: pd.DataFrame, *, baseline: str, n_boot: int = 200
         ValueError: missing columns, no rows of the baseline, variants with different pairs, a task called "all", or
             n_boot below 100.
     """
-    _require_columns("scores", scores, ("arm", "task", "group", "prompt", "h"))
-    arms = {arm: rows.reset_index(drop=True) for arm, rows in scores.groupby("arm", sort=False)}
-    if baseline not in arms:
-        raise ValueError(f"baseline: got {baseline!r}, expected one of {list(arms)}")
+    _require_columns("scores", scores, ("variant", "task", "group", "prompt", "h"))
+    variants = {variant: rows.reset_index(drop=True) for variant, rows in scores.groupby("variant", sort=False)}
+    if baseline not in variants:
+        raise ValueError(f"baseline: got {baseline!r}, expected one of {list(variants)}")
     _require_resamples(n_boot)
-    base = arms[baseline]
-    for arm, rows in arms.items():
+    base = variants[baseline]
+    for variant, rows in variants.items():
         if not rows[["task", "prompt"]].equals(base[["task", "prompt"]]):
-            raise ValueError(f"scores: {arm!r} and {baseline!r} have other pairs, expected the same in the same order")
+            raise ValueError(
+                f"scores: {variant!r} and {baseline!r} have other pairs, expected the same in the same order"
+            )
     _require_no_pooled(base["task"])
-    correct = pd.DataFrame({arm: _correct(rows["h"].to_numpy()) for arm, rows in arms.items()})
+    correct = pd.DataFrame({variant: _correct(rows["h"].to_numpy()) for variant, rows in variants.items()})
     grouped = base["group"].notna()
     clusters = pd.DataFrame({"grouped": grouped, "name": base["group"].where(grouped, base["prompt"])})
     rows = []
     for task in [*in_order(base["task"]), POOLED]:
         chosen = (base["task"] == task) | (task == POOLED)
         rows += _accuracies(correct[chosen], clusters[chosen], baseline, task, n_boot, seed)
-    order = {arm: i for i, arm in enumerate(arms)}
-    return pd.DataFrame(rows).sort_values("arm", key=lambda arm: arm.map(order), kind="stable", ignore_index=True)
+    order = {variant: i for i, variant in enumerate(variants)}
+    return pd.DataFrame(rows).sort_values(
+        "variant", key=lambda variant: variant.map(order), kind="stable", ignore_index=True
+    )
 
 
 def _accuracies(
@@ -293,7 +297,9 @@ def _accuracies(
     """Return the rows of one task, one per variant; `correct` has a column per variant and a row per pair."""
     number = clusters.groupby(["grouped", "name"], sort=False).ngroup().to_numpy()
     pairs = np.bincount(number)  # (groups,)
-    sums = np.stack([np.bincount(number, weights=values) for _, values in correct.items()], axis=1)  # (groups, arms)
+    sums = np.stack(
+        [np.bincount(number, weights=values) for _, values in correct.items()], axis=1
+    )  # (groups, variants)
 
     def accuracy(groups: np.ndarray) -> np.ndarray:
         return sums[groups].sum(axis=1) / pairs[groups].sum(axis=1)[:, None]
@@ -301,14 +307,14 @@ def _accuracies(
     resampled = bootstrap(accuracy, len(pairs), resamples=n_boot, rng=np.random.default_rng(seed))
     resampled = pd.DataFrame(resampled, columns=correct.columns)
     rows = []
-    for arm in correct:
-        row = {"arm": arm, "task": task, "n": len(correct), "groups": len(pairs)}
-        row |= _with_interval("accuracy", correct[arm].mean(), resampled[arm])
-        if arm == baseline:
+    for variant in correct:
+        row = {"variant": variant, "task": task, "n": len(correct), "groups": len(pairs)}
+        row |= _with_interval("accuracy", correct[variant].mean(), resampled[variant])
+        if variant == baseline:
             row |= dict.fromkeys(("difference", "difference_low", "difference_high"), np.nan)
         else:
-            difference = (correct[arm] - correct[baseline]).mean()
-            row |= _with_interval("difference", difference, resampled[arm] - resampled[baseline])
+            difference = (correct[variant] - correct[baseline]).mean()
+            row |= _with_interval("difference", difference, resampled[variant] - resampled[baseline])
         rows.append(row)
     return rows
 
@@ -394,6 +400,10 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
     pd.DataFrame(written, columns=table.columns).to_csv(path, index=False, encoding="utf-8", **quoting)
 
 
+_RENAMED = {"arm": "variant"}
+"""Columns of tables that versions before 0.2 wrote, with today's names."""
+
+
 def read_table(path: Path | str) -> pd.DataFrame:
     """Return a table that `write_table` wrote; text stays text, whatever it looks like.
 
@@ -405,7 +415,7 @@ def read_table(path: Path | str) -> pd.DataFrame:
     """
     # names are read as a row of values: in a header, pandas would rename empty and repeated names
     cells = pd.read_csv(path, header=None, dtype=str, na_filter=False, skip_blank_lines=False, encoding="utf-8")
-    names = cells.iloc[0].tolist()
+    names = [_RENAMED.get(name, name) for name in cells.iloc[0]]
     cells = cells.iloc[1:].reset_index(drop=True)
     columns = {}
     for i, name in enumerate(names):

@@ -81,7 +81,7 @@ def accuracy_as_text(accuracy: pd.DataFrame) -> str:
     """Return the table of `summarize_accuracy` as text."""
     rows = [
         {
-            "run": row.arm,
+            "run": row.variant,
             "task": row.task,
             "pairs": row.n,
             "accuracy": interval(row.accuracy, row.accuracy_low, row.accuracy_high, 3),

@@ -192,7 +192,7 @@ def report(out: Path) -> Report:
         figures["entropy_estimators"].savefig(out / "entropy.png", dpi=150)
         found["entropy"] = summarize_estimators(tables["entropy"][~tables["entropy"]["example"]])
     # the baseline is for the accuracy table only; drawn, it would overlay the run of the same form
-    shown = tables["history"][tables["history"]["arm"] != baseline]
+    shown = tables["history"][tables["history"]["variant"] != baseline]
     if len(shown):
         figures["training"] = figure_training(shown)
         if any(column.startswith("grad/") for column in shown):
@@ -218,5 +218,5 @@ def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.D
         return None
     if table is None:
         return answers.assign(beta=float("nan"))
-    beta = table[["form", "task", "prompt", "beta"]].rename(columns={"form": "arm"})
-    return answers.merge(beta, how="left", on=["arm", "task", "prompt"])
+    beta = table[["form", "task", "prompt", "beta"]].rename(columns={"form": "variant"})
+    return answers.merge(beta, how="left", on=["variant", "task", "prompt"])

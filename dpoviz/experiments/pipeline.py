@@ -57,10 +57,10 @@ class Results:
     Attributes:
         table: beta at each held-out prompt, a row per form and prompt (`beta_table`); empty if beta is not a function
             of the prompt.
-        history: the histories of training; the column `arm` names the variant.
-        scores: a row per variant and held-out pair: arm, form, task, group, prompt, chosen, rejected (log π/π_ref of
-            the two answers) and h, their difference; nats.
-        answers: a row per variant and displayed prompt: arm ("reference" before training), task, prompt, answer.
+        history: the histories of training; the column `variant` names the variant.
+        scores: a row per variant and held-out pair: variant, form, task, group, prompt, chosen, rejected (log π/π_ref
+            of the two answers) and h, their difference; nats.
+        answers: a row per variant and displayed prompt: variant ("reference" before training), task, prompt, answer.
         alpha: beta per nat of entropy, by form.
         entropy: as in `ScoredPairs`.
     """
@@ -152,11 +152,11 @@ class _Parts:
 
     def add(self, variant: TrainedVariant, held_out: Dataset, *, drawn: bool) -> None:
         form, result = variant.config.form, variant.result
-        self.histories.append(result.history.assign(arm=variant.name))
+        self.histories.append(result.history.assign(variant=variant.name))
         chosen, rejected = np.asarray(result.held_out).T
         rows = held_out.to_pandas()[["task", "group", "prompt"]]
         columns = {"chosen": chosen, "rejected": rejected, "h": chosen - rejected}
-        self.scores.append(rows.assign(arm=variant.name, form=form, **columns))
+        self.scores.append(rows.assign(variant=variant.name, form=form, **columns))
         if drawn and isinstance(variant.beta, Beta):
             self.alpha[form] = result.alpha
             columns = betas_at(variant.beta, held_out).to_dict("list")
@@ -188,7 +188,7 @@ def _answers(
 ) -> pd.DataFrame:
     """Return one answer to each displayed prompt, sampled with the same seed for every variant."""
     if shown.empty:
-        return pd.DataFrame(columns=["arm", "task", "prompt", "answer"])
+        return pd.DataFrame(columns=["variant", "task", "prompt", "answer"])
     end = int(shown["chosen_ids"].iloc[0][-1])
     sampled = sample_answers(
         model,
@@ -201,4 +201,4 @@ def _answers(
     ).answers
     ids = [own[:-1] if own[-1] == end else own for (own,) in sampled]  # not every end token counts as special
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return shown[["task", "prompt"]].assign(arm=name, answer=texts)
+    return shown[["task", "prompt"]].assign(variant=name, answer=texts)

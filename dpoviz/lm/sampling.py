@@ -168,7 +168,13 @@ def _sampled_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def _draw(
-    model: PreTrainedModel, prompts: Tokens, k: int, config: GenerationConfig, way: _Way, eos_id: int | None, scores: bool
+    model: PreTrainedModel,
+    prompts: Tokens,
+    k: int,
+    config: GenerationConfig,
+    way: _Way,
+    eos_id: int | None,
+    scores: bool,
 ) -> tuple[list[list[list[int]]], AnswerScores | None]:
     recorder = _Recorder() if scores else None
     with autocast(model.device):
