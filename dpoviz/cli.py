@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import Positional, arg
 
 from dpoviz.experiments.comparison_config import CompareConfig
 from dpoviz.experiments.config import BenchConfig, DemoConfig, RealConfig, SampleConfig
 from dpoviz.experiments.options import parse, read_settings
+from dpoviz.translation import in_language
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,6 +142,8 @@ class _Demo:
     """folder to which the results are written."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a run; options override it."""
+    lang: Literal["en", "zh"] = "en"
+    """language of the report and its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class _Train:
     """folder to which the results are written."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a run; options override it."""
+    lang: Literal["en", "zh"] = "en"
+    """language of the report and its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ class _Reference(_Train):
 class _Report:
     folder: Positional[Path]
     """folder of a finished run, its --out."""
+    lang: Literal["en", "zh"] = "en"
+    """language of the report and its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,8 @@ def _demo(given: _Demo) -> None:
 
     with locked_run(given.out, "demo", given.settings):
         results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir())
-    _say_results(given.out, results, given.settings.training.seed)
+    with in_language(given.lang):
+        _say_results(given.out, results, given.settings.training.seed)
 
 
 def _train(given: _Train) -> None:
@@ -222,7 +230,8 @@ def _train(given: _Train) -> None:
         scored = score(config, loaded, cache_dir=default_cache_dir())
         results = run_real(config, scored, out=given.out)
     if processes().is_main_process:
-        _say_results(given.out, results, config.training.seed)
+        with in_language(given.lang):
+            _say_results(given.out, results, config.training.seed)
 
 
 def _reference(given: _Reference) -> None:
@@ -246,7 +255,8 @@ def _reference(given: _Reference) -> None:
 def _report(given: _Report) -> None:
     from dpoviz.experiments.folder import report
 
-    report(given.folder)
+    with in_language(given.lang):
+        report(given.folder)
     _say_where(given.folder)
 
 

@@ -15,6 +15,7 @@ ALLOWED = {
     "forms": {"validation"},
     "validation": set(),
     "old_names": set(),
+    "translation": set(),
     "regularizers": {"validation"},
     "beta": {"validation"},
     "losses": {"forms", "regularizers", "validation"},
@@ -25,11 +26,11 @@ ALLOWED = {
     "lm": {"data", "validation"},
     "training": {*MATHEMATICS, "data", "lm"},
     "trl": {*MATHEMATICS, "data", "lm", "training"},
-    "analysis": {"forms", "allocation", "validation"},
+    "analysis": {"forms", "allocation", "validation", "translation"},
     "analysis.evaluate": {"data", "lm", "forms", "validation"},
-    "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl"},
-    "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments"},
-    "cli": {"experiments", "analysis", "lm"},
+    "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl", "translation"},
+    "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments", "translation"},
+    "cli": {"experiments", "analysis", "lm", "translation"},
     "__main__": {"cli"},
 }
 """What the modules of a room may import beside their own room; a module named here has a row of its own."""

@@ -22,6 +22,7 @@ from matplotlib.cbook import is_math_text
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 
 from dpoviz.analysis import plots, style
@@ -675,7 +676,7 @@ class TestImports:
         imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
         others = {"__future__", "collections", "typing", "matplotlib", "numpy", "pandas"}
-        own = {"dpoviz.analysis.style", "dpoviz.analysis.text"}
+        own = {"dpoviz.analysis.style", "dpoviz.analysis.text", "dpoviz.translation"}
         assert {module if module in own else module.split(".")[0] for module in imported} <= others | own
 
     def test_drawing_never_loads_pyplot(self):
@@ -810,7 +811,7 @@ class TestPlotEntropyEstimators:
     def test_chinese_is_drawn_without_a_warning_whatever_the_fonts(self, monkeypatch, fonts):
         draw(plots.plot_entropy_estimators(with_examples()).figure)  # matplotlib remembers the fonts that it found
         if fonts is not None:
-            monkeypatch.setattr(style.fontManager, "ttflist", fonts)
+            monkeypatch.setattr(fontManager, "ttflist", fonts)
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
         draw(ax.figure)
         assert words(ax)[1] in ("讲个笑话", "□□□□")
@@ -821,7 +822,7 @@ class TestPlotEntropyEstimators:
         class Font:
             name = "Noto Sans CJK SC"
 
-        monkeypatch.setattr(style.fontManager, "ttflist", [Font])
+        monkeypatch.setattr(fontManager, "ttflist", [Font])
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
         joke, chinese = ax.texts[:2]
         assert chinese.get_text() == "讲个笑话"

@@ -33,6 +33,7 @@ from dpoviz.analysis.style import (
     use_known_letters,
 )
 from dpoviz.analysis.text import number
+from dpoviz.translation import key, label
 
 __all__ = [
     "ESTIMATORS",
@@ -51,29 +52,27 @@ __all__ = [
 ]
 
 QUANTITIES = {
-    "loss": "total loss (nats)",
-    "accuracy": "reward accuracy",
-    "margin": r"reward margin $s\cdot h$ (nats)",
-    "kl": "KL to the reference (nats)",
-    "beta": r"$\beta(x)$, mean of a task",
+    "loss": key("total loss (nats)"),
+    "accuracy": key("reward accuracy"),
+    "margin": key(r"reward margin $s\cdot h$ (nats)"),
+    "kl": key("KL to the reference (nats)"),
+    "beta": key(r"$\beta(x)$, mean of a task"),
 }
 """The quantities that `plot_training` draws, with the labels of their axes."""
 
 ESTIMATORS = {
-    "first_token": "first token\n(nats)",
-    "per_token": "per token\n(nats per token)",
-    "teacher_forced": "teacher-forced\n(nats per token)",
-    "sequence": "sequence\n(nats)",
-    "monte_carlo": "Monte Carlo\n(nats)",
+    "first_token": key("first token\n(nats)"),
+    "per_token": key("per token\n(nats per token)"),
+    "teacher_forced": key("teacher-forced\n(nats per token)"),
+    "sequence": key("sequence\n(nats)"),
+    "monte_carlo": key("Monte Carlo\n(nats)"),
 }
 """The estimators of the reference's entropy in the order of the axis, with their labels and units."""
 
 _FORMULAS = {
-    "inverse": r"inverse form: loss $-\log\,\sigma(h/\beta(x))$",
-    "standard": r"standard form: loss $-\log\,\sigma(\beta(x)\cdot h)$",
+    "inverse": key(r"inverse form: loss $-\log\,\sigma(h/\beta(x))$"),
+    "standard": key(r"standard form: loss $-\log\,\sigma(\beta(x)\cdot h)$"),
 }
-_PULL_LABEL = "pull on $\\beta(x)$\n(positive lowers it)"
-_ENTROPY_LABEL = r"entropy of the reference $H$ (nats per token)"
 
 
 def plot_beta_by_task(
@@ -126,10 +125,10 @@ def plot_beta_by_task(
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=True, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
     if form == "standard":
-        ax.set_ylabel(r"$\beta(x)$ = scale $s(x)$")
+        ax.set_ylabel(label(r"$\beta(x)$ = scale $s(x)$"))
     else:
         second = ax.secondary_yaxis("right", functions=(_reciprocal, _reciprocal))
-        second.set_ylabel(r"scale $s(x) = 1/\beta(x)$")
+        second.set_ylabel(label(r"scale $s(x) = 1/\beta(x)$"))
         plain_ticks(second.yaxis)
     return ax
 
@@ -169,7 +168,7 @@ def plot_beta_vs_entropy(
         ax.scatter(h, beta, **(style | artist_kws))
     if alpha is not None:
         _entropy_line(ax, alpha, beta_min, beta_max)
-    ax.set_xlabel(_ENTROPY_LABEL)
+    ax.set_xlabel(label(r"entropy of the reference $H$ (nats per token)"))
     _beta_axis(ax, table["beta"])
     _beta_lines(ax, inside=False, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
     legend_above(ax, ncols=4)
@@ -206,15 +205,17 @@ def plot_training(history: pd.DataFrame, *, y: str, ax: Axes | None = None, **ar
             _lines(ax, history, f"beta/{task}", label=task_label(task), **style | {"color": color})
         _beta_axis(ax, pd.Series(history[betas].to_numpy().ravel()))
     elif y == "accuracy" and "held_out_accuracy" in history:
-        _lines(ax, history, "accuracy", label="training batch", **style | {"alpha": 0.35})
-        _lines(ax, history, "held_out_accuracy", label="held-out pairs", **style | {"marker": "o", "markersize": 4})
+        _lines(ax, history, "accuracy", label=label("training batch"), **style | {"alpha": 0.35})
+        _lines(
+            ax, history, "held_out_accuracy", label=label("held-out pairs"), **style | {"marker": "o", "markersize": 4}
+        )
     else:
         _lines(ax, history, y, label=y, **style)
     if y == "kl":
         for _, of_seed in history.dropna(subset="kl").groupby("seed"):
             low, high = of_seed["kl"] - of_seed["kl_se"], of_seed["kl"] + of_seed["kl_se"]
             ax.fill_between(of_seed["step"], low, high, color=style["color"], alpha=0.15, linewidth=0)
-    ax.set_ylabel(QUANTITIES[y])
+    ax.set_ylabel(label(QUANTITIES[y]))
     if len(ax.get_legend_handles_labels()[1]) > 1:
         use_known_letters(ax.legend(frameon=False).get_texts())
     _step_axis(ax)
@@ -250,11 +251,13 @@ def plot_beta_gradients(history: pd.DataFrame, *, task: str, ax: Axes | None = N
     ax = open_axes(ax)
     ax.axhline(0, color=GREY, linewidth=0.8, label="_zero")
     for term, column in columns.items():
-        _lines(ax, rows, column, label=term, **{"color": TERM_COLORS.get(term, GREY), "linewidth": 1.4} | artist_kws)
+        _lines(
+            ax, rows, column, label=label(term), **{"color": TERM_COLORS.get(term, GREY), "linewidth": 1.4} | artist_kws
+        )
     total = rows.assign(sum=rows[list(columns.values())].sum(axis=1, skipna=False, min_count=1))
     style = {"color": "black", "linewidth": 1.4, "linestyle": (0, (4, 2))}
-    _lines(ax, total, "sum", label="sum", **style | artist_kws)
-    ax.set_ylabel(_PULL_LABEL.replace("pull", f"{task_label(task)}: pull"))
+    _lines(ax, total, "sum", label=label("sum"), **style | artist_kws)
+    ax.set_ylabel(label("{task}: pull on $\\beta(x)$\n(positive lowers it)", task=task_label(task)))
     use_known_letters([ax.yaxis.label])
     legend_above(ax, ncols=len(columns) + 1)
     _step_axis(ax)
@@ -307,7 +310,7 @@ def plot_entropy_estimators(table: pd.DataFrame, *, ax: Axes | None = None, **ar
                 x, values.mean(), se, color=color, ecolor=INK, zorder=4, label=f"_{task}", elinewidth=1.6, **mean
             )
         ax.scatter([], [], color=color, s=24, linewidths=0, label=f"{task_label(task)} (n={rows['prompt'].nunique()})")
-    ax.set_xticks(range(len(places)), [ESTIMATORS[name] for name in places])
+    ax.set_xticks(range(len(places)), [label(ESTIMATORS[name]) for name in places])
     ax.set_xlim(-0.5, len(places) - 0.5)
     for place in range(1, len(places)):
         ax.axvline(place - 0.5, color=GREY, linewidth=0.5, alpha=0.4, label="_between")
@@ -357,7 +360,7 @@ def figure_beta_by_task(
         lines = {name: by_form.get(form) for name, by_form in given.items() if by_form is not None}
         plot_beta_by_task(rows, ax=left, **lines)
         plot_beta_vs_entropy(rows, ax=right, alpha=None if alpha is None else alpha.get(form), **lines)
-        left.set_title(_FORMULAS[form], loc="left", fontsize="large", pad=12)
+        left.set_title(label(_FORMULAS[form]), loc="left", fontsize="large", pad=12)
     return figure
 
 
@@ -388,7 +391,7 @@ def figure_training(history: pd.DataFrame) -> Figure:
                 ax.set_axis_off()
             first = None if y == "beta" else ax
             if i == 0:
-                ax.set_title(_FORMULAS[form], loc="left", fontsize="large", pad=20)
+                ax.set_title(label(_FORMULAS[form]), loc="left", fontsize="large", pad=20)
             if i < len(rows) - 1:
                 ax.set_xlabel("")
                 ax.tick_params(labelbottom=False)
@@ -423,7 +426,7 @@ def figure_beta_gradients(history: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(9, 3.1 * len(forms) + 0.3), layout="constrained")
     lines: dict[str, Artist] = {}  # by label: a form may have a term that the other lacks
     for form, part in zip(forms, figure.subfigures(len(forms), squeeze=False).flat, strict=True):
-        part.suptitle(_FORMULAS[form], x=0.01, ha="left")
+        part.suptitle(label(_FORMULAS[form]), x=0.01, ha="left")
         panels = part.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
         for (task, color), ax in zip(tasks.items(), panels, strict=True):
             plot_beta_gradients(history[history["form"] == form], task=task, ax=ax)
@@ -433,8 +436,8 @@ def figure_beta_gradients(history: pd.DataFrame) -> Figure:
             lines |= dict(zip(labels, handles, strict=True))
             if ax.get_legend() is not None:
                 ax.get_legend().remove()
-        panels[0].set_ylabel(_PULL_LABEL)
-    names = [name for name in (*TERM_COLORS, "sum") if name in lines]
+        panels[0].set_ylabel(label("pull on $\\beta(x)$\n(positive lowers it)"))
+    names = [name for name in map(label, (*TERM_COLORS, "sum")) if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
@@ -558,7 +561,7 @@ def _texts_beside(ax: Axes, x: float, values: np.ndarray, texts: list[str]) -> N
 
 
 def _step_axis(ax: Axes) -> None:
-    ax.set_xlabel("step")
+    ax.set_xlabel(label("step"))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
@@ -567,7 +570,7 @@ def _stage_boundary(ax: Axes, history: pd.DataFrame) -> None:
         return
     start = history.loc[history["stage"] == 2, "step"].min()
     ax.axvline(start, color=GREY, linewidth=0.9, linestyle=(0, (1, 2)), label="_stage 2")
-    for text, side, shift in ((r"fixed $\beta_0$", "right", -4), (r"$\beta(x)$ learns", "left", 4)):
+    for text, side, shift in ((label(r"fixed $\beta_0$"), "right", -4), (label(r"$\beta(x)$ learns"), "left", 4)):
         ax.annotate(
             text,
             (start, 1),

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from dpoviz.analysis.style import task_colors
 from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
+from dpoviz.translation import FONT_HINT, chinese_font, current_language, key, say, translate
 
 FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
@@ -32,7 +33,7 @@ The exact 95 % interval of the median of 10 values runs from the 2nd smallest to
 smallest to the largest; of 5 or fewer, there is none.
 """
 
-FAST_NOTE = (
+FAST_NOTE = key(
     "This is a --fast run: a small model, trained for few steps on few pairs, to see that everything works. Its "
     "numbers say little. Run it again without --fast before drawing conclusions."
 )
@@ -67,9 +68,11 @@ def reading(summary: pd.DataFrame) -> list[str]:
         sentences += [_order(form, rows[rows["task"] != POOLED]), _correlations(form, rows)]
     if (summary["task"] != POOLED).groupby(summary["form"]).sum().max() > 1:
         sentences.append(
-            "The pooled ρ is confounded by task: it mixes differences between tasks with differences between prompts "
-            "of one task, and can be large while β and H are unrelated within every task, or have the other sign. "
-            "Read it beside the ρ within each task, never alone."
+            say(
+                "The pooled ρ is confounded by task: it mixes differences between tasks with differences between "
+                "prompts of one task, and can be large while β and H are unrelated within every task, or have the "
+                "other sign. Read it beside the ρ within each task, never alone."
+            )
         )
     return sentences
 
@@ -78,37 +81,56 @@ def _order(form: str, rows: pd.DataFrame) -> str:
     counts = dict(zip(rows["task"], rows["n"], strict=True))
     if len(counts) > 1 and min(counts.values()) < MIN_PROMPTS:
         prompts = ", ".join(f"{n} {task}" for task, n in counts.items())
-        return (
-            f"{form} form: too few prompts to say anything about the order of the tasks: {prompts}; expected at least "
-            f"{MIN_PROMPTS} per task."
+        return say(
+            "{form} form: too few prompts to say anything about the order of the tasks: {prompts}; expected at least "
+            "{least} per task.",
+            form=say(form),
+            prompts=prompts,
+            least=MIN_PROMPTS,
         )
     medians = dict(zip(rows["task"], rows["beta_median"], strict=True))
     ranked = sorted(medians, key=medians.__getitem__)
-    text = f"{form} form: median β is {ranked[0]} {number(medians[ranked[0]])}"
+    order = f"{ranked[0]} {number(medians[ranked[0]])}"
     for before, task in pairwise(ranked):
         sign = "<" if number(medians[before]) != number(medians[task]) else "="
-        text += f" {sign} {task} {number(medians[task])}"
+        order += f" {sign} {task} {number(medians[task])}"
+    sentences = [say("{form} form: median β is {order}.", form=say(form), order=order)]
     if set(EXPECTED_ORDER) <= set(medians):
         expected = [float(number(medians[task])) for task in EXPECTED_ORDER]
-        holds = all(a < b for a, b in pairwise(expected))
-        verdict = "came out" if holds else "did not come out"
-        text += f". The order {' < '.join(EXPECTED_ORDER)} that the derivation expects (§5.1.2) {verdict}"
+        if all(a < b for a, b in pairwise(expected)):
+            verdict = say("The order {order} that the derivation expects (§5.1.2) came out.", order=_EXPECTED)
+        else:
+            verdict = say("The order {order} that the derivation expects (§5.1.2) did not come out.", order=_EXPECTED)
+        sentences.append(verdict)
     share = rows["order_share"].iloc[0]
     if not math.isnan(share):
-        text += (
-            f". The medians keep the order printed here in {100 * share:.0f} % of resamples of the prompts; this does "
-            "not cover another seed, or another rounding of the training"
+        sentences.append(
+            say(
+                "The medians keep the order printed here in {share:.0f} % of resamples of the prompts; this does not "
+                "cover another seed, or another rounding of the training.",
+                share=100 * share,
+            )
         )
-    return text + "."
+    return " ".join(sentences)
+
+
+_EXPECTED = " < ".join(EXPECTED_ORDER)
 
 
 def _correlations(form: str, rows: pd.DataFrame) -> str:
     """Return the sentence on rho, within each task and pooled."""
     parts = []
     for row in rows.itertuples():
-        where = "over all tasks pooled" if row.task == POOLED else f"within {row.task}"
-        parts.append(f"{rho(row)} {where}")
-    return f"{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {', '.join(parts)}."
+        value = rho(row)
+        if row.task == POOLED:
+            parts.append(say("{value} over all tasks pooled", value=value))
+        else:
+            parts.append(say("{value} within {task}", value=value, task=row.task))
+    return say(
+        "{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {parts}.",
+        form=say(form),
+        parts=", ".join(parts),
+    )
 
 
 def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
@@ -122,16 +144,25 @@ def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
     sentences = []
     for row in pooled[pooled["difference"].notna()].itertuples():
         if row.difference_low > 0:
-            verdict = "better than"
+            verdict = say("better than")
         elif row.difference_high < 0:
-            verdict = "worse than"
+            verdict = say("worse than")
         else:
-            verdict = "not significantly different from"
-        low, high = (fixed(x, 3, sign=True) for x in (row.difference_low, row.difference_high))
+            verdict = say("not significantly different from")
         sentences.append(
-            f"{row.variant}: reward accuracy on {row.n} held-out pairs is {fixed(row.accuracy, 3)}, {verdict} the "
-            f"{base.variant} β’s {fixed(base.accuracy, 3)} after as many steps (difference "
-            f"{fixed(row.difference, 3, sign=True)}, 95 % bootstrap interval {low} to {high})."
+            say(
+                "{variant}: reward accuracy on {n} held-out pairs is {accuracy}, {verdict} the {baseline} β’s {other} "
+                "after as many steps (difference {difference}, 95 % bootstrap interval {low} to {high}).",
+                variant=say(row.variant),
+                n=row.n,
+                accuracy=fixed(row.accuracy, 3),
+                verdict=verdict,
+                baseline=say(base.variant),
+                other=fixed(base.accuracy, 3),
+                difference=fixed(row.difference, 3, sign=True),
+                low=fixed(row.difference_low, 3, sign=True),
+                high=fixed(row.difference_high, 3, sign=True),
+            )
         )
     return sentences
 
@@ -179,7 +210,8 @@ def write_report(
     parts = [part for part in (table, summary, accuracy, entropy, answers) if part is not None]
     page = _environment().get_template("report.html.j2")
     html = page.render(
-        notes=[FAST_NOTE] * (config.get("fast") is True) + list(notes),
+        notes=[say(FAST_NOTE)] * (config.get("fast") is True) + _font_note() + list(notes),
+        language="zh-CN" if current_language() == "zh" else "en",
         reading=list(reading),
         figures={name: _png(figure) for name, figure in figures.items()},
         colors=task_colors({task for part in parts for task in part["task"]} - {POOLED}),
@@ -204,13 +236,26 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("dpoviz.analysis"),
         autoescape=True,
+        extensions=["jinja2.ext.i18n"],
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "fixed": fixed, "rho": rho, "short": short}
+    environment.policies["ext.i18n.trimmed"] = True  # a key is one line, however the template is laid out
+    # no sentence of the template depends on a number, so that there is one plural
+    environment.install_gettext_callables(translate, lambda one, many, n: translate(many))  # type: ignore[attr-defined]
+    environment.filters |= {"number": number, "fixed": fixed, "rho": rho, "short": short, "say": translate}
     environment.globals |= {"interval": interval}
     return environment
+
+
+def _font_note() -> list[str]:
+    """Return a hint if the figures had to stay English."""
+    if current_language() == "zh" and chinese_font() is None:
+        return [
+            say("The figures are in English: no installed font has Chinese characters. Install {font}.", font=FONT_HINT)
+        ]
+    return []
 
 
 def _png(figure: Figure) -> str:
@@ -231,16 +276,20 @@ def _facts(table: pd.DataFrame) -> dict[str, object]:
 
 def _last_measurements(history: pd.DataFrame) -> dict[str, object]:
     """Return the names of the measures and the last value of each in every run; KL with its standard error."""
-    names = {"loss/dpo": "DPO loss, last batch", "held_out_accuracy": "held-out accuracy", "kl": "KL, nats"}
+    names = {
+        "loss/dpo": say("DPO loss, last batch"),
+        "held_out_accuracy": say("held-out accuracy"),
+        "kl": say("KL, nats"),
+    }
     names = {column: name for column, name in names.items() if column in history}
     keys = [column for column in ("variant", "form", "seed") if column in history]
     rows = []
-    for key, run in history.sort_values("step").groupby(keys, sort=True):
+    for names_of_run, run in history.sort_values("step").groupby(keys, sort=True):
         cells = [number(run[column].dropna().iloc[-1]) if run[column].notna().any() else "–" for column in names]
         if "kl" in names and "kl_se" in run and run["kl"].notna().any():
             cells[-1] += f" ± {number(run.dropna(subset='kl')['kl_se'].iloc[-1])}"
-        rows.append(([str(part) for part in key], cells))
-    by = ["run" if column == "variant" else column for column in keys]
+        rows.append(([str(part) for part in names_of_run], cells))
+    by = [say({"variant": "run"}.get(column, column)) for column in keys]
     return {"by": by, "measures": list(names.values()), "runs": rows}
 
 

@@ -9,11 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dpoviz.analysis.text import number, short
+from dpoviz.translation import chinese_font, key
 
 TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
 """The colour of each known task in all figures, in the order of axes and legends."""
@@ -21,11 +22,11 @@ TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
 _FURTHER_COLORS = ("#2E8B57", "#8C564B", "#17808F", "#6F7F00", "#6B6B6B")
 
 TERM_COLORS = {
-    "dpo": "#1D2F5F",
-    "range": "#5B9A8B",
-    "smoothness": "#9A53C5",
-    "consistency": "#EE7733",
-    "entropy": "#7A1A0C",
+    key("dpo"): "#1D2F5F",
+    key("range"): "#5B9A8B",
+    key("smoothness"): "#9A53C5",
+    key("consistency"): "#EE7733",
+    key("entropy"): "#7A1A0C",
 }
 """The colour of each term of the total loss, in the order of legends."""
 
@@ -92,12 +93,6 @@ def legend_above(ax: Axes, ncols: int) -> None:
     use_known_letters(legend.get_texts())
 
 
-_CHINESE_FONTS = (
-    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
-    "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS", "Droid Sans Fallback",
-)  # fmt: skip
-
-
 def printable(text: str) -> tuple[dict[str, Any], str]:
     """Return font properties and text to draw; characters that no installed font has are replaced by boxes.
 
@@ -106,10 +101,9 @@ def printable(text: str) -> tuple[dict[str, Any], str]:
     known = get_font(findfont(FontProperties()))
     if all(letter == "\n" or known.get_char_index(ord(letter)) for letter in text):
         return {}, text
-    there = {font.name for font in fontManager.ttflist}
-    for name in _CHINESE_FONTS:
-        if name in there:
-            return {"fontfamily": ["sans-serif", name]}, text
+    font = chinese_font()
+    if font is not None:
+        return {"fontfamily": ["sans-serif", font]}, text
     return {}, "".join(letter if letter == "\n" or known.get_char_index(ord(letter)) else "□" for letter in text)
 
 

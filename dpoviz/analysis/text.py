@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from dpoviz.translation import say
+
 MISSING = "–"
 """The text printed in place of NaN."""
 
@@ -43,7 +45,7 @@ def interval(value: float, low: float, high: float, decimals: int = 2, *, sign: 
 def rho(row: Any) -> str:
     """Return Spearman's rho of a row of `summarize` with its interval, or "undefined"."""
     text = interval(row.rho, row.rho_low, row.rho_high, sign=True)
-    return "undefined" if text == MISSING else text
+    return say("undefined") if text == MISSING else text
 
 
 def short(text: str, most: int) -> str:

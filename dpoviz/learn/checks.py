@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpoviz.forms import Form
+from dpoviz.translation import say
 
 # float32 answers are accepted (relative error 1e-7 per operation); two mistakes differ by more than 1e-3
 _RTOL, _ATOL = 1e-5, 1e-6
@@ -47,7 +48,7 @@ class Verdict:
 
     @property
     def mark(self) -> str:
-        return {True: "✓ Right.", False: "✗ Not right.", None: "… Not yet."}[self.right]
+        return {True: say("✓ Right."), False: say("✗ Not right."), None: say("… Not yet.")}[self.right]
 
     def __repr__(self) -> str:
         return f"{self.mark} {self.sentence}"
@@ -89,8 +90,8 @@ class _Stop(Exception):
         self.verdict = Verdict(right, sentence)
 
 
-def _wrong(sentence: str) -> NoReturn:
-    raise _Stop(False, sentence) from None
+def _wrong(sentence: str, **values: object) -> NoReturn:
+    raise _Stop(False, say(sentence, **values)) from None
 
 
 def _check(body: Callable[..., Verdict]) -> Callable[..., Verdict]:
@@ -127,11 +128,16 @@ def _call(fn: Callable, *args: object) -> object:
             break
         if got is None or got is ...:
             name = getattr(fn, "__name__", "<lambda>")
-            subject = "Your function" if name == "<lambda>" else f"`{name}`"
-            raise _Stop(None, f"{subject} returns nothing so far: write its body and run this cell again.")
+            subject = say("Your function") if name == "<lambda>" else f"`{name}`"
+            raise _Stop(
+                None, say("{subject} returns nothing so far: write its body and run this cell again.", subject=subject)
+            )
         for number, (now, was) in enumerate(zip(given, before, strict=True), start=1):
             if isinstance(now, Tensor) and not torch.equal(now, was):
-                _wrong(f"Your function changes its argument {number} in place, and the caller still needs it: copy it.")
+                _wrong(
+                    "Your function changes its argument {number} in place, and the caller still needs it: copy it.",
+                    number=number,
+                )
         return got
     raise failures[0]
 
@@ -143,8 +149,11 @@ def _copies(args: Sequence[object], *, other_precision: bool = False) -> list:
 
 def _failure(error: Exception) -> _Stop:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__ and frame.line]
-    where = f" at `{frames[0].line}`" if frames else ""
-    return _Stop(False, f"Your function stopped with {type(error).__name__}: {error}{where}")
+    where = " " + say("at `{line}`", line=frames[0].line) if frames else ""
+    return _Stop(
+        False,
+        say("Your function stopped with {type}: {error}{where}", type=type(error).__name__, error=error, where=where),
+    )
 
 
 def _is_torch(got: object) -> bool:
@@ -157,12 +166,16 @@ def _tensor(got: object, name: str) -> Tensor:
     if isinstance(got, (list, tuple)) and _is_torch(got):
         parts = [_tensor(part, name) for part in got]
         if any(part.shape != parts[0].shape for part in parts):
-            _wrong(f"{name}: got parts of shapes {[tuple(part.shape) for part in parts]}, expected one tensor.")
+            _wrong(
+                "{name}: got parts of shapes {shapes}, expected one tensor.",
+                name=name,
+                shapes=[tuple(part.shape) for part in parts],
+            )
         return torch.stack(parts)
     try:
         return torch.as_tensor(got).to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        _wrong(f"{name}: got {type(got).__name__}, expected a tensor of numbers.")
+        _wrong("{name}: got {type}, expected a tensor of numbers.", name=name, type=type(got).__name__)
 
 
 def _same(got: Tensor, expected: Tensor) -> bool:
@@ -178,18 +191,38 @@ def _compare(name: str, got: object, right: Tensor, mistakes: Sequence[Mistake])
         if _same(value, wrong):
             _wrong(sentence)
     if value.shape == (*right.shape, 1) and _same(value[..., 0], right):
-        _wrong(f"{name}: got a column {tuple(value.shape)}, expected {tuple(right.shape)}: no `keepdim`, no last axis.")
+        _wrong(
+            "{name}: got a column {shape}, expected {expected}: no `keepdim`, no last axis.",
+            name=name,
+            shape=tuple(value.shape),
+            expected=tuple(right.shape),
+        )
     if value.shape != right.shape:
-        _wrong(f"{name}: got shape {tuple(value.shape)}, expected {tuple(right.shape)}.")
+        _wrong(
+            "{name}: got shape {shape}, expected {expected}.",
+            name=name,
+            shape=tuple(value.shape),
+            expected=tuple(right.shape),
+        )
     dtype = got.dtype if isinstance(got, Tensor) else torch.float64
     if dtype not in (torch.float32, torch.float64):
-        _wrong(f"{name}: got {dtype}, expected float32 or float64: keep the precision of the arguments.")
+        _wrong(
+            "{name}: got {dtype}, expected float32 or float64: keep the precision of the arguments.",
+            name=name,
+            dtype=dtype,
+        )
     gap = torch.nan_to_num((value - right).abs(), nan=torch.inf)
     at = _furthest(gap)
-    hint = "it is none of the usual mistakes"
+    hint = say("it is none of the usual mistakes")
     if (gap <= _NEAR * right.abs()).all():
-        hint = "it is near, but not equal: an ε is added, or numbers were rounded to half precision"
-    _wrong(f"{_entry(name, at)}: got {value[at].item():.6g}, expected {right[at].item():.6g}; {hint}.")
+        hint = say("it is near, but not equal: an ε is added, or numbers were rounded to half precision")
+    _wrong(
+        "{entry}: got {value:.6g}, expected {right:.6g}; {hint}.",
+        entry=_entry(name, at),
+        value=value[at].item(),
+        right=right[at].item(),
+        hint=hint,
+    )
 
 
 def _furthest(gap: Tensor) -> tuple[int, ...]:
@@ -207,7 +240,7 @@ def _gradient(value: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     try:
         found = torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
     except RuntimeError as error:
-        _wrong(f"The numbers are right, but autograd cannot take their gradient: {error}")
+        _wrong("The numbers are right, but autograd cannot take their gradient: {error}", error=error)
     return [torch.zeros_like(x) if g is None else g.detach() for g, x in zip(found, inputs, strict=True)]
 
 
@@ -239,13 +272,16 @@ def _compare_gradient(
             return
         _wrong(missing)
     if torch.allclose(got, -right, rtol=_GRADIENT_RTOL, atol=_ATOL):
-        _wrong(f"The numbers are right, but the gradient with respect to {by} has the wrong sign.")
+        _wrong("The numbers are right, but the gradient with respect to {by} has the wrong sign.", by=by)
     at = _furthest(torch.nan_to_num((got - right).abs(), nan=torch.inf))
     derivative = f"∂{_entry(name, at[:dims])}/∂{_entry(by, at[dims:])}"
-    hint = hint or "a part of it was detached or replaced"
+    hint = hint or say("a part of it was detached or replaced")
     _wrong(
-        f"The numbers are right, but their gradient is not: {derivative} is {got[at].item():.6g}, expected "
-        f"{right[at].item():.6g}; {hint}."
+        "The numbers are right, but their gradient is not: {derivative} is {got:.6g}, expected {right:.6g}; {hint}.",
+        derivative=derivative,
+        got=got[at].item(),
+        right=right[at].item(),
+        hint=hint,
     )
 
 
@@ -285,7 +321,7 @@ class _Far(NamedTuple):
         return int(off.nonzero()[0]) if off.any() else None
 
     def place(self, row: int) -> str:
-        return f"h = {self.h[row].item():g}, β = {self.beta[row].item():g}"
+        return say("h = {h:g}, β = {beta:g}", h=self.h[row].item(), beta=self.beta[row].item())
 
 
 # -- the loss ------------------------------------------------------------------------------------------------
@@ -297,8 +333,8 @@ def completion_logps_answers() -> Answers:
     mask = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, True, False]])
     kept = logps * mask
     right = kept.sum(dim=1)
-    early = "The mask is off by one: it meets the token before its own. `mask[t]` belongs to `logps[t]`."
-    late = "The mask is off by one: it meets the token after its own. `mask[t]` belongs to `logps[t]`."
+    early = say("The mask is off by one: it meets the token before its own. `mask[t]` belongs to `logps[t]`.")
+    late = say("The mask is off by one: it meets the token after its own. `mask[t]` belongs to `logps[t]`.")
     last = torch.stack([row[m][-1] for row, m in zip(logps, mask, strict=True)])
     mistakes = [
         Mistake(
@@ -343,19 +379,22 @@ def check_completion_logps(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     long = _tensor(_call(fn, torch.full((1, 1000), -3.0, dtype=torch.float64), torch.ones(1, 1000).bool()), "logps")
     if long.isinf().any():
         _wrong(
-            "Right for 4 tokens, but for an answer of 1000 tokens of −3 each it is −∞, expected −3000: a product of "
-            "probabilities rounds to 0. Sum the log-probabilities."
+            "Right for 4 tokens, but for an answer of 1000 tokens of −3 each it is −∞, expected "
+            "−3000: a product of probabilities rounds to 0. Sum the log-probabilities."
         )
-    _compare("logps of 1000 tokens", long, _rows(-3000.0), [])
-    praise = "The log-probability of an answer is the sum over its own tokens."
+    _compare(say("logps of 1000 tokens"), long, _rows(-3000.0), [])
+    praise = say("The log-probability of an answer is the sum over its own tokens.")
     if not _is_torch(got):
-        return Verdict(True, f"{praise} But only torch carries a gradient: in training this one would stop it.")
+        return Verdict(
+            True, say("{praise} But only torch carries a gradient: in training this one would stop it.", praise=praise)
+        )
     (leaf,) = _leaves(logps)
     (jacobian,) = _jacobians(_tensor(_call(fn, leaf, mask), "logps"), [leaf])
     expected = torch.eye(len(mask), dtype=torch.float64)[:, :, None] * mask
-    missing = (
-        "The numbers are right, but no gradient reaches token_logps, so they could not train a policy: `.detach()`, "
-        "`.item()`, `torch.no_grad()` and `torch.tensor([...])` cut it off."
+    missing = say(
+        "The numbers are right, but no gradient reaches token_logps, so they could not train "
+        "a policy: `.detach()`, `.item()`, `torch.no_grad()` and `torch.tensor([...])` cut "
+        "it off."
     )
     _compare_gradient("logps", "token_logps", jacobian, expected, missing=missing)
     return Verdict(True, praise)
@@ -368,10 +407,13 @@ _DPO_ARGS = (
     _rows(-3.3, -7.2, -5.1, -12.0),
     _rows(0.2, 0.5, 1.7, 3.1),
 )
-_COLUMN = (
-    "β has become a column (B, 1): against h of shape (B,) it broadcasts to (B, B), every β meeting every pair. "
-    "Keep it (B,)."
-)
+
+
+def _column() -> str:
+    return say(
+        "β has become a column (B, 1): against h of shape (B,) it broadcasts to (B, B), every β meeting every pair. "
+        "Keep it (B,)."
+    )
 
 
 def dpo_loss_answers(form: Form) -> Answers:
@@ -383,8 +425,13 @@ def dpo_loss_answers(form: Form) -> Answers:
     matrix = _softplus(-s[:, None] * h)
     mistakes = [
         Mistake(
-            f"β and 1/β are swapped: this is the {_OTHER[form]} form, s = {_SCALE[_OTHER[form]]}; the {form} form has "
-            f"s = {_SCALE[form]}.",
+            say(
+                "β and 1/β are swapped: this is the {other} form, s = {scale}; the {form} form has s = {scale2}.",
+                other=_OTHER[form],
+                scale=_SCALE[_OTHER[form]],
+                form=form,
+                scale2=_SCALE[form],
+            ),
             _softplus(-other * h),
         ),
         Mistake(
@@ -407,11 +454,11 @@ def dpo_loss_answers(form: Form) -> Answers:
         Mistake("log σ is missing: this is −s·h.", -s * h),
         Mistake("The losses are averaged already: return one per pair, (B,); the mean is the caller's.", losses.mean()),
         Mistake("The losses are summed already: return one per pair, (B,).", losses.sum()),
-        Mistake(_COLUMN, matrix),
-        Mistake(_COLUMN, matrix.T),
-        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean()),
-        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean(0)),
-        Mistake(f"{_COLUMN} (You averaged the matrix, which hides it.)", matrix.mean(1)),
+        Mistake(_column(), matrix),
+        Mistake(_column(), matrix.T),
+        Mistake(say("{column} (You averaged the matrix, which hides it.)", column=_column()), matrix.mean()),
+        Mistake(say("{column} (You averaged the matrix, which hides it.)", column=_column()), matrix.mean(0)),
+        Mistake(say("{column} (You averaged the matrix, which hides it.)", column=_column()), matrix.mean(1)),
         Mistake(
             "One β, their mean, is used for all pairs: each pair has the β of its own prompt.", _softplus(-mean * h)
         ),
@@ -434,14 +481,20 @@ def dpo_rewards_answers(form: Form) -> Answers:
     logps, refs = torch.stack([chosen, rejected]), torch.stack([ref_chosen, ref_rejected])
     ratios = logps - refs
     s, mean, other = _scale(beta, form)[0], _scale(beta.mean(), form)[0], _scale(beta, _OTHER[form])[0]
-    used = f"the loss used s = {_SCALE[form]}"
+    used = say("the loss used s = {scale}", scale=_SCALE[form])
     mistakes = [
-        Mistake(f"The rewards are without β: r̂ = s·log(π/π_ref), and {used}.", ratios),
+        Mistake(say("The rewards are without β: r̂ = s·log(π/π_ref), and {used}.", used=used), ratios),
         Mistake(
-            f"The rewards carry another β than the loss: they have s = {_SCALE[_OTHER[form]]}, {used}.", other * ratios
+            say(
+                "The rewards carry another β than the loss: they have s = {scale}, {used}.",
+                scale=_SCALE[_OTHER[form]],
+                used=used,
+            ),
+            other * ratios,
         ),
         Mistake(
-            f"The rewards carry one β, the mean, for all prompts; {used} of each pair's own prompt.", mean * ratios
+            say("The rewards carry one β, the mean, for all prompts; {used} of each pair's own prompt.", used=used),
+            mean * ratios,
         ),
         Mistake("The rewards lack the reference: r̂ = s·log(π/π_ref), not s·log π.", s * logps),
         Mistake(
@@ -475,14 +528,22 @@ def check_dpo_loss(fn: Callable[..., tuple[Tensor, Tensor, Tensor]], *, form: Fo
     for name, part in zip(("chosen_rewards", "rejected_rewards"), rewards, strict=True):
         shape = _tensor(part, name).shape
         if shape != right.shape:
-            _wrong(f"{name}: got shape {tuple(shape)}, expected {tuple(right.shape)}.")
+            _wrong(
+                "{name}: got shape {shape}, expected {expected}.",
+                name=name,
+                shape=tuple(shape),
+                expected=tuple(right.shape),
+            )
     _compare("rewards", rewards, *dpo_rewards_answers(form)[1:])
     _check_dpo_gradients(_tensor(losses, "losses"), (chosen, rejected, beta), args, form)
     if any(_tensor(part, "rewards").requires_grad for part in rewards):
         _wrong("The rewards carry a gradient: they are there to be looked at, detach them.")
     _check_dpo_far(fn, form)
     _check_column(fn, args, right)
-    praise = f"Loss and rewards of the {form} form, one β per prompt, stable for large |h|, and a column β is refused."
+    praise = say(
+        "Loss and rewards of the {form} form, one β per prompt, stable for large |h|, and a column β is refused.",
+        form=form,
+    )
     return Verdict(True, praise + _check_dpo_start(fn, form))
 
 
@@ -506,13 +567,16 @@ def _check_dpo_gradients(losses: Tensor, leaves: Sequence[Tensor], args: Sequenc
     if not got["policy_chosen_logps"].any() and not got["policy_rejected_logps"].any():
         _wrong("The losses carry no gradient to the policy: something was detached that should not be.")
     missing = {
-        side: f"No gradient reaches policy_{side}_logps: the {side} side of h is detached, so the loss trains the "
-        "other answer alone. Only the reference is a constant."
+        side: say(
+            "No gradient reaches policy_{side}_logps: the {side} side of h is detached, so the "
+            "loss trains the other answer alone. Only the reference is a constant.",
+            side=side,
+        )
         for side in ("chosen", "rejected")
     }
-    missing["beta"] = (
-        "No gradient reaches β: it is detached in the loss. Every number is right, and a learned β(x) would never "
-        "move. Detach the rewards, not the loss."
+    missing["beta"] = say(
+        "No gradient reaches β: it is detached in the loss. Every number is right, and a "
+        "learned β(x) would never move. Detach the rewards, not the loss."
     )
     for by, jacobian in got.items():
         sentence = missing[by.removeprefix("policy_").removesuffix("_logps")]
@@ -525,7 +589,12 @@ def _dpo_at(fn: Callable, h: Tensor, beta: Tensor, form: Form) -> tuple[Tensor, 
     leaves = _leaves(h.clamp(max=0), -h.clamp(min=0), beta)  # log-probabilities are not positive
     losses = _tensor(_three(_call(fn, *leaves[:2], zero, zero, leaves[2]))[0], "losses")
     if losses.shape != h.shape:
-        _wrong(f"losses: got shape {tuple(losses.shape)} for {len(h)} pairs, expected {tuple(h.shape)}.")
+        _wrong(
+            "losses: got shape {shape} for {count} pairs, expected {expected}.",
+            shape=tuple(losses.shape),
+            count=len(h),
+            expected=tuple(h.shape),
+        )
     right = _dpo_slopes(h.double(), beta.double(), form)
     got = [g.double() for g in _gradient(losses.sum(), leaves)]
     return losses.detach(), dict(zip(right, got, strict=True)), right
@@ -539,28 +608,39 @@ def _check_dpo_far(fn: Callable, form: Form) -> None:
     expected = _softplus(-s * h)
     row = far.first_wrong(losses, expected)
     if row is not None:
-        numbers = f"Right for moderate h, but at {far.place(row)} the loss is {losses[row].item():g}, expected "
-        numbers += f"{expected[row].item():g}"
+        numbers = say(
+            "Right for moderate h, but at {place} the loss is {got:g}, expected {right:g}",
+            place=far.place(row),
+            got=losses[row].item(),
+            right=expected[row].item(),
+        )
         if not math.isfinite(losses[row]):
             _wrong(
-                f"{numbers}: σ rounds to 0 and its logarithm is −∞, or exp overflows. Stay in log space: "
-                "`torch.nn.functional.logsigmoid`."
+                "{numbers}: σ rounds to 0 and its logarithm is −∞, or exp overflows. Stay in log "
+                "space: `torch.nn.functional.logsigmoid`.",
+                numbers=numbers,
             )
         if losses[row] < expected[row] and (s * h)[row] < 0:
             _wrong(
-                f"{numbers}: an ε added to σ, or a clamp, caps the loss, and its gradient vanishes where the pair is "
-                "most wrong. Stay in log space, without either: `torch.nn.functional.logsigmoid`."
+                "{numbers}: an ε added to σ, or a clamp, caps the loss, and its gradient vanishes "
+                "where the pair is most wrong. Stay in log space, without either: "
+                "`torch.nn.functional.logsigmoid`.",
+                numbers=numbers,
             )
-        _wrong(f"{numbers}: h or β is clamped, or rounded to half precision.")
+        _wrong("{numbers}: h or β is clamped, or rounded to half precision.", numbers=numbers)
     sizes = {"policy_chosen_logps": s, "policy_rejected_logps": s, "beta": (h * ds).abs()}
     for by, size in sizes.items():
         row = far.first_wrong(got[by], right[by], size)
         if row is not None:
             _wrong(
-                f"The losses are right, but at {far.place(row)} the gradient with respect to {by} is "
-                f"{got[by][row].item():g}, expected {right[by][row].item():g}: a clamp or a branch hides what "
-                "the value does not show (`torch.where` has the gradient of both branches). Stay in log space: "
-                "`torch.nn.functional.logsigmoid`."
+                "The losses are right, but at {place} the gradient with respect to {by} is {got:g}, "
+                "expected {right:g}: a clamp or a branch hides what the value does not show "
+                "(`torch.where` has the gradient of both branches). Stay in log space: "
+                "`torch.nn.functional.logsigmoid`.",
+                place=far.place(row),
+                by=by,
+                got=got[by][row].item(),
+                right=right[by][row].item(),
             )
 
 
@@ -569,16 +649,23 @@ def _check_dpo_start(fn: Callable, form: Form) -> str:
     h, beta = torch.zeros(2), torch.tensor([0.5, 2.0])
     losses, got, right = _dpo_at(fn, h, beta, form)
     if not torch.allclose(losses, _rows(math.log(2), math.log(2)), rtol=_RTOL, atol=_ATOL):
-        _wrong(f"At h = 0, where training starts: the loss is {losses[0].item():.6g}, expected log 2 = 0.693147.")
+        _wrong(
+            "At h = 0, where training starts: the loss is {losses:.6g}, expected log 2 = 0.693147.",
+            losses=losses[0].item(),
+        )
     if not all(torch.isfinite(g).all() for g in got.values()):
         _wrong("At h = 0, where training starts, the gradient is not finite: something is divided by h or by |h|.")
     by = "policy_chosen_logps"
     if all(torch.allclose(got[name], right[name], rtol=_RTOL, atol=_ATOL) for name in right):
         return ""
-    return (
-        f" One remark: at h = 0 exactly, where training starts (the policy is the reference), autograd gives "
-        f"∂loss/∂{by} = {got[by][0].item():g} instead of {right[by][0].item():g}, since |h| and max(0, h) have a kink "
-        "there; with 0 the policy never leaves the reference. `torch.nn.functional.logsigmoid` has no kink."
+    return " " + say(
+        "One remark: at h = 0 exactly, where training starts (the policy is the reference), "
+        "autograd gives ∂loss/∂{by} = {got:g} instead of {right:g}, since |h| and max(0, h) "
+        "have a kink there; with 0 the policy never leaves the reference. "
+        "`torch.nn.functional.logsigmoid` has no kink.",
+        by=by,
+        got=got[by][0].item(),
+        right=right[by][0].item(),
     )
 
 
@@ -590,12 +677,14 @@ def _check_column(fn: Callable, args: Sequence[Tensor], right: Tensor) -> None:
         return
     if isinstance(got, (tuple, list)) and len(got) == 3 and _same(_tensor(got[0], "losses").detach(), right):
         _wrong(
-            "Right for β of shape (B,), and a column (B, 1) is silently repaired; the exercise asks you to refuse it. "
-            "Raise a ValueError: a column shows a mistake of the caller, who should hear of it."
+            "Right for β of shape (B,), and a column (B, 1) is silently repaired; the exercise "
+            "asks you to refuse it. Raise a ValueError: a column shows a mistake of the caller, "
+            "who should hear of it."
         )
     _wrong(
-        "Right for β of shape (B,), but β as a column (B, 1), which is what a linear layer returns, goes through: "
-        "against h it broadcasts to (B, B), and the mean of that looks like a loss. Raise a ValueError for it."
+        "Right for β of shape (B,), but β as a column (B, 1), which is what a linear layer "
+        "returns, goes through: against h it broadcasts to (B, B), and the mean of that "
+        "looks like a loss. Raise a ValueError for it."
     )
 
 
@@ -607,23 +696,41 @@ def beta_gradient_answers(form: Form) -> Answers:
     right = -weight * h * ds
     mistakes = [
         Mistake(
-            f"The sign is flipped ({form} form): −log σ falls where s·h grows, and 1/β falls where β grows.", -right
+            say(
+                "The sign is flipped ({form} form): −log σ falls where s·h grows, and 1/β falls where β grows.",
+                form=form,
+            ),
+            -right,
         ),
         Mistake(
-            f"The weight is σ(−s·h), small where the pair is ranked correctly; you have σ(s·h) ({form} form).",
+            say(
+                "The weight is σ(−s·h), small where the pair is ranked correctly; you have σ(s·h) ({form} form).",
+                form=form,
+            ),
             -(1 - weight) * h * ds,
         ),
-        Mistake(f"The factor h is missing ({form} form): s multiplies h inside the loss.", -weight * ds),
-        Mistake(f"The weight σ(−s·h) is missing ({form} form): this is −h·ds/dβ.", -h * ds),
+        Mistake(say("The factor h is missing ({form} form): s multiplies h inside the loss.", form=form), -weight * ds),
+        Mistake(say("The weight σ(−s·h) is missing ({form} form): this is −h·ds/dβ.", form=form), -h * ds),
         Mistake(
-            f"β and 1/β are swapped in the {form} form: this is the {_OTHER[form]} form's gradient.",
+            say(
+                "β and 1/β are swapped in the {form} form: this is the {other} form's gradient.",
+                form=form,
+                other=_OTHER[form],
+            ),
             -torch.sigmoid(-other * h) * h * other_ds,
         ),
-        Mistake(f"This is ∂ℓ/∂h ({form} form): the factor next to the weight is h·ds/dβ, not s.", -weight * s),
-        Mistake(f"You divide by the batch ({form} form): this is the gradient of the mean of the losses.", right / 4),
-        Mistake(f"You sum over the batch ({form} form): return one number per pair.", right.sum()),
-        Mistake(f"You average over the batch ({form} form): return one number per pair.", right.mean()),
-        Mistake(f"This is the loss −log σ(s·h) ({form} form); return its derivative.", _softplus(-s * h)),
+        Mistake(
+            say("This is ∂ℓ/∂h ({form} form): the factor next to the weight is h·ds/dβ, not s.", form=form), -weight * s
+        ),
+        Mistake(
+            say("You divide by the batch ({form} form): this is the gradient of the mean of the losses.", form=form),
+            right / 4,
+        ),
+        Mistake(say("You sum over the batch ({form} form): return one number per pair.", form=form), right.sum()),
+        Mistake(say("You average over the batch ({form} form): return one number per pair.", form=form), right.mean()),
+        Mistake(
+            say("This is the loss −log σ(s·h) ({form} form); return its derivative.", form=form), _softplus(-s * h)
+        ),
     ]
     if form == "inverse":
         mistakes += [
@@ -648,22 +755,33 @@ def check_beta_gradient(fn: Callable[[Tensor, Tensor, Form], Tensor]) -> Verdict
     forms: tuple[Form, ...] = ("standard", "inverse")
     for form in forms:
         args, right, mistakes = beta_gradient_answers(form)
-        _compare(f"gradient ({form})", _call(fn, *args), right, mistakes)
+        _compare(say("gradient ({form})", form=form), _call(fn, *args), right, mistakes)
     far = _Far.pairs()
     for form in forms:
-        got = _tensor(_call(fn, *far, form), f"gradient ({form})").detach()
+        got = _tensor(_call(fn, *far, form), say("gradient ({form})", form=form)).detach()
         right = _dpo_slopes(far.h.double(), far.beta.double(), form)["beta"]
         if got.shape != right.shape:
-            _wrong(f"gradient ({form}): got shape {tuple(got.shape)} for {len(right)} pairs, expected one per pair.")
+            _wrong(
+                "gradient ({form}): got shape {shape} for {count} pairs, expected one per pair.",
+                form=form,
+                shape=tuple(got.shape),
+                count=len(right),
+            )
         row = far.first_wrong(got, right, (far.h * _scale(far.beta, form)[1]).abs())
         if row is not None:
-            hint = "" if math.isfinite(got[row]) else ": exp overflows, and ∞/∞ or 0·∞ is no number"
+            hint = "" if math.isfinite(got[row]) else ": " + say("exp overflows, and ∞/∞ or 0·∞ is no number")
             _wrong(
-                f"Right for moderate h, but at {far.place(row)} ({form} form) the gradient is {got[row].item():g}, "
-                f"expected {right[row].item():g}{hint}. `torch.sigmoid(-s * h)` is right at any size."
+                "Right for moderate h, but at {place} ({form} form) the gradient is {got:g}, "
+                "expected {right:g}{hint}. `torch.sigmoid(-s * h)` is right at any size.",
+                place=far.place(row),
+                form=form,
+                got=got[row].item(),
+                right=right[row].item(),
+                hint=hint,
             )
     return Verdict(
-        True, "Correctly ranked pairs push s up in both forms: β up in the standard form, β down in the inverse form."
+        True,
+        say("Correctly ranked pairs push s up in both forms: β up in the standard form, β down in the inverse form."),
     )
 
 
@@ -751,7 +869,7 @@ def check_optimal_policy(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdi
             by_ref, by_rewards = _jacobians(followed, leaves)
             _compare_gradient("log π*", "ref_logps", by_ref, slopes, dims=2)
             _compare_gradient("log π*", "rewards", by_rewards, slopes / beta, dims=2)
-    return Verdict(True, "π* = π_ref·exp(r/β)/Z, row by row, in log space.")
+    return Verdict(True, say("π* = π_ref·exp(r/β)/Z, row by row, in log space."))
 
 
 def _check_small_beta(fn: Callable, ref_logps: Tensor, rewards: Tensor) -> None:
@@ -762,23 +880,31 @@ def _check_small_beta(fn: Callable, ref_logps: Tensor, rewards: Tensor) -> None:
     expected = top - top.exp().sum(dim=1, keepdim=True).log()
     if _same(far, expected):
         return
-    prefix = f"Right at β = 0.6, but at β = {beta} "
-    stay = "Stay in log space: log π_ref + r/β minus its `torch.logsumexp`."
+    prefix = say("Right at β = 0.6, but at β = {beta}", beta=beta)
+    stay = say("Stay in log space: log π_ref + r/β minus its `torch.logsumexp`.")
     if not torch.isfinite(far.amax(dim=1)).all():
-        _wrong(f"{prefix}it is not finite: exp(r/β) overflows. {stay}")
+        _wrong("{prefix} it is not finite: exp(r/β) overflows. {stay}", prefix=prefix, stay=stay)
     if not torch.isfinite(far).all():
-        _wrong(f"{prefix}it is not finite: a small probability rounds to 0, and its logarithm is −∞. {stay}")
+        _wrong(
+            "{prefix} it is not finite: a small probability rounds to 0, and its logarithm is −∞. {stay}",
+            prefix=prefix,
+            stay=stay,
+        )
     at = _furthest((far - expected).abs())
     _wrong(
-        f"{prefix}{_entry('log π*', at)} is {far[at].item():g}, expected {expected[at].item():g}: an ε or a clamp "
-        f"holds small probabilities up. {stay}"
+        "{prefix} {entry} is {far:g}, expected {expected:g}: an ε or a clamp holds small probabilities up. {stay}",
+        prefix=prefix,
+        entry=_entry("log π*", at),
+        far=far[at].item(),
+        expected=expected[at].item(),
+        stay=stay,
     )
 
 
 def _followed(fn: Callable, *args: object) -> Tensor | None:
     """Return the reader's tensor with its gradient; None if the function fails on tensors that require one."""
     try:
-        return _tensor(_call(fn, *args), "a returned value")
+        return _tensor(_call(fn, *args), say("a returned value"))
     except _Stop:
         return None
 
@@ -831,11 +957,11 @@ def check_reward_difference(fn: Callable[..., Tensor]) -> Verdict:
     followed = _followed(fn, *leaves, *refs, beta) if _is_torch(got) else None
     if followed is not None and followed.requires_grad:
         slope = beta * torch.eye(len(right), dtype=torch.float64)
-        missing = "A gradient reaches one policy only: one side of h is detached. Detach both, or none."
+        missing = say("A gradient reaches one policy only: one side of h is detached. Detach both, or none.")
         by_chosen, by_rejected = _jacobians(followed, leaves)
         _compare_gradient("r_w − r_l", "policy_chosen_logps", by_chosen, slope, missing=missing)
         _compare_gradient("r_w − r_l", "policy_rejected_logps", by_rejected, -slope, missing=missing)
-    return Verdict(True, "r_w − r_l = β·h: Z(x) is the same for both answers and cancels.")
+    return Verdict(True, say("r_w − r_l = β·h: Z(x) is the same for both answers and cancels."))
 
 
 # -- the regularisers ----------------------------------------------------------------------------------------
@@ -845,7 +971,9 @@ def entropy_penalty_answers() -> Answers:
     """Return the numbers of `check_entropy_penalty`."""
     beta, entropy, alpha = _rows(0.1, 0.7, 0.45, 1.2), _rows(2.0, 1.1, 3.3, 0.4), 0.2
     gap = beta - alpha * entropy
-    column = "β has become a column (B, 1): against H of shape (B,) it broadcasts to (B, B), every prompt with every H."
+    column = say(
+        "β has become a column (B, 1): against H of shape (B,) it broadcasts to (B, B), every prompt with every H."
+    )
     mistakes = [
         Mistake("You sum over the batch: E_x is a mean, and a sum makes λ3 depend on its size.", gap.square().sum()),
         Mistake("One number per prompt: the term is their mean, E_x.", gap.square()),
@@ -889,7 +1017,7 @@ def check_entropy_penalty(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verd
     # on the line the gap is 0, where the gradient of a square root is 0·∞
     entropy = _rows(2.0, 1.0)
     _check_entropy_gradient(fn, 0.25 * entropy, entropy, 0.25, torch.zeros((), dtype=torch.float64), [])
-    return Verdict(True, "The mean squared distance from the line αH, with a gradient on β alone.")
+    return Verdict(True, say("The mean squared distance from the line αH, with a gradient on β alone."))
 
 
 def _check_entropy_gradient(
@@ -904,8 +1032,8 @@ def _check_entropy_gradient(
         "beta",
         by_beta,
         2 * (beta - alpha * entropy) / len(beta),
-        missing="The penalty carries no gradient to β: something was detached that should not be.",
-        hint="a part of it was detached, or a root or a logarithm has no slope where β = αH",
+        missing=say("The penalty carries no gradient to β: something was detached that should not be."),
+        hint=say("a part of it was detached, or a root or a logarithm has no slope where β = αH"),
         dims=0,
     )
     if by_entropy.any():
@@ -1022,16 +1150,20 @@ def check_smoothness_penalty(fn: Callable[[nn.Module, Tensor], Tensor]) -> Verdi
         _gradient(penalty, [net.weight])[0],
         smoothness_gradient(x),
         missing=(
-            "The number is right, but its gradient never reaches the parameters of the module you were given: the "
-            "penalty is taken on a copy, or on detached parameters, and training by it changes nothing. Use the module "
-            "itself."
+            say(
+                "The number is right, but its gradient never reaches the parameters of the module "
+                "you were given: the penalty is taken on a copy, or on detached parameters, and "
+                "training by it changes nothing. Use the module itself."
+            )
         ),
         dims=0,
     )
     _check_constant_beta(fn, x)
     return Verdict(
         True,
-        "Each prompt's own gradient, of the deterministic β, squared, summed over features, averaged over prompts.",
+        say(
+            "Each prompt's own gradient, of the deterministic β, squared, summed over features, averaged over prompts."
+        ),
     )
 
 
@@ -1041,13 +1173,15 @@ def _check_left_behind(net: BetaWithBatchNorm, before: dict[str, Tensor]) -> Non
     for name, value in net.state_dict().items():
         if not torch.equal(value, before[name]):
             _wrong(
-                f"Your function changes the module: `{name}` is not what it was. A penalty only looks; in training "
-                "mode every call moves the running statistics of batch norm."
+                "Your function changes the module: `{name}` is not what it was. A penalty only "
+                "looks; in training mode every call moves the running statistics of batch norm.",
+                name=name,
             )
     if net.weight.grad is not None:
         _wrong(
-            "Your function fills `.grad` of the parameters, and the optimizer would step by it: `backward()` does "
-            "that. Take the gradient by `torch.autograd.grad`, which returns it."
+            "Your function fills `.grad` of the parameters, and the optimizer would step by it: "
+            "`backward()` does that. Take the gradient by `torch.autograd.grad`, which returns "
+            "it."
         )
 
 
@@ -1055,10 +1189,11 @@ def _check_constant_beta(fn: Callable, x: Tensor) -> None:
     net = BetaWithBatchNorm().train()
     net.weight.data.zero_()
     got = _call(fn, net, x)
-    _compare("penalty of a constant β", got, torch.zeros((), dtype=torch.float64), [])
+    _compare(say("penalty of a constant β"), got, torch.zeros((), dtype=torch.float64), [])
     (gradient,) = _gradient(_tensor(got, "penalty"), [net.weight])
     if not torch.isfinite(gradient).all():
         _wrong(
-            "The number is right, but where β is the same for all prompts, as at the start of training, the gradient "
-            "to the parameters is NaN: a square root has no slope at 0. Square without taking the root first."
+            "The number is right, but where β is the same for all prompts, as at the start of "
+            "training, the gradient to the parameters is NaN: a square root has no slope at 0. "
+            "Square without taking the root first."
         )

@@ -32,6 +32,7 @@ from torch import Tensor
 from dpoviz import tabular
 from dpoviz.analysis.plots import TERM_COLORS, task_colors
 from dpoviz.forms import FORMS, Form, scale
+from dpoviz.translation import key, label, say
 
 FORM_COLORS = {"inverse": "#B4460F", "standard": "#0B6E75"}
 """The colour of each form, where both are in one picture."""
@@ -199,18 +200,18 @@ def frontier() -> Explorer:
     """
     figure, (left, middle, right) = _panels(3)
     (curve,) = left.plot([], [], color=_INK)
-    (tangent,) = left.plot([], [], color=FORM_COLORS["inverse"], linewidth=1.2, label="slope β*")
+    (tangent,) = left.plot([], [], color=FORM_COLORS["inverse"], linewidth=1.2, label=label("slope β*"))
     (point,) = left.plot([], [], "o", color=FORM_COLORS["inverse"])
-    left.set(xlim=(0, 2.5), ylim=(-0.5, 2.2), xlabel="KL(π‖π_ref) (nats)", ylabel="expected reward")
+    left.set(xlim=(0, 2.5), ylim=(-0.5, 2.2), xlabel="KL(π‖π_ref) (nats)", ylabel=label("expected reward"))
     (kl_curve,) = middle.plot([], [], color=_INK)
-    budget = middle.axhline(0, color=_GREY, linewidth=1, linestyle="--", label="budget ε")
+    budget = middle.axhline(0, color=_GREY, linewidth=1, linestyle="--", label=label("budget ε"))
     price = middle.axvline(1, color=FORM_COLORS["inverse"], linewidth=1.2, label="β*")
     _plain_log(middle, [0.01, 0.1, 1, 10, 100])
-    middle.set(xlim=(0.01, 100), ylim=(0, 2.5), xlabel="β", ylabel="KL of π*_β (nats)")
+    middle.set(xlim=(0.01, 100), ylim=(0, 2.5), xlabel="β", ylabel=label("KL of π*_β (nats)"))
     places = np.arange(len(_REWARDS))
     ref_bars = right.bar(places - 0.2, 0 * places, 0.4, color="#B9BEC9", label="π_ref")
     policy_bars = right.bar(places + 0.2, 0 * places, 0.4, color=_INK, label="π*")
-    right.set(ylim=(0, 1), ylabel="probability", xlabel="answer, and its reward")
+    right.set(ylim=(0, 1), ylabel=label("probability"), xlabel=label("answer, and its reward"))
     right.set_xticks(places, [""] * len(places))
     # not tick labels, because these texts change
     under: dict[str, Any] = {"transform": right.get_xaxis_transform(), "ha": "center", "va": "top"}
@@ -242,9 +243,9 @@ def frontier() -> Explorer:
         says.set_text(f"β* = {beta:.3g}\nKL = {at_kl:.3f}\nE[r] = {at_value:.3f}")
 
     controls = {
-        "epsilon": _slider("budget ε (nats)", 0.4, 0.02, 2.4, 0.02),
-        "sharpness": _slider("sharpness of π_ref", 1.0, 0.0, 2.0, 0.05),
-        "reward": _slider("reward of the 4th answer", 1.0, -1.0, 2.0, 0.1),
+        "epsilon": _slider(say("budget ε (nats)"), 0.4, 0.02, 2.4, 0.02),
+        "sharpness": _slider(say("sharpness of π_ref"), 1.0, 0.0, 2.0, 0.05),
+        "reward": _slider(say("reward of the 4th answer"), 1.0, -1.0, 2.0, 0.1),
     }
     return Explorer(figure, update, controls)
 
@@ -265,11 +266,12 @@ def two_forms() -> Explorer:
         color = FORM_COLORS[form]
         style = "-" if form == "standard" else "--"  # at beta = 1 the two coincide
         lines[form] = [
-            ax.plot(x, 0 * x, style, color=color, label=form)[0] for ax, x in ((left, h), (middle, h), (right, p))
+            ax.plot(x, 0 * x, style, color=color, label=label(form))[0]
+            for ax, x in ((left, h), (middle, h), (right, p))
         ]
-    left.set(ylim=(0, 6), xlabel="h (nats)", ylabel="loss −log σ(s·h)")
-    middle.set(ylim=(0, 4), xlabel="h (nats)", ylabel="push on h: s·σ(−s·h)")
-    right.set(ylim=(-8, 8), xlabel="p, probability of the preference", ylabel="h* = logit(p)/s (nats)")
+    left.set(ylim=(0, 6), xlabel="h (nats)", ylabel=label("loss −log σ(s·h)"))
+    middle.set(ylim=(0, 4), xlabel="h (nats)", ylabel=label("push on h: s·σ(−s·h)"))
+    right.set(ylim=(-8, 8), xlabel=label("p, probability of the preference"), ylabel="h* = logit(p)/s (nats)")
     left.legend(frameon=False, loc="upper right")
     says = middle.text(0.97, 0.97, "", transform=middle.transAxes, va="top", ha="right")
 
@@ -279,7 +281,9 @@ def two_forms() -> Explorer:
             loss.set_ydata(np.logaddexp(0, -s * h))
             push.set_ydata(s * np.exp(-np.logaddexp(0, s * h)))
             optimum.set_ydata(np.log(p / (1 - p)) / s)
-        says.set_text(f"β = {beta:.3g}\nstandard: s = {beta:.3g}\ninverse: s = {1 / beta:.3g}")
+        says.set_text(
+            label("β = {beta:.3g}\nstandard: s = {beta:.3g}\ninverse: s = {inverse:.3g}", beta=beta, inverse=1 / beta)
+        )
 
     return Explorer(figure, update, {"beta": _log_slider("β", 0.5, -1, 1)})
 
@@ -301,17 +305,17 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
         ref_entropy: entropy of the reference at the prompt, in nats per token.
     """
     figure, (left, right) = _panels(2)
-    colors = {name: TERM_COLORS[name] for name in ("dpo", "range", "entropy")} | {"sum": "black"}
+    colors = {name: TERM_COLORS[name] for name in ("dpo", "range", "entropy")} | {key("sum"): "black"}
     lines = {
-        name: [ax.plot(_GRID, 0 * _GRID, color=color, label=name)[0] for ax in (left, right)]
+        name: [ax.plot(_GRID, 0 * _GRID, color=color, label=label(name))[0] for ax in (left, right)]
         for name, color in colors.items()
     }
     rest = [ax.axvline(1, color=_GREY, linewidth=1, linestyle="--") for ax in (left, right)]
     for ax in (left, right):
         _plain_log(ax, [0.02, 0.05, 0.1, 0.3, 1, 2, 5])
         ax.set(xlim=(0.02, 5), xlabel="β")
-    left.set(ylim=(0, 2.5), ylabel="term (nats)")
-    right.set(ylim=(-3, 3), ylabel="slope in β (positive lowers β)")
+    left.set(ylim=(0, 2.5), ylabel=label("term (nats)"))
+    right.set(ylim=(-3, 3), ylabel=label("slope in β (positive lowers β)"))
     right.axhline(0, color=_GREY, linewidth=0.8)
     left.legend(frameon=False, loc="upper left")
     readable = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9}
@@ -333,15 +337,15 @@ def term_curves(*, h: float = 2.0, ref_entropy: float = 2.0) -> Explorer:
         at = float(_GRID[terms["sum"].argmin()])
         for line in rest:
             line.set_xdata([at, at])
-        ends = {float(_GRID[0]): "no rest: runs off to 0", float(_GRID[-1]): "no rest: runs off to ∞"}
-        rests = ends.get(at, f"rest at β = {at:.2f}")  # least at an end of the grid: it falls on beyond it
+        ends = {float(_GRID[0]): label("no rest: runs off to 0"), float(_GRID[-1]): label("no rest: runs off to ∞")}
+        rests = ends.get(at, label("rest at β = {at:.2f}", at=at))  # least at an end of the grid: it falls on beyond it
         says.set_text(f"{rests}\nαH = {alpha * ref_entropy:.2f}")
 
     controls = {
-        "form": widgets.ToggleButtons(options=["inverse", "standard"], description="form"),
-        "p": _slider("reliability p of the label", 0.75, 0.5, 1.0, 0.01),
-        "lambda_range": _slider("λ1 (range)", 1.0, 0.0, 2.0, 0.1),
-        "lambda_entropy": _slider("λ3 (entropy)", 0.1, 0.0, 2.0, 0.05),
+        "form": widgets.ToggleButtons(options=[(say(form), form) for form in FORMS], description=say("form")),
+        "p": _slider(say("reliability p of the label"), 0.75, 0.5, 1.0, 0.01),
+        "lambda_range": _slider(say("λ1 (range)"), 1.0, 0.0, 2.0, 0.1),
+        "lambda_entropy": _slider(say("λ3 (entropy)"), 0.1, 0.0, 2.0, 0.05),
         "alpha": _slider("α", 0.15, 0.02, 1.0, 0.01),
     }
     return Explorer(figure, update, controls)
@@ -375,12 +379,12 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
     _plain_log(right, [0.03, 0.1, 0.3, 1, 3])
     for ax in (left, right):
         ax.set_yscale("log")
-        ax.set(ylim=(0.03, 3), ylabel="β learnt")
+        ax.set(ylim=(0.03, 3), ylabel=label("β learnt"))
         ax.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
         ax.yaxis.set_minor_locator(NullLocator())
     entropy = table["ref_entropy"].to_numpy()
-    left.set(xlim=(0, 1.05 * entropy.max()), xlabel="entropy of the reference H (nats per token)")
-    right.set(xlim=(0.03, 3), xlabel="β* planted")
+    left.set(xlim=(0, 1.05 * entropy.max()), xlabel=label("entropy of the reference H (nats per token)"))
+    right.set(xlim=(0.03, 3), xlabel=label("β* planted"))
     figure.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
 
     def update(lambda_smoothness: float, lambda_entropy: float, alpha: float) -> None:
@@ -393,11 +397,11 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
 
     late = {"continuous_update": False}  # each change is a training run: wait until the slider is released
     controls = {
-        "lambda_smoothness": _slider("λ2 (gradient penalty)", defaults["lambda_smoothness"], 0, 1, 0.02, **late),
+        "lambda_smoothness": _slider(say("λ2 (gradient penalty)"), defaults["lambda_smoothness"], 0, 1, 0.02, **late),
         "lambda_entropy": widgets.SelectionSlider(
             options=(0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0),  # a log slider has no 0
             value=defaults["lambda_entropy"],
-            description="λ3 (entropy)",
+            description=say("λ3 (entropy)"),
             **(_WIDE | late),
         ),
         "alpha": _slider("α", defaults["alpha"], 0.05, 0.5, 0.01, **late),

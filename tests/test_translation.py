@@ -1,0 +1,184 @@
+"""Every sentence that figures, sliders, exercises and reports speak has its translation, and they speak it."""
+
+import ast
+import re
+from pathlib import Path
+from string import Formatter
+
+import pandas as pd
+import pytest
+import torch
+from jinja2 import Environment
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.text import Text
+
+import dpoviz
+from dpoviz import translation
+from dpoviz.analysis.plots import figure_beta_by_task
+from dpoviz.analysis.report import reading, write_report
+from dpoviz.analysis.tables import summarize
+from dpoviz.forms import FORMS
+from dpoviz.learn import checks, sliders
+from dpoviz.translation import catalogue, in_language, say
+
+PACKAGE = Path(dpoviz.__file__).parent
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+FROM_DATA = {*FORMS, "fixed", "reference", "seed"}  # forms, variants and columns, said by their names in the tables
+SAYING = {"say", "label", "key", "_wrong", "Mistake"}
+"""The functions whose first argument, where it is a literal, is a sentence."""
+
+needs_font = pytest.mark.skipif(translation.chinese_font() is None, reason="no font with Chinese characters")
+
+
+def keys_of_code(source: str) -> set[str]:
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args]
+    first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id in SAYING]
+    return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+def keys_of_template(source: str) -> set[str]:
+    environment = Environment(extensions=["jinja2.ext.i18n"], trim_blocks=True, lstrip_blocks=True)
+    environment.policies["ext.i18n.trimmed"] = True
+    return {message for _, _, message in environment.extract_translations(source)}
+
+
+def keys() -> set[str]:
+    code = [keys_of_code(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    pages = [keys_of_template(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.j2")]
+    return set().union(*code, *pages)
+
+
+class TestCatalogue:
+    def test_every_sentence_has_its_translation_and_none_is_left_over(self):
+        assert len(keys()) > 250
+        assert set(catalogue("zh")) == keys() | FROM_DATA
+
+    def test_keys_are_seen(self):
+        assert keys_of_code("say('a', b='c'); label('d'); f('e'); say(g)") == {"a", "d"}
+        assert keys_of_template("{% trans %}a\n  b{% endtrans %}{{ _('c') }}d") == {"a b", "c"}
+
+    @pytest.mark.parametrize("pattern", [r"`[^`]*`", r"<[^>]*>", r"§[\d.]+", r"(?<!_)\d+(?:\.\d+)?"])
+    def test_code_tags_and_numbers_are_those_of_the_english(self, pattern):
+        for english, chinese in catalogue("zh").items():
+            wanted, found = (set(re.findall(pattern, re.sub(r"\{[^}]*\}", "", text))) for text in (english, chinese))
+            assert wanted == found, (english, chinese)
+
+    def test_fields_are_those_of_the_english(self):
+        for english, chinese in catalogue("zh").items():
+            fields = [
+                sorted((name, spec) for _, name, spec, _ in Formatter().parse(text) if name)
+                for text in (english, chinese)
+            ]
+            assert fields[0] == fields[1], english
+
+
+class TestLanguage:
+    def test_english_until_said_otherwise_and_again_afterwards(self):
+        with pytest.raises(ZeroDivisionError), in_language("zh"):
+            assert say("form") == "形式" and translation.current_language() == "zh"
+            raise ZeroDivisionError
+        assert say("form") == "form" and translation.current_language() == "en"
+
+    def test_a_sentence_without_translation_stays_english(self):
+        with in_language("zh"):
+            assert say("{n} of a kind that nobody translated", n=3) == "3 of a kind that nobody translated"
+
+    def test_refuses_another_language(self):
+        with pytest.raises(ValueError, match="language: got 'fr', expected one of"):
+            dpoviz.language("fr")
+
+    def test_without_a_font_figures_stay_english_and_say_so(self, monkeypatch):
+        monkeypatch.setattr(fontManager, "ttflist", [])
+        with pytest.warns(UserWarning, match="Noto Sans CJK"), in_language("zh"):
+            assert translation.label("probability") == "probability" and say("probability") == "概率"
+
+
+def texts_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+
+
+def betas(n: int = 12) -> pd.DataFrame:
+    rows = [
+        {"form": form, "seed": 0, "task": task, "prompt": f"{task} {i}", "beta": 0.1 * (1 + i + 3 * j), "scale": 1.0,
+         "ref_entropy": 0.1 * i + j + 0.1, "ref_entropy_se": 0.01}
+        for form in FORMS for j, task in enumerate(("math", "code", "dialogue")) for i in range(n)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class TestSpoken:
+    @needs_font
+    def test_figures(self):
+        with in_language("zh"):
+            figure = figure_beta_by_task(betas())
+            figure.canvas.draw()  # a character without a glyph would warn, and warnings are errors
+        of_data = re.compile(r"math|code|dialogue|\\[a-z]+")  # names of tasks, and formulas
+        words = [of_data.sub("", text) for text in texts_of(figure)]
+        assert not [text for text in words if re.search(r"[A-Za-z]{4}", text) and not CHINESE.search(text)]
+        assert any("参考策略的熵" in text for text in texts_of(figure))
+
+    @needs_font
+    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves])
+    def test_sliders(self, make):
+        english = make()
+        with in_language("zh"):
+            chinese = make()
+            for control in chinese.controls.values():
+                assert CHINESE.search(control.description) or control.description in ("β", "α")
+        assert chinese.trouble == "" and chinese.png != english.png
+        assert any(map(CHINESE.search, texts_of(chinese.figure))) and not any(
+            map(CHINESE.search, texts_of(english.figure))
+        )
+
+    def test_exercises(self):
+        with in_language("zh"):
+            missing = checks.check_optimal_policy(lambda ref, r, beta: ...)
+            swapped = checks.check_beta_gradient(lambda h, beta, form: torch.sigmoid(-h) * 0 + h)
+            plain = checks.check_entropy_penalty(lambda beta, ref_entropy, alpha: (beta - ref_entropy).square().mean())
+            right = checks.check_entropy_penalty(lambda b, e, alpha: (b - alpha * e.detach()).square().mean())
+        for verdict in (missing, swapped, plain, right):
+            assert CHINESE.search(verdict.sentence)
+            with in_language("zh"):
+                assert CHINESE.search(verdict.mark)
+        assert plain.sentence == "少了 α：这是 (β − H)²。"
+
+    def test_every_known_mistake(self):
+        """Each mistake's sentence is Chinese when it is said, whatever it is put together from."""
+        answers = [
+            checks.completion_logps_answers, checks.optimal_policy_answers, checks.reward_difference_answers,
+            checks.entropy_penalty_answers, checks.smoothness_penalty_answers,
+            *(lambda f=f, form=form: f(form) for form in FORMS
+              for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
+        ]  # fmt: skip
+        with in_language("zh"):
+            spoken = [say(mistake.sentence) for make in answers for mistake in make().mistakes]
+        assert len(spoken) > 100
+        assert not [sentence for sentence in spoken if not CHINESE.search(sentence)]
+
+    @needs_font
+    def test_report(self, tmp_path):
+        table = betas()
+        history = pd.DataFrame(
+            {"variant": ["inverse"], "form": ["inverse"], "seed": [0], "step": [0], "stage": [2], "loss/dpo": [0.7]}
+        )
+        with in_language("zh"):
+            summary = summarize(table)
+            sentences = reading(summary)
+            path = write_report(
+                tmp_path / "report.html", table=table, history=history, summary=summary, config={"fast": True},
+                figures={"beta_by_task": figure_beta_by_task(table)}, reading=sentences,
+            )  # fmt: skip
+        page = path.read_text(encoding="utf-8")
+        assert (
+            'lang="zh-CN"' in page
+            and "怎样读这张图" in page
+            and all(sentence in page for sentence in map(_escaped, sentences))
+        )
+        shown = re.sub(r"<style>.*?</style>|<pre>.*?</pre>|src=\"[^\"]*\"", "", page, flags=re.DOTALL)
+        left = [key for key in keys() if len(key.split()) > 3 and key in shown]
+        assert left == []
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
