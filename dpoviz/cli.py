@@ -204,6 +204,12 @@ class _Bench:
     """YAML or JSON file of settings; options override it."""
 
 
+@dataclass(frozen=True)
+class _Notebooks:
+    folder: Positional[Path] = Path("dpoviz-notebooks")
+    """folder to which the notebooks are copied."""
+
+
 def _demo(given: _Demo) -> None:
     from dpoviz.experiments.demo import run_demo
     from dpoviz.experiments.folder import locked_run
@@ -258,6 +264,14 @@ def _report(given: _Report) -> None:
     with in_language(given.lang):
         report(given.folder)
     _say_where(given.folder)
+
+
+def _notebooks(given: _Notebooks) -> None:
+    from dpoviz.learn.course import copy_course
+
+    names = copy_course(given.folder)
+    print(f"{sum(name.endswith('.ipynb') for name in names)} notebooks in {given.folder}; 中文 notebook 在 zh/")
+    print(f"open them: jupyter lab {given.folder}\nbegin with: 01_from_constraint_to_loss.ipynb")
 
 
 def _compare(given: _Compare) -> None:
@@ -398,6 +412,13 @@ COMMANDS = {
     ),
     "report": Command(
         "redraw the pictures and the report of a finished run", _Report, lambda _: None, _report, resumes=False
+    ),
+    "notebooks": Command(
+        "copy the notebooks, in English and Chinese, into a folder",
+        _Notebooks,
+        lambda _: None,
+        _notebooks,
+        resumes=False,
     ),
     "compare": Command(
         "compare every rule for β with one constant, in the small world, where the true reward is known",

@@ -30,7 +30,7 @@ ALLOWED = {
     "analysis.evaluate": {"data", "lm", "forms", "validation"},
     "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl", "translation"},
     "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments", "translation"},
-    "cli": {"experiments", "analysis", "lm", "translation"},
+    "cli": {"experiments", "analysis", "learn", "lm", "translation"},
     "__main__": {"cli"},
 }
 """What the modules of a room may import beside their own room; a module named here has a row of its own."""
