@@ -2,7 +2,6 @@
 
 import fnmatch
 import tomllib
-from pathlib import Path
 
 import pytest
 from helpers.readme import ROOT
@@ -31,15 +30,15 @@ def test_a_notebook_with_answers_is_not_overwritten(tmp_path, capsys):
     assert "zh/02_two_readings_of_beta.ipynb would be overwritten" in capsys.readouterr().err
 
 
-def test_the_wheel_gets_the_files_that_a_checkout_gives():
-    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["data-files"]
-    packed = {path for patterns in data.values() for pattern in patterns for path in ROOT.glob(pattern)}
+def test_the_wheel_gets_the_files_that_a_checkout_gives_and_every_room():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packed = {
+        path for pattern in settings["package-data"]["dpoviz.notebooks"] for path in (ROOT / "notebooks").glob(pattern)
+    }
     assert packed == set(course_files().values())
-    for target, patterns in data.items():  # a file keeps its folder
-        assert all(
-            Path(pattern).parent == Path("notebooks") / Path(target).relative_to("share/dpoviz/notebooks")
-            for pattern in patterns
-        )
+    rooms = {f"dpoviz.{path.parent.name}" for path in (ROOT / "dpoviz").glob("*/__init__.py")}
+    assert set(settings["packages"]) == {"dpoviz", "dpoviz.notebooks", *rooms}
+    assert settings["package-dir"] == {"dpoviz.notebooks": "notebooks"}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

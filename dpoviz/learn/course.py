@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 PATTERNS = ("[0-9]*.ipynb", "zh/*.ipynb", "derivation*.md", "compare/*.csv", "*.png")
 """What is copied of the folder of notebooks: both languages, the derivation, and what they read and show."""
-
-_INSTALLED = "share/dpoviz/notebooks/"
 
 
 def course_files() -> dict[str, Path]:
@@ -18,18 +15,12 @@ def course_files() -> dict[str, Path]:
     Raises:
         FileNotFoundError: neither a checkout nor an installed wheel has them.
     """
-    checkout = Path(__file__).parents[2] / "notebooks"
-    if (checkout / "derivation.md").is_file():
-        found = [path for pattern in PATTERNS for path in sorted(checkout.glob(pattern))]
-        return {path.relative_to(checkout).as_posix(): path for path in found}
-    try:
-        installed = files("dpoviz") or []
-    except PackageNotFoundError:
-        installed = []
-    shared = {str(file.as_posix()).partition(_INSTALLED)[2]: Path(str(file.locate())) for file in installed}
-    if not (course := {name: path for name, path in shared.items() if name}):
-        raise FileNotFoundError("notebooks: found none beside dpoviz; install it again, or use a checkout")
-    return course
+    package = Path(__file__).parents[1]
+    for folder in (package / "notebooks", package.parent / "notebooks"):  # of a wheel, of a checkout
+        if (folder / "derivation.md").is_file():
+            found = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+            return {path.relative_to(folder).as_posix(): path for path in found}
+    raise FileNotFoundError("notebooks: found none beside dpoviz; install it again, or use a checkout")
 
 
 def copy_course(folder: Path) -> list[str]:
