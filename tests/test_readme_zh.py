@@ -8,6 +8,7 @@ from helpers.readme import README, ROOT
 
 CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 TRANSLATED = (
+    "which-way.md",
     "derivation.md",
     "01_from_constraint_to_loss.ipynb",
     "02_two_readings_of_beta.ipynb",
