@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 
-from dpoviz.analysis import plots, style
+from dpoviz.analysis import plots
 from dpoviz.analysis.tables import EXPECTED_ORDER
 from dpoviz.lm.entropy import EntropyEstimates
 
