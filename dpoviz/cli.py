@@ -201,9 +201,10 @@ def _demo(given: _Demo) -> None:
     from dpoviz.experiments.demo import run_demo
     from dpoviz.experiments.folder import locked_run
     from dpoviz.lm.reference import default_cache_dir
+    from dpoviz.lm.workers import cores
 
     with locked_run(given.out, "demo", given.settings):
-        results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir())
+        results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir(), workers=cores())
     _say_results(given.out, results, given.settings.training.seed)
 
 
