@@ -19,7 +19,6 @@ def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
     return Path(cache_dir) / f"demo-{config_digest(config, __name__)}"
 
 
-@one_thread()
 def run_demo(
     config: DemoConfig,
     *,
@@ -28,7 +27,9 @@ def run_demo(
     workers: int = 1,
     progress: bool = True,
 ) -> Results:
-    """Train in the small world on one thread: stage 1, then stage 2 in both forms.
+    """Train in the small world: stage 1, then stage 2 in both forms.
+
+    Policies are trained on one thread: in the same world, the numbers do not depend on the number of cores.
 
     Args:
         config: the settings.
@@ -46,7 +47,8 @@ def run_demo(
     left_out = json.dumps(dict(world.left_out), indent=1, ensure_ascii=False)
     (out / "left_out.json").write_text(left_out, encoding="utf-8")
     variants: dict[str, Variant] = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
-    return run(scored_pairs(world), variants, out=out, answers=config.answers, workers=workers, progress=progress)
+    with one_thread():
+        return run(scored_pairs(world), variants, out=out, answers=config.answers, workers=workers, progress=progress)
 
 
 def scored_pairs(world: World) -> ScoredPairs:
