@@ -1,6 +1,9 @@
 """Each room imports only what the design lets it import; read from the source."""
 
 import ast
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -147,7 +150,7 @@ def test_help_version_and_a_typo_load_nothing_heavy():
 
 def test_the_package_loads_what_is_used():
     nothing, settings, loss, models = loaded_after(
-        "import dpoviz",
+        "import dpoviz; dpoviz.__version__",
         "from dpoviz import TrainConfig",
         "from dpoviz import dpo_loss",
         "from dpoviz import load_lm",
@@ -155,6 +158,10 @@ def test_the_package_loads_what_is_used():
     assert nothing == settings == set()
     assert loss == {"torch"}
     assert "transformers" in models  # the control: it would be seen
+
+
+def test_version():
+    assert dpoviz.__version__ == version("dpoviz")
 
 
 def test_public_names():
@@ -177,3 +184,15 @@ def test_type_checkers_see_the_same_names():
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == {own: f"dpoviz.{module}" for module, names in dpoviz._HOMES.items() for own in names}
+
+
+def test_mypy_sees_a_wrong_type(tmp_path):
+    """The control of `mypy` in .ci/run: with the project's settings, a planted error is found."""
+    pytest.importorskip("mypy")
+    planted = tmp_path / "planted.py"
+    planted.write_text("def planted(x: int) -> str:\n    return x\n")
+    settings = PACKAGE.parent / "pyproject.toml"
+    line = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", planted]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "planted.py:2: error" in done.stdout and "[return-value]" in done.stdout
