@@ -23,6 +23,11 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_configure(config):
+    """Let xdist begin the files in the order below, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
     """Put the files with the most slow tests first: a long file that begins last would keep one process waiting."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
