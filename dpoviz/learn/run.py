@@ -21,6 +21,7 @@ from dpoviz.analysis.plots_runs import figure_runs
 from dpoviz.analysis.tables import COLUMNS, read_table, summarize
 from dpoviz.beta import Beta, EntropyBeta, TaskBeta, load_beta
 from dpoviz.data.tokens import answer_end, encode_prompts
+from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.forms import Form
 from dpoviz.lm.cache import read_json
 from dpoviz.lm.entropy import estimate_entropy
@@ -161,13 +162,8 @@ class Run:
 
     @cached_property
     def _all_betas(self) -> pd.DataFrame:
-        kept = self._kept("beta_steps")
-        known = self.table.assign(row=self.table.groupby("form").cumcount())[
-            ["form", "row", "task", "prompt", "ref_entropy"]
-        ]
-        found = kept.merge(known, left_on=["form", "prompt"], right_on=["form", "row"], suffixes=("_number", ""))
-        found = found.sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
-        return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": np.float64})
+        self._kept("beta_steps")  # raises if there is none
+        return betas_of_steps(self.folder, self.table)
 
     def pulls(self) -> pd.DataFrame:
         """Return the pull of each term on beta at each held-out prompt after the last step (`gradients_on_beta`).
