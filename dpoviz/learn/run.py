@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from dpoviz.analysis.plots_runs import figure_runs
 from dpoviz.analysis.tables import COLUMNS, read_table, summarize
-from dpoviz.beta import Beta, EntropyBeta, TaskBeta, load_beta
+from dpoviz.beta import Beta, EntropyBeta, TaskBeta, read_beta
 from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.forms import Form
@@ -327,7 +327,7 @@ class Run:
             raise ValueError(f"form: got {form!r}, expected one of the run's: {', '.join(self.forms) or 'none'}")
         if form not in self._betas:
             fingerprint = self.metadata.get("reference", {}).get("fingerprint")
-            beta = load_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
+            beta = read_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
             self._betas[form] = beta.to(self._reference.model.device)
         return self._betas[form]
 
