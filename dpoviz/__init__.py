@@ -24,9 +24,12 @@ _HOMES = {
     "training.loop": ("train",),
     "translation": ("language",),
     "analysis.tables": ("beta_table", "summarize"),
+    "learn.run": ("compare_runs", "load_run"),
     "analysis.plots": ("plot_beta_by_task", "plot_beta_gradients", "plot_beta_vs_entropy", "plot_training"),
 }
 """The public names, by the module that defines each. A module is imported when one of its names is first used."""
+
+__version__: str
 
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -49,14 +52,13 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what editors and type checkers read
-    __version__: str
-
     from dpoviz.allocation import allocate, gain_bound, reward_per_nat, reward_per_nat_of_pairs
     from dpoviz.analysis.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
     from dpoviz.analysis.tables import beta_table, summarize
     from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
     from dpoviz.data.records import as_chat, load_pairs, split_by_group
     from dpoviz.data.tokens import tokenize_pairs
+    from dpoviz.learn.run import compare_runs, load_run
     from dpoviz.lm.entropy import estimate_entropy
     from dpoviz.lm.models import add_lora, load_lm, tiny_lm, tiny_tokenizer
     from dpoviz.lm.reference import reference_pass

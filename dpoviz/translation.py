@@ -18,9 +18,12 @@ LANGUAGES = ("en", "zh")
 
 CHINESE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
-    "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Noto Sans CJK JP", "Arial Unicode MS", "Droid Sans Fallback",
+    "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS", "Droid Sans Fallback",
+    "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK HK", "Noto Sans CJK KR",
 )  # fmt: skip
-"""Fonts with Chinese characters, the preferred first."""
+"""Fonts to try first; of a file with several, some versions of matplotlib see only the first, the Japanese one."""
+
+FONT_ADVICE = "install Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)"
 
 _now = "en"
 
@@ -47,11 +50,7 @@ def language(name: str) -> None:
         font = chinese_font()
         matplotlib.rcParams["font.family"] = ["sans-serif", font] if font else ["sans-serif"]
         if font is None:
-            warn(f"figures stay English: no installed font has Chinese characters; install {FONT_HINT}", stacklevel=2)
-
-
-FONT_HINT = "Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk), then restart Python"
-"""The font to install where none has Chinese characters."""
+            warn(f"figures stay English: no installed font has Chinese characters; {FONT_ADVICE}", stacklevel=2)
 
 
 def current_language() -> str:

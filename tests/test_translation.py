@@ -24,7 +24,14 @@ from dpoviz.translation import catalogue, in_language, say
 
 PACKAGE = Path(dpoviz.__file__).parent
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
-FROM_DATA = {*FORMS, "fixed", "reference", "seed"}  # forms, variants and columns, said by their names in the tables
+FROM_DATA = {
+    *FORMS,
+    "fixed",
+    "reference",
+    "seed",
+    "chosen",
+    "rejected",
+}  # forms, variants and columns, said by their names in the tables
 SAYING = {"say", "label", "key", "_wrong", "Mistake"}
 """The functions whose first argument, where it is a literal, is a sentence."""
 

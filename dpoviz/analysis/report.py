@@ -10,20 +10,22 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from dpoviz.analysis.plots import points_name
 from dpoviz.analysis.style import task_colors
 from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
-from dpoviz.translation import FONT_HINT, chinese_font, current_language, key, say, translate
+from dpoviz.translation import FONT_ADVICE, chinese_font, current_language, key, say, translate
 
-FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
+FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_steps", "log_ratios", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
 
 MIN_PROMPTS = 10
@@ -38,6 +40,35 @@ FAST_NOTE = key(
     "numbers say little. Run it again without --fast before drawing conclusions."
 )
 """Shown at the top of the page of a --fast run."""
+
+
+FEW_STEPS = 50
+"""Steps of stage 2 below which a page says that its run is tiny: at the default learning rate, which moves each weight
+of beta by at most 0.003 per step, beta has hardly left its start."""
+
+ENDS = 3
+"""The most prompts that are shown at each end of beta, per form and task."""
+
+
+def tiny_note(table: pd.DataFrame | None, history: pd.DataFrame) -> list[str]:
+    """Return a sentence for the top of the page of a tiny run; none for another.
+
+    A run is tiny with fewer than `MIN_PROMPTS` held-out prompts of some task, or `FEW_STEPS` steps of stage 2.
+    """
+    found = []
+    if table is not None:
+        counts = table.drop_duplicates(["task", "prompt"])["task"].value_counts()
+        few = ", ".join(f"{n} {task}" for task, n in counts.items() if n < MIN_PROMPTS)
+        if few:
+            found.append(say("{few} held-out prompts, fewer than {least} per task", few=few, least=MIN_PROMPTS))
+    trained = history[history["stage"] == 2]
+    if len(trained):
+        steps = int(trained["step"].max() - trained["step"].min()) + 1
+        if steps < FEW_STEPS:
+            found.append(say("about {steps} steps of β(x), fewer than {least}", steps=steps, least=FEW_STEPS))
+    if not found:
+        return []
+    return [say("This is a tiny run: {found}. Its numbers say little about β(x).", found="; ".join(found))]
 
 
 def reading(summary: pd.DataFrame) -> list[str]:
@@ -133,6 +164,65 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
     )
 
 
+STILL = 0.05
+"""A mean log-ratio that stayed within this many nats of 0 has hardly moved."""
+
+_STILL = key("Neither answer has moved by 0.05 nats")
+_VERDICTS = {
+    ("rise", "fall"): key("Chosen rises and rejected falls, so that the margin comes from both, as one would hope"),
+    ("fall", "fall"): key(
+        "Both fall: usual where the two answers share most of their words, since the loss sees only their difference; "
+        "suspicious where they are unlike, because the probability then goes to answers that are in no pair, so read "
+        "the answers below and look at the KL"
+    ),
+    ("rise", "rise"): key(
+        "Both rise: usual where the pairs are unlike what the reference writes, so that training on either answer "
+        "makes both likelier; suspicious where rejected rises as fast as chosen, because then nothing tells them apart"
+    ),
+    ("fall", "rise"): key(
+        "Chosen falls and rejected rises, against the labels: usual only by chance, among few pairs; suspicious "
+        "otherwise, so look for flipped labels or too large a learning rate"
+    ),
+}
+
+
+def reading_of_log_ratios(history: pd.DataFrame, tasks: Sequence[str]) -> list[str]:
+    """Return sentences on where the log-ratios of chosen and rejected answers went, one per direction.
+
+    They are read at the last measurement on held-out pairs.
+
+    Args:
+        history: the history of `train`, with the columns held_out_logratio/<answer>/<task>.
+        tasks: the tasks.
+    """
+    groups: dict[str, list[str]] = {}
+    for form, rows in history.sort_values("step").groupby("form"):
+        for task in tasks:
+            columns = [f"held_out_logratio/{answer}/{task}" for answer in ("chosen", "rejected")]
+            if not set(columns) <= set(rows) or rows[columns].isna().all(axis=None):
+                continue
+            chosen, rejected = (float(rows[column].dropna().iloc[-1]) for column in columns)
+            wrong = say(", in the wrong order") if chosen < rejected else ""
+            text = say(
+                "{task} in the {form} form ({chosen} and {rejected}{wrong})",
+                task=task,
+                form=say(form),
+                chosen=fixed(chosen, sign=True),
+                rejected=fixed(rejected, sign=True),
+                wrong=wrong,
+            )
+            groups.setdefault(_direction(chosen, rejected), []).append(text)
+    return [f"{say(verdict)}. {', '.join(named)}." for verdict, named in groups.items()]
+
+
+def _direction(chosen: float, rejected: float) -> str:
+    """Return what it means that the mean log-ratios have these signs."""
+    if max(abs(chosen), abs(rejected)) < STILL:
+        return _STILL
+    first, second = ("rise" if value > 0 else "fall" for value in (chosen, rejected))
+    return _VERDICTS[first, second]
+
+
 def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
     """Return a sentence per variant on its held-out accuracy over all tasks, compared with the baseline's.
 
@@ -179,6 +269,7 @@ def write_report(
     accuracy: pd.DataFrame | None = None,
     entropy: pd.DataFrame | None = None,
     answers: pd.DataFrame | None = None,
+    log_ratios: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Path:
     """Write a self-contained HTML file, without scripts or external files.
@@ -195,6 +286,7 @@ def write_report(
         entropy: the table of `summarize_estimators`, or None.
         answers: a row per variant and prompt, with variant, task, prompt, answer and beta (NaN if there is
             none); or None.
+        log_ratios: sentences on the figure "log_ratios" (`reading_of_log_ratios`).
         notes: sentences for the top of the page.
 
     Returns:
@@ -214,6 +306,8 @@ def write_report(
         language="zh-CN" if current_language() == "zh" else "en",
         reading=list(reading),
         figures={name: _png(figure) for name, figure in figures.items()},
+        points=None if table is None else _points(figures[FIGURES[0]], table),
+        log_ratios=list(log_ratios),
         colors=task_colors({task for part in parts for task in part["task"]} - {POOLED}),
         pooled=POOLED,
         facts=None if table is None else _facts(table),
@@ -253,7 +347,7 @@ def _font_note() -> list[str]:
     """Return a hint if the figures had to stay English."""
     if current_language() == "zh" and chinese_font() is None:
         return [
-            say("The figures are in English: no installed font has Chinese characters. Install {font}.", font=FONT_HINT)
+            say("The figures are in English: no installed font has Chinese characters; {advice}.", advice=FONT_ADVICE)
         ]
     return []
 
@@ -262,6 +356,37 @@ def _png(figure: Figure) -> str:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     return base64.b64encode(png.getvalue()).decode()
+
+
+class _Points(NamedTuple):
+    """The points of a figure that has been drawn, for a page to name on hover.
+
+    Attributes:
+        width: of the figure, in the unit of the places.
+        height: likewise.
+        named: place of each point from the left and from the top, and its text.
+    """
+
+    width: float
+    height: float
+    named: list[tuple[float, float, str]]
+
+
+def _points(figure: Figure, table: pd.DataFrame) -> _Points:
+    """Return the points of a drawn figure with a text for each: its numbers and its prompt."""
+    groups = {points_name(*key): rows for key, rows in table.groupby(["form", "task"], sort=False)}
+    width, height = figure.bbox.width, figure.bbox.height
+    named = []
+    for collection in (own for ax in figure.axes for own in ax.collections):
+        rows = groups.get(str(collection.get_gid()))
+        if rows is None:
+            continue
+        places = collection.get_offset_transform().transform(collection.get_offsets())
+        for (x, y), row in zip(places, rows.itertuples(), strict=True):
+            numbers = f"β {number(row.beta)}, s {number(row.scale)}, H {number(row.ref_entropy)} ± "
+            text = f"{row.task}: {numbers}{number(row.ref_entropy_se)}\n{short(row.prompt, 160)}"
+            named.append((round(float(x), 1), round(float(height - y), 1), text))
+    return _Points(width, height, named)
 
 
 def _facts(table: pd.DataFrame) -> dict[str, object]:
@@ -293,15 +418,19 @@ def _last_measurements(history: pd.DataFrame) -> dict[str, object]:
     return {"by": by, "measures": list(names.values()), "runs": rows}
 
 
-def _ends(table: pd.DataFrame) -> list[tuple[str, str, object, object]]:
-    """Return, for each form and task, the rows with the smallest and with the largest beta."""
+def _ends(table: pd.DataFrame) -> list[tuple[str, str, list, list]]:
+    """Return, for each form and task, the rows with the smallest and with the largest betas, the extreme ones first.
+
+    At most `ENDS` at each end, and no row at both, unless there is only one.
+    """
     found = []
     for form in sorted(table["form"].unique()):
         for task in task_colors(table["task"]):
             group = table[(table["form"] == form) & (table["task"] == task)].sort_values("beta", kind="stable")
             rows = list(group.itertuples())
             if rows:
-                found.append((form, task, rows[0], rows[-1]))
+                shown = max(1, min(ENDS, len(rows) // 2))
+                found.append((form, task, rows[:shown], rows[: -shown - 1 : -1]))
     return found
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dpoviz.analysis.text import number, short
-from dpoviz.translation import chinese_font, key
+from dpoviz.translation import CHINESE_FONTS, key
 
 TASK_COLORS = {"math": "#0A52C8", "code": "#B5880F", "dialogue": "#C4105C"}
 """The colour of each known task in all figures, in the order of axes and legends."""
@@ -29,6 +30,9 @@ TERM_COLORS = {
     key("entropy"): "#7A1A0C",
 }
 """The colour of each term of the total loss, in the order of legends."""
+
+ANSWER_COLORS = {"chosen": "#1D6F9E", "rejected": "#C2571A"}
+"""The colour of the chosen and of the rejected answers."""
 
 GREY, INK = "#5A5A5A", "#222222"
 """The colours of lines and texts that belong to neither a task nor a term."""
@@ -98,13 +102,40 @@ def printable(text: str) -> tuple[dict[str, Any], str]:
 
     matplotlib would also draw a box for such a character, but with a warning.
     """
-    known = get_font(findfont(FontProperties()))
-    if all(letter == "\n" or known.get_char_index(ord(letter)) for letter in text):
+    missing = _unknown(text)
+    if not missing:
         return {}, text
-    font = chinese_font()
-    if font is not None:
-        return {"fontfamily": ["sans-serif", font]}, text
-    return {}, "".join(letter if letter == "\n" or known.get_char_index(ord(letter)) else "□" for letter in text)
+    name, found = _font_with(missing, frozenset(font.name for font in fontManager.ttflist))
+    shown = "".join("□" if letter in missing - found else letter for letter in text)
+    return {} if name is None else {"fontfamily": ["sans-serif", name]}, shown
+
+
+def without_font(texts: Iterable[str]) -> str:
+    """Return the characters of some texts that no installed font has, each once."""
+    there = frozenset(font.name for font in fontManager.ttflist)
+    lost = [sorted(missing - _font_with(missing, there)[1]) for missing in map(_unknown, texts) if missing]
+    return "".join(dict.fromkeys(letter for letters in lost for letter in letters))
+
+
+def _unknown(text: str) -> frozenset[str]:
+    """Return the characters that the figures' own font lacks."""
+    own = get_font(findfont(FontProperties()))
+    return frozenset(letter for letter in text if letter != "\n" and not own.get_char_index(ord(letter)))
+
+
+@lru_cache(maxsize=4096)
+def _font_with(letters: frozenset[str], there: frozenset[str]) -> tuple[str | None, frozenset[str]]:
+    """Return the first of the installed fonts with the most of some characters, and those that it has."""
+    best: tuple[str | None, frozenset[str]] = (None, frozenset())
+    others = sorted(name for name in there - set(CHINESE_FONTS) if "Emoji" not in name)  # pictures cannot be drawn
+    for name in (*(name for name in CHINESE_FONTS if name in there), *others):
+        font = get_font(findfont(FontProperties(family=name)))
+        found = frozenset(letter for letter in letters if font.get_char_index(ord(letter)))
+        if len(found) > len(best[1]):
+            best = (name, found)
+        if found == letters:
+            break
+    return best
 
 
 def use_known_letters(texts: Iterable[Text]) -> None:
