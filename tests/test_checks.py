@@ -997,3 +997,32 @@ class TestSmoothnessPenaltyOtherwise:
             return value
 
         says(check_smoothness_penalty(in_evaluation_mode(penalty)), "`weight` is not what it was")
+
+
+class TestKLEstimate:
+    def right(self, policy, ref):
+        ratio = policy - ref
+        return ratio.mean(), ratio.std() / len(ratio) ** 0.5
+
+    def test_right_answers(self):
+        assert checks.check_kl_estimate(self.right).right
+        assert checks.check_kl_estimate(
+            lambda p, r: [(p - r).mean().item(), torch.var(p - r).div(5).sqrt().item()]
+        ).right
+        assert checks.check_kl_estimate(lambda p, r: ((p - r).float().mean(), self.right(p, r)[1])).right
+
+    def test_the_answer_by_hand(self):
+        """Log-ratios 0.5, −0.5, 1.4, 0.1, 1.2: mean 0.54; squares of the gaps sum to 2.452, over 4 and over 5."""
+        assert checks.kl_estimate_answers().right.tolist() == pytest.approx([0.54, (2.452 / 4 / 5) ** 0.5], abs=1e-12)
+
+    def test_each_mistake_is_named_and_no_two_agree(self):
+        _, right, mistakes = checks.kl_estimate_answers()
+        values = [right, *(mistake.value for mistake in mistakes)]
+        assert all(not torch.allclose(a, b, rtol=1e-3) for i, a in enumerate(values) for b in values[:i])
+        for mistake in mistakes:
+            verdict = checks.check_kl_estimate(lambda p, r, value=mistake.value: tuple(value))
+            assert (verdict.right, verdict.sentence) == (False, mistake.sentence)
+
+    def test_other_shapes(self):
+        assert checks.check_kl_estimate(lambda p, r: ...).right is None
+        assert "two things" in checks.check_kl_estimate(lambda p, r: (p - r).mean()).sentence

@@ -154,7 +154,7 @@ class TestSpoken:
         """Each mistake's sentence is Chinese when it is said, whatever it is put together from."""
         answers = [
             checks.completion_logps_answers, checks.optimal_policy_answers, checks.reward_difference_answers,
-            checks.entropy_penalty_answers, checks.smoothness_penalty_answers,
+            checks.entropy_penalty_answers, checks.smoothness_penalty_answers, checks.kl_estimate_answers,
             *(lambda f=f, form=form: f(form) for form in FORMS
               for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
         ]  # fmt: skip

@@ -964,6 +964,64 @@ def check_reward_difference(fn: Callable[..., Tensor]) -> Verdict:
     return Verdict(True, say("r_w − r_l = β·h: Z(x) is the same for both answers and cancels."))
 
 
+# -- measuring -----------------------------------------------------------------------------------------------
+
+
+def kl_estimate_answers() -> Answers:
+    """Return the numbers of `check_kl_estimate`."""
+    policy, ref = _rows(-2.1, -7.4, -3.3, -5.0, -1.2), _rows(-2.6, -6.9, -4.7, -5.1, -2.4)
+    ratio = policy - ref  # 0.5, −0.5, 1.4, 0.1, 1.2
+    mean, se = ratio.mean(), ratio.std() / len(ratio) ** 0.5
+
+    def both(value: Tensor, error: Tensor = se) -> Tensor:
+        return torch.stack([value, error])
+
+    mistakes = [
+        Mistake("The sign is flipped: KL(π‖π_ref) is the mean of log π − log π_ref, over answers of π.", both(-mean)),
+        Mistake("You sum over the answers: an expectation under π is the mean over its samples.", both(ratio.sum())),
+        Mistake(
+            "You take absolute values: single log-ratios may be negative, their mean is the KL.",
+            both(ratio.abs().mean(), ratio.abs().std() / len(ratio) ** 0.5),
+        ),
+        Mistake(
+            "The answers are weighted by π again: they are sampled from π, so each counts once.",
+            both((policy.exp() * ratio).sum()),
+        ),
+        Mistake("The reference is missing: this is the mean of −log π, the entropy.", both(-policy.mean())),
+        Mistake(
+            "The error is the standard deviation of one answer: the mean of n has 1/√n of it.", both(mean, ratio.std())
+        ),
+        Mistake("The error is the variance of one answer: take the root, then 1/√n.", both(mean, ratio.var())),
+        Mistake("The error is squared: this is the variance of the mean.", both(mean, se.square())),
+        Mistake("The standard deviation is divided by n: the mean of n has 1/√n of it.", both(mean, ratio.std() / 5)),
+        Mistake(
+            "The standard deviation divides by n: from a sample it divides by n − 1, which `torch.std` does.",
+            both(mean, ratio.std(correction=0) / len(ratio) ** 0.5),
+        ),
+    ]
+    return Answers((policy, ref), both(mean), mistakes)
+
+
+@_check
+def check_kl_estimate(fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Verdict:
+    """Check the reader's estimate of KL(π‖π_ref) from answers sampled from π, and its standard error.
+
+    Args:
+        fn: (policy_logps (N,), ref_logps (N,)) of sampled answers → (mean, standard error).
+
+    Returns:
+        The verdict.
+    """
+    (policy, ref), right, mistakes = kl_estimate_answers()
+    got = _call(fn, policy, ref)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        _wrong("Return two things: the mean and its standard error.")
+    _compare("(KL, error)", torch.stack([_tensor(part, "KL").reshape(()) for part in got]), right, mistakes)
+    return Verdict(
+        True, say("The mean log-ratio of answers of π, unbiased, so that near 0 it may be negative; and its error.")
+    )
+
+
 # -- the regularisers ----------------------------------------------------------------------------------------
 
 
