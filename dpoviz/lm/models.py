@@ -399,11 +399,11 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
 
 
 def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -> None:
-    """Correct two errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
+    """Correct three errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
     from gguf import GGUFReader
 
-    core = tokenizer.backend_tokenizer
-    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    core, reader = tokenizer.backend_tokenizer, GGUFReader(path)
+    split = reader.get_field("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
         # missing from its table, it becomes GPT-2's, which joins a number with the space before it
         core.pre_tokenizer = _single_digits()
@@ -412,6 +412,11 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -
         state = json.loads(core.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    # 5.17 takes the first token of a Llama for its end token, and the end token for the padding
+    for short, token in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        number = reader.get_field(f"tokenizer.ggml.{short}_token_id")
+        if number is not None and int(number.contents()) < rows:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(number.contents())))
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
