@@ -8,11 +8,17 @@ import torch
 from helpers.worlds import COMMON, SMALL, by_hand, network, run, small_model, small_pairs, weights
 
 from dpoviz.beta import ConstantBeta
+from dpoviz.data.tokens import token_counts
+from dpoviz.experiments import memory_estimate
+from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.real import Loaded
 from dpoviz.lm.forward import CompiledLayers
+from dpoviz.lm.models import add_lora
 from dpoviz.rules import BetaDPO
 from dpoviz.training.batch import part_rows
 from dpoviz.training.config import TrainConfig, TrainSettings
 from dpoviz.training.loop import train
+from dpoviz.training.state import adamw
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +116,56 @@ class TestCompiled:
         with CompiledLayers(model):
             assert all(layer._compiled_call_impl is not None for layer in model.model.layers)
         assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+class TestEstimate:
+    """The parts against what PyTorch says, and a run that would not fit."""
+
+    @pytest.fixture
+    def loaded(self, world):
+        return Loaded(world[0], None, *world[1:])
+
+    def config(self, **more):
+        lora_rank = more.pop("lora_rank", 0)
+        return RealConfig(lora_rank=lora_rank, training=TrainSettings(batch_size=6, warmup_steps=1, **more))
+
+    def test_what_is_kept_is_what_a_larger_batch_keeps(self, loaded):
+        constant, per_token = memory_estimate.kept(loaded.model, loaded.train, checkpointing=False)
+        rows = loaded.train.select(range(12))
+        answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+        tokens = int(token_counts(rows).sum())
+        measured = memory_estimate._kept_bytes(loaded.model, rows["prompt_ids"][:], answers, False)
+        # masks grow with the square of a row, and rows end in padding
+        assert constant + per_token * tokens == pytest.approx(measured, rel=0.25)
+
+    def test_weights_and_moments_are_those_of_a_run(self, loaded):
+        needed = memory_estimate.estimate_memory(self.config(), loaded)
+        own = sum(p.numel() * 4 for p in loaded.model.parameters())
+        optimizer = adamw(copy.deepcopy(loaded.model), 1e-3)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        moments = sum(t.numel() * 4 for state in optimizer.state.values() for t in state.values() if t.ndim)
+        assert (needed.weights, needed.training) == (2 * own, moments + 2 * own)  # with gradients and the start
+
+    def test_adapters_are_counted(self, loaded):
+        policy = add_lora(copy.deepcopy(loaded.model), rank=3)
+        adapters = sum(p.numel() * 4 for p in policy.parameters() if p.requires_grad)
+        frozen = sum(p.numel() * 4 for p in policy.parameters() if not p.requires_grad)
+        needed = memory_estimate.estimate_memory(self.config(lora_rank=3), loaded)
+        assert (needed.weights, needed.training) == (frozen + adapters, 4 * adapters)
+
+    def test_each_advice_saves(self, loaded):
+        whole = memory_estimate.estimate_memory(self.config(), loaded).activations
+        assert memory_estimate.estimate_memory(self.config(gradient_accumulation=3), loaded).activations < whole / 2
+        assert memory_estimate.estimate_memory(self.config(gradient_checkpointing=True), loaded).activations < whole
+
+    def test_what_does_not_fit_is_refused_with_what_to_change(self, loaded, monkeypatch):
+        needed = memory_estimate.require_memory(self.config(), loaded)
+        monkeypatch.setattr(memory_estimate, "available", lambda device: needed.total)
+        assert memory_estimate.require_memory(self.config(), loaded) == needed
+        monkeypatch.setattr(memory_estimate, "available", lambda device: needed.total - 1)
+        with pytest.raises(ValueError, match=r"memory: got an estimated .* expected at most .*") as refused:
+            memory_estimate.require_memory(self.config(), loaded)
+        for option in ("--gradient-accumulation 4", "--gradient-checkpointing", "--max-length"):
+            assert option in str(refused.value)

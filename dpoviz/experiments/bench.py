@@ -575,7 +575,8 @@ def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tu
     if few:
         raise ValueError(f"batch_size: got {config.batch_size}, but there are fewer pairs to train on of {few}")
     out.mkdir(parents=True, exist_ok=True)
-    model.to(device=_device(config.device), dtype=getattr(torch, config.dtype))
+    model.to(_device(config.device))
+    model.to(getattr(torch, config.dtype))
     if config.data:
         pairs = score(config.real(), loaded, cache_dir=cache_dir).train
     names = ("batch_size", "repeats", "tables")
@@ -619,7 +620,7 @@ def bench(
     prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:few]
     often: dict[str, Any] = {"repeats": repeats, "progress": progress}
     seldom = often | {"repeats": min(repeats, 3)}
-    size = {"batch_size": batch_size}
+    size: dict[str, Any] = {"batch_size": batch_size}
     step: dict[str, Any] = {**size, "max_length": max_length, "compiled": compiled}
     sampled: dict[str, Any] = {"samples": samples, "new_tokens": new_tokens, "at_once": at_once}
     rate = matrix_rate(model.device, model.dtype, size=8192 if on_gpu else 2048)

@@ -113,7 +113,7 @@ def tiny_lm(
         return LlamaForCausalLM(config)
 
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49_152, "max_position_embeddings": 8192,
@@ -149,7 +149,11 @@ def random_lm(size: str, texts: Sequence[str], *, dtype: torch.dtype, device: to
         raise ValueError(f"model: got random:{size}, expected random: and one of {', '.join(_SIZES)}")
     tokenizer = tiny_tokenizer(texts, vocab_size=min(_SIZES[size]["vocab_size"], 16_384))
     tokenizer.chat_template = _CHAT
-    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ends: dict[str, Any] = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     config = LlamaConfig(**_SIZES[size], **ends, tie_word_embeddings=True)
     config.dtype = dtype
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:

@@ -160,6 +160,12 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]
 
 
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the memory that logits of up to `tokens` answer tokens need at once, with their gradients."""
+    elements = min(_LOGITS_AT_ONCE, tokens * _vocabulary(model))
+    return 14 * elements  # three and a half chunks in float32
+
+
 def _means(states: Tensor, owners: Tensor, counts: Tensor) -> Tensor:
     """Return the mean of (M, D) hidden states per owner, float32, detached; `counts` has the states of each."""
     sums = states.new_zeros(len(counts), states.shape[1], dtype=torch.float32)

@@ -176,11 +176,8 @@ def _check(
         missing = [column for column in COLUMNS if data is not None and column not in data.column_names]
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what reference_pass returns")
-        for column in NUMBERS if data is not None else ():
-            values = np.asarray(data.with_format("numpy")[column][:]).reshape(len(data), -1)
-            bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
-            if bad:
-                raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
+        if data is not None:
+            _require_finite_columns(name, data)
     for name, data in (("pairs", pairs), ("beta_pairs", beta_pairs)):
         if data is not None and len(data) < config.batch_size:
             raise ValueError(f"{name}: got {len(data)}, expected at least batch_size = {config.batch_size}")
@@ -192,6 +189,14 @@ def _check(
     models.adapter_off()  # raises if the policy is its own reference and has no adapter
     if rule.needs & {"direction", "kl"} and models.reference is None:
         raise ValueError(f"reference: got None, expected the model: {type(rule).__name__} looks at it in training")
+
+
+def _require_finite_columns(name: str, data: Dataset) -> None:
+    for column in NUMBERS:
+        values = np.asarray(data.with_format("numpy")[column][:]).reshape(len(data), -1)
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
+        if bad:
+            raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
 
 
 def _identity(
