@@ -575,7 +575,8 @@ def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tu
     if few:
         raise ValueError(f"batch_size: got {config.batch_size}, but there are fewer pairs to train on of {few}")
     out.mkdir(parents=True, exist_ok=True)
-    model.to(_device(config.device))
+    place: Any = _device(config.device)  # an annotation of transformers hides that a device will do
+    model.to(place)
     model.to(getattr(torch, config.dtype))
     if config.data:
         pairs = score(config.real(), loaded, cache_dir=cache_dir).train
