@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -405,7 +406,9 @@ class Run:
                 return load_lm(folder, dtype=self._reference.model.dtype).model
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(copy.deepcopy(self._reference.model), str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
+            return PeftModel.from_pretrained(copy.deepcopy(self._reference.model), str(folder)).eval()
 
 
 class Comparison(NamedTuple):
