@@ -676,7 +676,8 @@ function render({ model, el }) {
       html("div", { class: "group" },
         html("div", { class: "group" },
           newlines ? html("label", { title: "All prompts of this run end with a line break." }, newline, " end with a line break") : null,
-          html("label", { title: "As a user's message, through the model's chat template." }, chat, " as a chat message")),
+          run.chat ? html("span", {}, "sent as a user's message") // as all prompts of this run
+            : html("label", { title: "As a user's message, through the model's chat template." }, chat, " as a chat message")),
         button), status),
     html("section", { class: "find" }, html("h4", {}, "Prompts by β"),
       html("div", { class: "group" }, query, ofTask, order, ofForm), listed, count));

@@ -69,7 +69,8 @@ class RunExplorer(anywidget.AnyWidget):
         pulls, of_pulls = _pulls(run, prompts)
         points, of_points = _points(run, prompts, pulls)
         contents = {
-            "run": run.folder.name,
+            "run": run.folder.resolve().name,
+            "chat": bool(run.metadata.get("reference", {}).get("chat")),
             "forms": [{"name": form, **_lines(run, form)} for form in forms],
             "tasks": [{"name": task, "color": color} for task, color in task_colors(prompts["task"]).items()],
             "terms": TERM_COLORS,
@@ -104,6 +105,9 @@ class RunExplorer(anywidget.AnyWidget):
         out = io.BytesIO()
         figure_beta_by_task(self.run.table, **lines).savefig(out, format="png", dpi=90)
         return out.getvalue()
+
+    def __repr__(self) -> str:
+        return f"RunExplorer({self.contents['run']!r}, step {self.step})"
 
     def _repr_mimebundle_(self, **kwargs: object) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)
