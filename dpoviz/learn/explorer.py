@@ -109,7 +109,7 @@ class RunExplorer(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"RunExplorer({self.contents['run']!r}, step {self.step})"
 
-    def _repr_mimebundle_(self, **kwargs: object) -> Any:
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         return {**data, "image/png": base64.b64encode(self.png).decode("ascii")}, metadata
