@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from helpers.readme import blocks
 from helpers.worlds import CONFIG, Killed, dies_at, network, run, small_model, small_pairs
 
-from dpoviz.beta import BetaNetwork, ConstantBeta, MadeFor, TaskBeta, load_beta
+from dpoviz.beta import BetaNetwork, ConstantBeta, MadeFor, TaskBeta, read_beta
 from dpoviz.data import tasks
 from dpoviz.data.records import as_chat
 from dpoviz.experiments import kept, pipeline
@@ -338,20 +339,20 @@ class TestSavedBeta:
     def test_of_any_kind_it_is_read_with_its_record(self, tmp_path, beta):
         beta.made_for = self.RECORD
         beta.save_pretrained(tmp_path)
-        again = load_beta(tmp_path, form="inverse", fingerprint="abc")
+        again = read_beta(tmp_path, form="inverse", fingerprint="abc")
         assert type(again) is type(beta) and again.made_for == self.RECORD
         with pytest.raises(ValueError, match="form: got 'standard', expected 'inverse'"):
-            load_beta(tmp_path, form="standard")
+            read_beta(tmp_path, form="standard")
         with pytest.raises(ValueError, match=r"reference: got .* xyz, expected a model \(abc\)"):
             type(beta).from_pretrained(str(tmp_path), fingerprint="xyz")
 
     def test_without_a_record_it_is_read_as_before(self, tmp_path, caplog):
         network().save_pretrained(tmp_path)
-        assert load_beta(tmp_path).made_for is None and not caplog.text
-        assert load_beta(tmp_path, form="standard").made_for is None and "cannot be checked" in caplog.text
+        assert read_beta(tmp_path).made_for is None and not caplog.text
+        assert read_beta(tmp_path, form="standard").made_for is None and "cannot be checked" in caplog.text
 
     def test_folders_of_a_run_say_what_they_are_for(self, folder, data):
-        record = load_beta(folder / "standard" / "beta").made_for
+        record = read_beta(folder / "standard" / "beta").made_for
         assert record.form == "standard" and record.fingerprint == weights_fingerprint(data.model)
 
     def test_the_loop_refuses_the_other_form(self):
@@ -419,6 +420,13 @@ class TestCompareRuns:
         assert found.differences.iloc[0].tolist() == [0.1, 0.0]
         assert len(found.figure.axes) == 2
         assert compare_runs({"a": runs[0], "b": runs[1]}).table["run"].unique().tolist() == ["a", "b"]
+
+    def test_the_readme_runs(self, folder, other):
+        (block,) = blocks("python3")
+        block = block.replace('"dpoviz-run"', repr(str(folder))).replace('"without-entropy"', repr(str(other)))
+        names = {}
+        exec(block, names)
+        assert len(names["run"].betas(step=0)) == len(names["run"].table)
 
     def test_refuses_one_and_the_same(self, folder):
         with pytest.raises(ValueError, match="runs: got 1, expected at least two"):

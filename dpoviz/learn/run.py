@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from dpoviz.analysis.plots_runs import figure_runs
 from dpoviz.analysis.tables import COLUMNS, read_table, summarize
-from dpoviz.beta import Beta, EntropyBeta, TaskBeta, load_beta
+from dpoviz.beta import Beta, EntropyBeta, TaskBeta, read_beta
 from dpoviz.data.tokens import answer_end, encode_prompts
+from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.forms import Form
 from dpoviz.lm.cache import read_json
 from dpoviz.lm.entropy import estimate_entropy
@@ -161,13 +162,8 @@ class Run:
 
     @cached_property
     def _all_betas(self) -> pd.DataFrame:
-        kept = self._kept("beta_steps")
-        known = self.table.assign(row=self.table.groupby("form").cumcount())[
-            ["form", "row", "task", "prompt", "ref_entropy"]
-        ]
-        found = kept.merge(known, left_on=["form", "prompt"], right_on=["form", "row"], suffixes=("_number", ""))
-        found = found.sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
-        return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": np.float64})
+        self._kept("beta_steps")  # raises if there is none
+        return betas_of_steps(self.folder, self.table)
 
     def pulls(self) -> pd.DataFrame:
         """Return the pull of each term on beta at each held-out prompt after the last step (`gradients_on_beta`).
@@ -331,7 +327,7 @@ class Run:
             raise ValueError(f"form: got {form!r}, expected one of the run's: {', '.join(self.forms) or 'none'}")
         if form not in self._betas:
             fingerprint = self.metadata.get("reference", {}).get("fingerprint")
-            beta = load_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
+            beta = read_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
             self._betas[form] = beta.to(self._reference.model.device)
         return self._betas[form]
 
