@@ -120,6 +120,15 @@ class TestTypedPrompt:
         assert asked["beta"] == {form: run.beta("Compute 3 + 4.\n", form=form) for form in FORMS}
         assert (asked["entropy"], asked["se"]) == run.entropy("Compute 3 + 4.\n")
 
+    def test_the_selected_prompt(self, run, explorer):
+        assert explorer.prompt is None
+        explorer.selected = 1
+        assert explorer.prompt == explorer.contents["points"][1]["prompt"]
+        explorer.question = {"id": "a", "prompt": ""}  # fails, and is no point
+        explorer.question = {"id": "b", "prompt": "Compute 5 + 4.\n"}
+        explorer.selected = len(explorer.contents["points"])
+        assert explorer.prompt == "Compute 5 + 4.\n"
+
     def test_what_fails_is_shown_and_the_next_one_works(self, explorer):
         explorer.question = {"id": "a", "prompt": ""}
         explorer.question = {"id": "b", "prompt": "Compute 3 + 4.\n"}

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _HERE = Path(__file__).parent
 _LINES = ("beta0", "beta_min", "beta_max", "alpha")
 _OWN = "per token (nats per token)"
-"""The label of the entropy that β was trained with, first among the estimators."""
+"""The label of the entropy with which β was trained, first among the estimators."""
 
 
 class RunExplorer(anywidget.AnyWidget):
@@ -97,6 +97,14 @@ class RunExplorer(anywidget.AnyWidget):
             logger.debug("the prompt of the explorer", exc_info=True)
             answer = {"id": asked["id"], "prompt": asked["prompt"], "error": f"{type(error).__name__}: {error}"}
         self.asked = [*self.asked, answer]
+
+    @property
+    def prompt(self) -> Any:
+        """The selected prompt, a string or a chat; None if none is selected."""
+        if self.selected < 0:
+            return None
+        typed = [answer["prompt"] for answer in self.asked if "error" not in answer]
+        return [*(point["prompt"] for point in self.contents["points"]), *typed][self.selected]
 
     @property
     def png(self) -> bytes:
