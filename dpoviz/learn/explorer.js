@@ -524,7 +524,7 @@ function render({ model, el }) {
   }
 
   function pathOf(f, point) {
-    const width = 140, height = 82, left = 34, bottom = height - 6, top = 16;
+    const width = 140, height = 82, left = 42, bottom = height - 6, top = 16;
     const values = steps.map((_, step) => betaAt(f, step, point));
     const y = scale(...limits([...values, forms[f].beta0].filter((v) => v !== null), true), true, bottom, top);
     const x = scale(steps[0], steps.at(-1), false, left, width - 8);
@@ -543,7 +543,7 @@ function render({ model, el }) {
     const apart = Math.abs(y(marks[0]) - y(marks[1])) > 12 ? marks : marks.slice(0, 1);
     return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `β over the steps, ${forms[f].name}` },
       svg("text", { class: "title", x: left, y: 10 }, forms[f].name), level,
-      ...apart.map((v) => svg("text", { x: left - 4, y: y(v) + 4, "text-anchor": "end" }, number(v, 2))),
+      ...apart.map((v) => svg("text", { x: left - 4, y: y(v) + 4, "text-anchor": "end" }, number(v))),
       svg("polyline", { class: "path", points: line.join(" ") }), now);
   }
 
