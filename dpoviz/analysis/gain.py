@@ -67,20 +67,22 @@ def gain_of_run(scores: pd.DataFrame, table: pd.DataFrame | None, *, baseline: s
 
 _MEANING = (
     "These gains are in win rate against the reference, to leading order in KL: a policy with log-ratios h, re-tilted "
-    "to a small mean KL ε, is preferred to the reference with probability ½ + ½·√ε·E[h]/√E[h²], so gains at equal KL "
-    "are ratios of E[h]/√E[h²]. Intervals are 95 % bootstraps over groups of held-out pairs and cover no other training."
+    "to a small mean KL ε, is preferred to it with probability ½ + ½·√ε·E[h]/√E[h²], so gains at equal KL are ratios "
+    "of E[h]/√E[h²]. The bound is for one factor per task on a policy as it is: a β(x) that varies within tasks, or "
+    "changes what is learned, may pass it. Intervals are 95 % bootstraps over groups of held-out pairs; they cover no "
+    "other training."
 )
 
 
 def _beside_baseline(scores: pd.DataFrame, slopes: pd.DataFrame, baseline: str) -> list[str]:
-    wide = _by_variant(scores)
+    wide, bound = _by_variant(scores), gain_bound(slopes)
     gained = []
     for variant in wide.columns.drop(baseline):
         found = relative_gain(wide[variant], wide[baseline], _unit(scores))
         if found is None:
-            return [_nothing(f"the {baseline} β")]
+            return [f"To leading order in KL, {bound}.", _nothing(f"the {baseline} β")]
         gained.append(f"{_percent(found)} with the {variant} β(x)")
-    return [f"To leading order in KL, {gain_bound(slopes)}; this run gained {' and '.join(gained)}."]
+    return [f"To leading order in KL, {bound}; this run gained {' and '.join(gained)}."]
 
 
 def _alone(scores: pd.DataFrame, table: pd.DataFrame | None, slopes: pd.DataFrame, variant: str) -> list[str]:
@@ -90,20 +92,19 @@ def _alone(scores: pd.DataFrame, table: pd.DataFrame | None, slopes: pd.DataFram
     if own is None or own.empty:
         return [f"{bound}."]
     s = rows[["task", "prompt"]].merge(own[["task", "prompt", "scale"]], how="left", on=["task", "prompt"])["scale"]
-    ends = [relative_gain(rows["h"], other, rows["unit"]) for other in (s * rows["h"], rows["h"] / s)]
-    if None in ends:
-        return [f"{bound}.", f"{variant} form: {_nothing('one constant')}"]
-    fitted, begun = map(_percent, ends)
+    fitted, begun = (relative_gain(rows["h"], other, rows["unit"]) for other in (s * rows["h"], rows["h"] / s))
+    if fitted is None or begun is None:
+        return [f"{bound}.", f"{variant} form: {_nothing('this policy')}"]
     return [
-        f"{bound}. This run trained none with one constant. Its β(x) gained {fitted} if the policy has fitted its "
-        f"logits, so that one constant would have left s·h as it is, and {begun} if h has only begun to grow, in "
-        f"proportion to s; the mean of |s·h| is {number(float((s * rows['h']).abs().mean()))} nats."
+        f"{bound}. This run trained none with one constant. Its β(x) gained {_percent(fitted)} if the policy has "
+        f"fitted its logits, so that one constant would have left s·h as it is, and {_percent(begun)} if h has only "
+        f"begun to grow, in proportion to s; the mean of |s·h| is {number(float((s * rows['h']).abs().mean()))} nats."
     ]
 
 
 def _nothing(who: str) -> str:
     return (
-        f"on the held-out pairs {who} does not gain significantly over the reference (E[h] ≤ 0 in more than 2.5 % of "
+        f"On the held-out pairs {who} does not gain significantly over the reference (E[h] ≤ 0 in more than 2.5 % of "
         "resamples), so that there is nothing of which β(x) could gain a percentage."
     )
 

@@ -167,7 +167,7 @@ def prompts_in_halves(held_out: Dataset, *, most: int | None, seed: int) -> list
     """Return the held-out prompts, at most `most` per task, of which each task's are halved; groups stay together.
 
     Raises:
-        ValueError: a task has prompts of fewer than four groups.
+        ValueError: a task has prompts of fewer than two groups.
     """
     rows = held_out.to_pandas().drop_duplicates(["task", "prompt"])
     rows["group"] = rows["group"].where(rows["group"].notna(), rows["prompt"]) if "group" in rows else rows["prompt"]
@@ -179,10 +179,10 @@ def prompts_in_halves(held_out: Dataset, *, most: int | None, seed: int) -> list
         if most is not None:
             kept = own.groupby("group").size()[groups].cumsum()
             groups = [group for group in groups if kept[group] <= most]
-        if len(groups) < 4:
+        if len(groups) < 2:
             raise ValueError(
-                f"prompts: got {len(groups)} held-out groups of prompts of {task!r}, expected at least 4, of which two "
-                "choose and two measure; hold more pairs out"
+                f"prompts: got {len(groups)} held-out groups of prompts of {task!r}, expected at least 2, one to choose "
+                "and one to measure; hold more pairs out"
             )
         first = set(groups[: (len(groups) + 1) // 2])
         for row in own[own["group"].isin(groups)].itertuples():

@@ -46,7 +46,7 @@ class RetiltConfig:
         if self.reward is not None and not all(part.strip() for part in self.reward.partition(":")):
             raise ValueError(f"reward: got {self.reward!r}, expected module:function")
         least = {"samples": 2, "batch": 1, "seed": 0}
-        least |= {name: n for name, n in (("prompts", 4), ("max_new_tokens", 1)) if getattr(self, name) is not None}
+        least |= {name: n for name, n in (("prompts", 2), ("max_new_tokens", 1)) if getattr(self, name) is not None}
         for name, smallest in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value < 2**31:

@@ -107,7 +107,7 @@ def allocations_on(
         A row per rule and task, and one over all tasks: rule, task, slope, a, reward, kl, gain (reward above that of
         "one a"), gain_low, gain_high, earned (reward of "one a" above that of a = 0) and earned_low, earned_high; nan
         where a column does not apply. Means over all tasks weigh every prompt equally. The intervals are 95 %
-        bootstraps over these prompts, with the allocation held fixed. There is no row "by slope" if no slope is
+        bootstraps over these prompts, with the allocation held fixed; nan if a task has a single group. There is no row "by slope" if no slope is
         positive, and none "shuffled" if there is one task.
 
     Raises:
@@ -137,7 +137,8 @@ def allocations_on(
     rng = np.random.default_rng(seed)
     gains: dict[str, list[float]] = {rule: [] for rule in directions}
     earned = []
-    for _ in range(resamples):
+    several = min(len(np.unique(half.group)) for half in halves.values()) > 1
+    for _ in range(resamples if several else 0):
         lines = _lines(halves, factors, [_drawn(half.group, rng) for half in halves.values()])
         try:
             again = measure(lines)
