@@ -126,6 +126,7 @@ class TestRetilt:
             )  # fmt: skip
             assert ran.returncode == 2 and words in ran.stderr
 
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
     def test_another_policy_than_the_runs(self, run, tmp_path):
         """Its recorded h no longer fits: the adapter of another variant would pass unseen otherwise."""
         out = shutil.copytree(run[0], tmp_path / "run")

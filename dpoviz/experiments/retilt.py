@@ -181,8 +181,8 @@ def prompts_in_halves(held_out: Dataset, *, most: int | None, seed: int) -> list
             groups = [group for group in groups if kept[group] <= most]
         if len(groups) < 2:
             raise ValueError(
-                f"prompts: got {len(groups)} held-out groups of prompts of {task!r}, expected at least 2, one to choose "
-                "and one to measure; hold more pairs out"
+                f"prompts: got {len(groups)} held-out groups of prompts of {task!r}, expected at least 2, one to "
+                "choose and one to measure; hold more pairs out"
             )
         first = set(groups[: (len(groups) + 1) // 2])
         for row in own[own["group"].isin(groups)].itertuples():

@@ -107,8 +107,8 @@ def allocations_on(
         A row per rule and task, and one over all tasks: rule, task, slope, a, reward, kl, gain (reward above that of
         "one a"), gain_low, gain_high, earned (reward of "one a" above that of a = 0) and earned_low, earned_high; nan
         where a column does not apply. Means over all tasks weigh every prompt equally. The intervals are 95 %
-        bootstraps over these prompts, with the allocation held fixed; nan if a task has a single group. There is no row "by slope" if no slope is
-        positive, and none "shuffled" if there is one task.
+        bootstraps over these prompts, with the allocation held fixed; nan if a task has a single group. There is no row
+        "by slope" if no slope is positive, and none "shuffled" if there is one task.
 
     Raises:
         ValueError: the budget lies beyond the end of the sweep.
