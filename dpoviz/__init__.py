@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from dpoviz.old_names import install
@@ -22,9 +23,12 @@ _HOMES = {
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
     "analysis.tables": ("beta_table", "summarize"),
+    "learn.run": ("compare_runs", "load_run"),
     "analysis.plots": ("plot_beta_by_task", "plot_beta_gradients", "plot_beta_vs_entropy", "plot_training"),
 }
 """The public names, by the module that defines each. A module is imported when one of its names is first used."""
+
+__version__: str
 
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -35,6 +39,8 @@ install()
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("dpoviz")
     if name not in _HOME:
         raise AttributeError(f"module 'dpoviz' has no attribute {name!r}")
     return getattr(import_module(f"dpoviz.{_HOME[name]}"), name)
@@ -51,6 +57,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
     from dpoviz.data.records import as_chat, load_pairs, split_by_group
     from dpoviz.data.tokens import tokenize_pairs
+    from dpoviz.learn.run import compare_runs, load_run
     from dpoviz.lm.entropy import estimate_entropy
     from dpoviz.lm.models import add_lora, load_lm, tiny_lm, tiny_tokenizer
     from dpoviz.lm.reference import reference_pass

@@ -27,9 +27,11 @@ from dpoviz.experiments.real import EXAMPLES, FIXED, load, score
 from dpoviz.experiments.retilt import open_run, sweep
 from dpoviz.experiments.retilt_config import RetiltConfig
 from dpoviz.forms import FORMS
+from dpoviz.learn.run import load_run
 from dpoviz.lm import models
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.scoring import score_answers
+from dpoviz.lm.workers import one_thread
 from dpoviz.training.methods import features
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
@@ -38,6 +40,12 @@ SMALL = {
     "batch-size": 4, "stage1-steps": 3, "stage2-steps": 6, "lora-rank": 2, "entropy-samples": 3, "max-length": 96,
     "max-new-tokens": 12, "eval-batch-size": 4, "policy-learning-rate": 1e-2,
 }  # fmt: skip
+
+REPEATED = (
+    "beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "pulls.csv", "beta_steps.parquet", "frozen.parquet",
+    "pairs.parquet",
+)  # fmt: skip
+"""The files that a repeated or resumed run has with the same bytes."""
 
 
 def options(**changed):
@@ -151,7 +159,8 @@ class TestTrain:
         tables = {f"{name}.csv" for name in ("beta", "history", "entropy", "held_out", "answers")}
         adapters = {f"{variant}/policy/adapter_model.safetensors" for variant in (*FORMS, FIXED)}
         betas = {f"{variant}/beta/model.safetensors" for variant in FORMS}
-        assert tables | adapters | betas | {"config.json", "run.json", "report.html", "entropy.png"} <= names
+        kept = {"pulls.csv", "beta_steps.parquet", "frozen.parquet", "pairs.parquet"}
+        assert tables | adapters | betas | kept | {"config.json", "run.json", "report.html", "entropy.png"} <= names
         assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
 
     def test_time_estimate_comes_before_the_work(self, run):
@@ -235,42 +244,45 @@ def config_of(out: Path) -> RealConfig:
     return read_settings(out / "config.json", RealConfig(), "train")
 
 
+@pytest.fixture
+def at_once(cache, monkeypatch):
+    """Runs a command in this process, on one thread as the others; returns its status."""
+
+    def run(words, cache=cache):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
+        with one_thread():
+            return main([str(word) for word in words])
+
+    return run
+
+
 @pytest.mark.slow
 class TestResume:
-    @pytest.mark.parametrize("moment", ["stage1", "standard"])
-    def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, moment):
-        """Killed when the folder of a stage appears: in the middle of its first steps."""
-        process = start(folder, tmp_path / "cache", tmp_path / "out")
-        while not (tmp_path / "out" / moment).exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "out" / "report.html").exists()
-        again = start(folder, tmp_path / "cache", tmp_path / "out")
-        _, errors = again.communicate(timeout=1200)
-        assert again.returncode == 0, errors
-        for name in ("beta", "held_out", "entropy", "answers"):
-            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
+    def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, at_once):
+        """Killed three times: in the reference pass, and when the folder of a stage appears, in its first steps."""
+        cache, out = tmp_path / "cache", tmp_path / "out"
+        moments = (
+            lambda: list(cache.rglob("*")),
+            (out / "stage1").exists,
+            (out / "standard").exists,
+        )
+        for number, moment in enumerate(moments):
+            assert not moment()
+            process = start(folder, cache, out)
+            while not moment():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not any(later() for later in moments[number + 1 :])
+        assert not (out / "report.html").exists()
+        assert at_once(["train", *source(folder, out), *options()], cache) == 0
+        for name in REPEATED:
+            assert (out / name).read_bytes() == (run[0] / name).read_bytes(), name
 
-    def test_killed_in_the_reference_pass(self, run, folder, tmp_path):
-        process = start(folder, tmp_path / "cache", tmp_path / "out")
-        while not list((tmp_path / "cache").rglob("*")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "out" / "stage1").exists()
-        again = start(folder, tmp_path / "cache", tmp_path / "out")
-        _, errors = again.communicate(timeout=1200)
-        assert again.returncode == 0, errors
-        for name in ("beta", "held_out", "entropy", "answers"):
-            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
-
-    def test_its_settings_given_back_repeat_it(self, run, cache, tmp_path):
-        line = [*DPOVIZ, "train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]
-        finish(line, DPOVIZ_CACHE=cache)
-        for name in ("beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "config.json"):
+    def test_its_settings_given_back_repeat_it(self, run, tmp_path, at_once):
+        assert at_once(["train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]) == 0
+        for name in (*REPEATED, "config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (run[0] / name).read_bytes(), name
 
 
@@ -285,6 +297,10 @@ class TestProcesses:
             one, two = (pd.read_csv(place / f"{name}.csv") for place in (run[0], tmp_path / "out"))
             assert len(one) == len(two) > 0
             pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4, obj=name)
+        one, two = (load_run(place) for place in (run[0], tmp_path / "out"))
+        pd.testing.assert_frame_equal(one.betas(), two.betas(), rtol=1e-3)
+        pd.testing.assert_frame_equal(one.pulls(), two.pulls(), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(one.frozen("inverse").h, two.frozen("inverse").h, rtol=1e-3, atol=1e-3)
         assert (tmp_path / "out" / "report.html").exists()
         assert {path.name for path in (run[0] / "inverse").iterdir()} == {
             path.name for path in (tmp_path / "out" / "inverse").iterdir()

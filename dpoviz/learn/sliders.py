@@ -527,8 +527,8 @@ def _along_factors(world: tabular.TaskWorld, logits: Tensor, count: int) -> tupl
     variance, slope = mean(start.variance), mean(start.covariance) / mean(start.variance)
     # all factors at once, as further prompts
     grid = (_FACTORS * variance.mean().rsqrt()).repeat_interleave(len(world.task))
-    tables = [table.repeat(len(_FACTORS), 1) for table in (world.ref_logps, logits, world.rewards)]
-    found = tabular.tilt_moments(*tables, grid)
+    ref_logps, h, rewards = (t.repeat(len(_FACTORS), 1) for t in (world.ref_logps, logits, world.rewards))
+    found = tabular.tilt_moments(ref_logps, h, rewards, grid)
     parts = [values.view(len(_FACTORS), -1).T for values in (found.reward, found.kl)]
     gain, spent = (torch.stack([part[world.task == t].mean(0) for t in range(count)]).numpy() for part in parts)
     return gain - gain[:, :1], spent, slope.numpy()
