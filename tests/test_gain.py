@@ -12,7 +12,7 @@ import torch
 
 from dpoviz import tabular
 from dpoviz.allocation import gain_bound
-from dpoviz.analysis.gain import BY_SLOPE, ONE, SHUFFLED, gain_of_run, reading_of_retilt, relative_gain
+from dpoviz.analysis.gain import BEST, BEST_ONE, BY_SLOPE, ONE, SHUFFLED, gain_of_run, reading_of_retilt, relative_gain
 from dpoviz.analysis.plots_retilt import figure_retilt
 from dpoviz.experiments.retilt_config import RetiltConfig
 from dpoviz.experiments.retilt_report import allocations_on, analyse
@@ -156,13 +156,17 @@ class TestAllocations:
         rows.loc[start, "reward"] = 0.0
         slopes = pd.DataFrame({"task": list(SLOPE), "slope": SLOPE.values(), "variance": VARIANCE.values(), "se": 0.0,
                                "prompts": 1})  # fmt: skip
-        found = allocations_on(rows[rows["half"] == "evaluate"], slopes, kl=0.5, resamples=20)
+        first, second = (rows[rows["half"] == half] for half in ("choose", "evaluate"))
+        found = allocations_on(second, slopes, first, kl=0.5, resamples=20)
         pooled = found[found["task"] == "all"].set_index("rule")
         relative = pooled["gain"] / pooled.loc[ONE, "earned"]
         # the curves are interpolated between factors an eighth apart
         assert relative[BY_SLOPE] == pytest.approx(gain_bound(slopes).plain, abs=5e-3)
         assert relative[SHUFFLED] < -0.1
-        assert (pooled["kl"] - 0.5).abs().max() < 1e-9
+        assert (pooled.loc[[ONE, BY_SLOPE, SHUFFLED], "kl"] - 0.5).abs().max() < 1e-9
+        # the best of the curves lies on the grid of factors, at a little less KL
+        assert 0.4 < pooled.loc[BEST, "kl"] <= 0.5 and relative[BEST] == pytest.approx(relative[BY_SLOPE], abs=0.06)
+        assert pooled.loc[BEST_ONE, "gain"] <= 0 and relative[BEST] > relative[BEST_ONE]
         a = found[(found["rule"] == BY_SLOPE) & (found["task"] != "all")].set_index("task")["a"]
         assert a["talk"] / a["math"] == pytest.approx(4)
         assert pooled.loc[BY_SLOPE, "gain_low"] == pytest.approx(pooled.loc[BY_SLOPE, "gain"])  # no noise
@@ -170,12 +174,14 @@ class TestAllocations:
     def test_the_default_budget_is_the_policys_own(self):
         rows = sweep_rows(0.1)
         slopes = pd.DataFrame({"task": list(SLOPE), "slope": [-1.0, 0.0]})
-        found = allocations_on(rows[rows["half"] == "evaluate"], slopes, kl=None, resamples=20)
-        assert found["rule"].unique().tolist() == [ONE] and found.iloc[-1]["a"] == pytest.approx(1)
-        alone = allocations_on(rows[rows["group"].str.endswith(" 1")], slopes, kl=None, resamples=20)
+        first, second = (rows[rows["half"] == half] for half in ("choose", "evaluate"))
+        found = allocations_on(second, slopes, first, kl=None, resamples=20)
+        assert found["rule"].unique().tolist() == [ONE, BEST_ONE, BEST]
+        assert found.loc[found["rule"] == ONE, "a"].to_numpy() == pytest.approx(1)
+        alone = allocations_on(rows[rows["group"].str.endswith(" 1")], slopes, first, kl=None, resamples=20)
         assert alone["earned_low"].isna().all()  # one group of prompts per task has no spread
         with pytest.raises(ValueError, match="budget: got 99 nats"):
-            allocations_on(rows, slopes, kl=99)
+            allocations_on(rows, slopes, first, kl=99)
 
     @pytest.mark.parametrize("scored", [True, False])
     def test_tables_sentences_and_picture(self, scored):
@@ -190,7 +196,20 @@ class TestAllocations:
         assert ("reward per nat" if scored else "win rate per nat") in found.sentences[0]
         left, right = figure_retilt(found.curves, found.allocation, found.slopes).axes
         assert {line.get_label() for line in left.lines} >= {"a = 1", "by slope"}
-        assert [label.get_text() for label in right.get_yticklabels()] == [BY_SLOPE, SHUFFLED]
+        assert [label.get_text() for label in right.get_yticklabels()] == [
+            BY_SLOPE, SHUFFLED, BEST_ONE, BEST
+        ]  # fmt: skip
+
+    def test_where_a_curve_bends_the_best_of_the_curves_is_not_that_of_the_slopes(self):
+        """Math earns most at once and loses later: its slope is the largest, its best factor small."""
+        rows = sweep_rows()
+        rows["reward"] = np.where(rows["task"] == "math", rows["a"] - rows["a"] ** 2, 0.4 * rows["a"])
+        slopes = pd.DataFrame({"task": list(SLOPE), "slope": [0.5, 0.4]})
+        first, second = (rows[rows["half"] == half] for half in ("choose", "evaluate"))
+        found = allocations_on(second, slopes, first, kl=2.0, resamples=20)
+        gains = found[found["task"] == "all"].set_index("rule")["gain"]
+        assert gains[BEST] > 0 > gains[BY_SLOPE] and gains[BEST] > gains[BEST_ONE]
+        assert found[(found["rule"] == BEST) & (found["task"] == "math")]["a"].item() <= 0.5
 
 
 class TestConfig:

@@ -16,6 +16,9 @@ from dpoviz.analysis.text import fixed, number
 ONE, BY_SLOPE, SHUFFLED = "one a", "by slope", "shuffled"
 """Allocations of a re-tilted run: one a for all tasks; a ∝ max(b, 0); the same in each wrong order of the tasks."""
 
+BEST_ONE, BEST = "best one a", "best by task"
+"""Allocations that earn most on the curves of the choosing half, at no more KL than "one a"."""
+
 
 class Gain(NamedTuple):
     """The section of a report.
@@ -69,7 +72,8 @@ _MEANING = (
     "These gains are in win rate against the reference, to leading order in KL: a policy with log-ratios h, re-tilted "
     "to a small mean KL ε, is preferred to it with probability ½ + ½·√ε·E[h]/√E[h²], so gains at equal KL are ratios "
     "of E[h]/√E[h²]. The bound is for one factor per task on a policy as it is: a β(x) that varies within tasks, or "
-    "changes what is learned, may pass it. Intervals are 95 % bootstraps over groups of held-out pairs; they cover no "
+    "changes what is learned, may pass it. At a KL of tenths of a nat or more curves bend, and both may be far off: "
+    "dpoviz retilt measures them. Intervals are 95 % bootstraps over groups of held-out pairs; they cover no "
     "other training."
 )
 
@@ -188,20 +192,29 @@ def _allocations(variant: str, allocation: pd.DataFrame, unit: str) -> str:
         f"{variant}, re-tilted: at {number(one['kl'])} nats of mean KL one a for all tasks, {number(one['a'])}, "
         f"{earns} {_signed(one, 'earned')} over the reference, measured on half of the prompts"
     )
-    if BY_SLOPE not in pooled.index:
-        return (
-            f"{text}. The slopes of the other half are not positive in any task: they advise to stay at the reference."
+    if BY_SLOPE in pooled.index:
+        text += (
+            f". Beside it, at the same KL, factors in proportion to the slopes of the other half "
+            f"({_factors(allocation, BY_SLOPE)}) earn {_signed(pooled.loc[BY_SLOPE], 'gain')}"
         )
-    rows = allocation[(allocation["rule"] == BY_SLOPE) & (allocation["task"] != POOLED)]
-    factors = ", ".join(f"{number(row.a)} for {row.task}" for row in rows.itertuples())
-    text += f". In proportion to the slopes of the other half ({factors}), it earns {_more(pooled.loc[BY_SLOPE])}"
+    else:
+        text += ". The slopes of the other half are not positive in any task: they advise to stay at the reference"
     if SHUFFLED in pooled.index:
-        text += f"; with the factors in the wrong order, {_more(pooled.loc[SHUFFLED])}"
+        text += f"; in the wrong order, {_signed(pooled.loc[SHUFFLED], 'gain')}"
+    for rule in (BEST_ONE, BEST):
+        if rule in pooled.index:
+            a = number(allocation.loc[allocation["rule"] == rule, "a"].iloc[0])
+            shown = f"one a, {a}," if rule == BEST_ONE else f"a by task ({_factors(allocation, rule)})"
+            text += (
+                f". The {shown} that was best on the curves of the other half at no more KL earns "
+                f"{_signed(pooled.loc[rule], 'gain')} beside it, at {number(pooled.loc[rule, 'kl'])} nats"
+            )
     return f"{text}."
 
 
-def _more(row: pd.Series) -> str:
-    return f"{_signed(row, 'gain')} beside it at the same KL"
+def _factors(allocation: pd.DataFrame, rule: str) -> str:
+    rows = allocation[(allocation["rule"] == rule) & (allocation["task"] != POOLED)]
+    return ", ".join(f"{number(row.a)} for {row.task}" for row in rows.itertuples())
 
 
 def _signed(row: pd.Series, name: str) -> str:

@@ -12,7 +12,8 @@ class RetiltConfig:
 
     Answers are sampled from log π_ref + a·(log π − log π_ref) for several a, at held-out prompts: a = 0 is the
     reference, a = 1 the run's policy, and a = 2 corresponds to half the β in the standard form. One half of the prompts
-    chooses how far each task should go, the other half measures what that earns at equal KL. Writes retilt.csv (the
+    chooses how far each task should go, by its slope at the reference and by its curve; the other half measures what
+    that earns. Writes retilt.csv (the
     answers), retilt_curves.csv, retilt_slopes.csv, retilt_allocation.csv, retilt.json (these settings) and retilt.png
     into the run's folder, and makes its report again.
 

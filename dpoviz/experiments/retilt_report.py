@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dpoviz.allocation import POOLED, reward_per_nat, reward_per_nat_of_pairs
-from dpoviz.analysis.gain import BY_SLOPE, ONE, SHUFFLED, reading_of_retilt
+from dpoviz.analysis.gain import BEST, BEST_ONE, BY_SLOPE, ONE, SHUFFLED, reading_of_retilt
 from dpoviz.analysis.plots_retilt import figure_retilt
 from dpoviz.analysis.statistics import percentile_interval
 from dpoviz.analysis.tables import in_order, write_table
@@ -55,7 +55,8 @@ def analyse(rows: pd.DataFrame, scores: pd.DataFrame, config: RetiltConfig, *, s
     for variant, own in rows.groupby("variant", sort=False):
         table = _slopes(own, scores[scores["variant"] == variant], config.seed, scored=scored)
         chosen = table[(table["unit"] == ("reward" if scored else "win rate")) & (table["half"] == HALVES[0])]
-        allocation = allocations_on(own[own["half"] == HALVES[1]], chosen, kl=config.kl, seed=config.seed)
+        first, second = (own[own["half"] == half] for half in HALVES)
+        allocation = allocations_on(second, chosen, first, kl=config.kl, seed=config.seed)
         for found, part in ((curves, reward_kl_curves(own)), (slopes, table), (allocations, allocation)):
             found.append(part.assign(variant=variant)[["variant", *part.columns]])
     by_curve, by_slope, by_rule = (pd.concat(parts, ignore_index=True) for parts in (curves, slopes, allocations))
@@ -88,17 +89,26 @@ class _Half(NamedTuple):
 
 
 def allocations_on(
-    rows: pd.DataFrame, slopes: pd.DataFrame, *, kl: float | None, seed: int = 0, resamples: int = RESAMPLES
+    rows: pd.DataFrame,
+    slopes: pd.DataFrame,
+    choosing: pd.DataFrame,
+    *,
+    kl: float | None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> pd.DataFrame:
     """Compare allocations over tasks at equal KL on prompts that did not choose them.
 
     Every allocation is scaled until its mean KL on these prompts is the same; a task that would go beyond the end of
     the sweep stays there. "by slope" has a ∝ max(b, 0) for the given slopes, "one a" the same a for all tasks, and
-    "shuffled" is the mean over the orders in which each task has another task's slope.
+    "shuffled" is the mean over the orders in which each task has another task's slope. Slopes at the reference lead
+    astray where a curve bends. "best one a" and "best by task" therefore have the factors of the sweep that earn most
+    on the curves of the choosing prompts, at a mean KL there of at most the budget; these are not scaled.
 
     Args:
         rows: the answers of one variant to the evaluating prompts: a, task, prompt, group, reward, kl.
         slopes: table of `reward_per_nat` from other prompts.
+        choosing: the answers to those prompts, as `rows`.
         kl: mean KL at which to compare, nats; None: that at a = 1.
         seed: seed of the resamples.
         resamples: bootstrap resamples of the evaluating groups of prompts.
@@ -124,18 +134,22 @@ def allocations_on(
     slope = dict(zip(slopes["task"], slopes["slope"], strict=True))
     directions = _directions([slope[task] for task in order])
 
+    others = {task: _half(choosing[choosing["task"] == task], factors) for task in order}
+    fixed = _best(_lines(others, factors, [np.ones(len(half.group)) for half in others.values()]), weights, budget)
+
     def measure(lines: list[Line]) -> dict[str, list[tuple[float, float, float]]]:
-        return {
+        scaled = {
             rule: [reach(lines, one, budget, weights=weights, cap=True) for one in some]
             for rule, some in directions.items()
         }
+        return scaled | {rule: [(1.0, *_mean_at(lines, a, weights))] for rule, a in fixed.items()}
 
     def at_start(lines: list[Line]) -> float:
         return float(np.average([line.reward[0] for line in lines], weights=weights))
 
     found = measure(full)
     rng = np.random.default_rng(seed)
-    gains: dict[str, list[float]] = {rule: [] for rule in directions}
+    gains: dict[str, list[float]] = {rule: [] for rule in found}
     earned = []
     several = min(len(np.unique(half.group)) for half in halves.values()) > 1
     for _ in range(resamples if several else 0):
@@ -159,7 +173,7 @@ def allocations_on(
             low, high = percentile_interval(np.array(earned))
             row |= {"a": multiple, "earned": base - at_start(full), "earned_low": low, "earned_high": high}
         if rule != SHUFFLED:
-            for task, line, own in zip(order, full, directions[rule][0], strict=True):
+            for task, line, own in zip(order, full, fixed.get(rule, directions.get(rule, [()])[0]), strict=True):
                 a = min(multiple * own, factors[-1])
                 at = {name: float(np.interp(a, line.a, getattr(line, name))) for name in ("reward", "kl")}
                 table.append({"rule": rule, "task": task, "slope": slope[task], "a": a, **at})
@@ -187,6 +201,34 @@ def _lines(halves: Mapping[str, _Half], factors: np.ndarray, weights: Sequence[n
         share = weight / weight.sum()
         found.append(Line(factors, share @ half.reward, share @ half.kl))
     return found
+
+
+def _mean_at(lines: Sequence[Line], a: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Return mean reward and KL at a factor per task."""
+    values = [
+        [np.interp(own, line.a, column) for column in (line.reward, line.kl)]
+        for own, line in zip(a, lines, strict=True)
+    ]
+    reward, kl = np.average(values, axis=0, weights=weights)
+    return float(reward), float(kl)
+
+
+def _best(lines: Sequence[Line], weights: Sequence[float], budget: float) -> dict[str, tuple[float, ...]]:
+    """Return the factors of the sweep that earn most at a mean KL of at most the budget, for all tasks and by task."""
+    a = lines[0].a
+    reward, kl = (np.stack([getattr(line, name) for line in lines]) for name in ("reward", "kl"))
+    within = np.average(kl, axis=0, weights=weights) <= budget * (1 + 1e-9)
+    one = a[np.argmax(np.where(within, np.average(reward, axis=0, weights=weights), -np.inf))]
+    found = {BEST_ONE: (float(one),) * len(lines)}
+    if len(lines) == 1:
+        return found
+    # at every price of KL each task chooses for itself: the best for what they spend together
+    prices = np.append(0.0, np.geomspace(1e-4, 1e4, 400) * max(np.ptp(reward), 1e-9))
+    for price in prices:
+        at = np.argmax(reward - price * kl, axis=1)
+        if np.average(kl[np.arange(len(lines)), at], weights=weights) <= budget:
+            break
+    return {**found, BEST: tuple(float(factor) for factor in a[at])}
 
 
 def _directions(slopes: Iterable[float]) -> dict[str, list[tuple[float, ...]]]:
