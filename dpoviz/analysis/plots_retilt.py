@@ -14,6 +14,9 @@ from dpoviz.analysis.style import GREY, INK, legend_above, require_columns, task
 from dpoviz.analysis.text import number
 
 
+_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
 def figure_retilt(curves: pd.DataFrame, allocation: pd.DataFrame, slopes: pd.DataFrame) -> Figure:
     """Draw reward against KL by task for each variant, and the allocations at equal KL.
 
@@ -35,7 +38,12 @@ def figure_retilt(curves: pd.DataFrame, allocation: pd.DataFrame, slopes: pd.Dat
     for variant, (left, right) in zip(variants, panels, strict=True):
         own = allocation[allocation["variant"] == variant]
         _curves(left, curves[curves["variant"] == variant], own)
-        left.set(xlabel="KL(π_a‖π_ref), nats per answer", ylabel=f"{variant}:\n{unit}", xlim=(0, None))
+        left.set(xlabel="KL(π_a‖π_ref), nats per answer (root scale)", ylabel=f"{variant}:\n{unit}")
+        most = 1.05 * float(curves.loc[curves["variant"] == variant, "kl"].max())
+        left.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # about linear in a
+        left.set_xlim(0, most)
+        ticks = [tick for tick in _TICKS if most / 60 < tick < most]
+        left.set_xticks([0, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
         _gains(right, own)
     return figure
 
