@@ -13,7 +13,6 @@ from dpoviz.allocation import POOLED
 from dpoviz.analysis.style import GREY, INK, legend_above, require_columns, task_colors, task_label
 from dpoviz.analysis.text import number
 
-
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
