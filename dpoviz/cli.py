@@ -15,11 +15,13 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
+from tyro import MISSING
 from tyro.conf import Positional, arg
 
 from dpoviz.experiments.comparison_config import CompareConfig
 from dpoviz.experiments.config import BenchConfig, DemoConfig, RealConfig, SampleConfig
 from dpoviz.experiments.options import parse, read_settings
+from dpoviz.experiments.retilt_config import RetiltConfig
 from dpoviz.translation import in_language
 
 if TYPE_CHECKING:
@@ -172,6 +174,15 @@ class _Report:
 
 
 @dataclass(frozen=True)
+class _Retilt:
+    settings: Annotated[RetiltConfig, arg(name="")]
+    folder: Positional[Path] = MISSING
+    """folder of a finished run of demo or train, its --out; the tables are written into it."""
+    config: Path | None = None
+    """YAML or JSON file of settings, such as an earlier retilt.json; options override it."""
+
+
+@dataclass(frozen=True)
 class _Compare:
     settings: Annotated[CompareConfig, arg(name="")]
     out: Path = Path("dpoviz-compare")
@@ -275,6 +286,32 @@ def _notebooks(given: _Notebooks) -> None:
     names = copy_course(given.folder)
     print(f"{sum(name.endswith('.ipynb') for name in names)} notebooks in {given.folder}; 中文 notebook 在 zh/")
     print(f"open them: jupyter lab {given.folder}\nbegin with: 01_from_constraint_to_loss.ipynb")
+
+
+def _retilt(given: _Retilt) -> None:
+    from dpoviz.analysis.text import allocation_as_text, slopes_as_text
+    from dpoviz.experiments.folder import report
+    from dpoviz.experiments.retilt import named_reward, open_run, require_run, settings, sweep
+    from dpoviz.experiments.retilt_report import analyse, write_retilt
+    from dpoviz.lm.cache import lock_folder
+    from dpoviz.lm.reference import default_cache_dir
+
+    config = given.settings
+    variants = require_run(given.folder, config)
+    if config.reward is not None:
+        named_reward(config.reward)  # raises before anything is loaded
+    with lock_folder(given.folder, "folder"):
+        run = open_run(given.folder, cache_dir=default_cache_dir(), max_new_tokens=config.max_new_tokens)
+        rows = sweep(run, variants, config)
+        scored = config.reward is not None or run.verifier is not None
+        found = analyse(rows, run.scores, config, scored=scored)
+        write_retilt(given.folder, rows, found, settings(config))
+        report(given.folder)
+    print(f"\n{slopes_as_text(found.slopes)}\n\n{allocation_as_text(found.allocation)}\n")
+    for line in found.sentences:
+        print(f"  {line}")
+    print(f"\nthe picture: {given.folder / 'retilt.png'}\nbeside it:   retilt.csv, retilt_*.csv, retilt.json")
+    _say_where(given.folder)
 
 
 def _compare(given: _Compare) -> None:
@@ -428,6 +465,13 @@ COMMANDS = {
         _Notebooks,
         lambda _: None,
         _notebooks,
+        resumes=False,
+    ),
+    "retilt": Command(
+        "change β of a finished run without training: reward against KL, reward per nat, the best allocation",
+        _Retilt,
+        lambda _: RetiltConfig(),
+        _retilt,
         resumes=False,
     ),
     "compare": Command(

@@ -9,22 +9,26 @@ import copy
 import itertools
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpoviz import losses, regularizers
+from dpoviz import allocate, gain_bound, losses, regularizers, tabular
 from dpoviz.learn import checks
 from dpoviz.learn.checks import (
     Mistake,
     Verdict,
+    check_allocation,
     check_beta_gradient,
+    check_bound,
     check_completion_logps,
     check_dpo_loss,
     check_entropy_penalty,
     check_optimal_policy,
     check_reward_difference,
+    check_slope,
     check_smoothness_penalty,
 )
 
@@ -38,6 +42,9 @@ ALL = [
     check_reward_difference,
     check_entropy_penalty,
     check_smoothness_penalty,
+    check_slope,
+    check_allocation,
+    check_bound,
 ]
 
 
@@ -90,6 +97,7 @@ def answers() -> list:
     by_form = (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)
     found = [(f"{numbers.__name__} {form}", numbers(form)) for numbers in by_form for form in FORMS]
     names = ("completion_logps", "optimal_policy", "reward_difference", "entropy_penalty", "smoothness_penalty")
+    names += ("slope", "allocation", "bound")
     return found + [(name, getattr(checks, f"{name}_answers")()) for name in names]
 
 
@@ -1026,3 +1034,79 @@ class TestKLEstimate:
     def test_other_shapes(self):
         assert checks.check_kl_estimate(lambda p, r: ...).right is None
         assert "two things" in checks.check_kl_estimate(lambda p, r: (p - r).mean()).sentence
+
+
+class TestRewardPerNat:
+    """The three exercises of notebook 08."""
+
+    @staticmethod
+    def slope(ref_logps, h, rewards):
+        p = ref_logps.exp()
+        h = h - (p * h).sum(1, keepdim=True)
+        return (p * h * rewards).sum(1) / (p * h * h).sum(1)
+
+    @staticmethod
+    def factors(slopes, variances, budget):
+        b = torch.relu(slopes)
+        return b / ((variances * b**2).mean() / (2 * budget)) ** 0.5
+
+    @staticmethod
+    def bound(slopes, variances):
+        return (slopes.square() @ variances * variances.sum()) ** 0.5 / (slopes @ variances) - 1
+
+    def test_right_answers(self):
+        assert check_slope(self.slope).right
+        assert check_slope(lambda ref, h, r: [tabular.tilt_moments(*(t[i : i + 1] for t in (ref, h, r)), 0.0).slope[0]
+                                              for i in range(len(h))]).right  # fmt: skip
+        assert check_allocation(self.factors).right
+        assert check_bound(self.bound).right
+
+    def test_right_answers_are_the_librarys(self):
+        args, right, _ = checks.allocation_answers()
+        table = {"task": range(3), "slope": args[0], "variance": args[1], "prompts": 1, "se": 0.0}
+        assert allocate(pd.DataFrame(table), kl=args[2])["a"].to_numpy() == pytest.approx(right.numpy())
+        (slopes, variances), right, _ = checks.bound_answers()
+        table = pd.DataFrame({**table, "slope": slopes, "variance": variances})
+        assert gain_bound(table, resamples=100).plain == pytest.approx(right.item())
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            (lambda ref, *x: torch.stack([torch.cov(torch.stack(p))[0, 1] / p[0].var() for p in zip(*x, strict=True)]),
+             "weighed equally"),
+            (lambda ref, h, r: (ref.exp() * h * r).sum(1) / (ref.exp() * h * h).sum(1), "means are not subtracted"),
+            (lambda ref, h, r: TestRewardPerNat.slope(ref, r, h), "slope of h on the reward"),
+            (lambda ref, h, r: 1 / TestRewardPerNat.slope(ref, h, r), "Upside down"),
+            (lambda ref, h, r: TestRewardPerNat.slope(ref, h, r).mean(), "got shape ()"),
+        ],
+    )  # fmt: skip
+    def test_wrong_slopes(self, wrong, words):
+        says(check_slope(wrong), words)
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            (lambda b, v, kl: b / ((v * b**2).mean() / (2 * kl)).sqrt(), "negative slope counts as 0"),
+            (lambda b, v, kl: (2 * kl / v).sqrt(), "every task the same KL"),
+            (lambda b, v, kl: (2 * kl / v.mean()).sqrt().expand(3), "factors are equal"),
+            (lambda b, v, kl: TestRewardPerNat.factors(b, v, kl / 2), "the ½ is missing"),
+            (lambda b, v, kl: TestRewardPerNat.factors(b, v, kl / 3), "mean over tasks"),
+            (lambda b, v, kl: torch.relu(b), "direction b alone"),
+            (lambda b, v, kl: TestRewardPerNat.factors(b, v, 0.3), "at a quarter of the budget"),
+        ],
+    )
+    def test_wrong_factors(self, wrong, words):
+        says(check_allocation(wrong), words)
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            (lambda b, v: TestRewardPerNat.bound(b, v) + 1, "1 is not subtracted"),
+            (lambda b, v: (TestRewardPerNat.bound(b, v) + 1) ** 2 - 1, "This is CV²"),
+            (lambda b, v: TestRewardPerNat.bound(b, torch.ones(3, dtype=b.dtype)), "weigh equally"),
+            (lambda b, v: TestRewardPerNat.bound(b, v**2), "The weights are Var(h)²"),
+            (lambda b, v: 1 - 1 / (TestRewardPerNat.bound(b, v) + 1), "Upside down"),
+        ],
+    )
+    def test_wrong_bounds(self, wrong, words):
+        says(check_bound(wrong), words)

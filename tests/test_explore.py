@@ -38,6 +38,7 @@ EXPLORERS = {
     "two_forms": explore.two_forms,
     "term_curves": explore.term_curves,
     "retrain": lambda: explore.retrain(fit),
+    "which_beta": lambda: explore.which_beta(prompts=4, answers=4),
     "one empty label": lambda: toy(),
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,6 +16,7 @@ import torch
 from helpers.launch import DPOVIZ, begin, command, environment, finish, flat
 from transformers import AutoModelForCausalLM
 
+from dpoviz.analysis.tables import read_table, write_table
 from dpoviz.beta import BetaNetwork
 from dpoviz.cli import main
 from dpoviz.data import tasks
@@ -22,6 +24,8 @@ from dpoviz.data.records import load_pairs
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.options import read_settings
 from dpoviz.experiments.real import EXAMPLES, FIXED, load, score
+from dpoviz.experiments.retilt import open_run, sweep
+from dpoviz.experiments.retilt_config import RetiltConfig
 from dpoviz.forms import FORMS
 from dpoviz.learn.run import load_run
 from dpoviz.lm import models
@@ -87,6 +91,64 @@ def run(folder, cache, tmp_path_factory):
     printed, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors
     return out, printed
+
+
+@pytest.mark.slow
+class TestRetilt:
+    """`dpoviz retilt` on a finished run of adapters."""
+
+    OPTIONS = ("--samples", "2", "--a", "2", "--max-new-tokens", "6", "--variants", FIXED)
+
+    def test_in_win_rates_without_a_reward(self, run, cache, tmp_path):
+        out = shutil.copytree(run[0], tmp_path / "run")
+        printed = finish([*DPOVIZ, "retilt", out, *self.OPTIONS], DPOVIZ_CACHE=cache)
+        rows, curves = (read_table(out / name) for name in ("retilt.csv", "retilt_curves.csv"))
+        assert sorted(curves["a"].unique()) == [0, 1, 2] and set(rows["variant"]) == {FIXED}
+        scores = read_table(out / "held_out.csv")
+        mean = scores[scores["variant"] == FIXED].groupby("prompt")["h"].mean()
+        expected = rows["a"] * rows["prompt"].map(mean) / 4
+        assert rows["reward"].to_numpy() == pytest.approx(expected.to_numpy())
+        halves = rows.groupby("group")["half"].nunique()
+        assert (halves == 1).all() and set(rows["half"]) == {"choose", "evaluate"}
+        assert "win rate per nat" in printed and "re-tilted" in (out / "report.html").read_text()
+        assert read_settings(out / "retilt.json", RetiltConfig(), "retilt").samples == 2
+
+    def test_with_a_function_and_its_mistakes(self, run, cache, tmp_path):
+        out = shutil.copytree(run[0], tmp_path / "run")
+        (tmp_path / "judge.py").write_text(
+            "def length(prompt, answer, task):\n    return len(answer)\n\ndef word(*given):\n    return 'good'\n"
+        )
+        ran = subprocess.run(
+            [*DPOVIZ, "retilt", out, *self.OPTIONS, "--reward", "judge:length"], cwd=tmp_path,
+            env=environment(DPOVIZ_CACHE=cache), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        rows = read_table(out / "retilt.csv")
+        assert (rows["reward"] == rows["answer"].str.len()).all() and "reward per nat" in ran.stdout
+        for name, words in (
+            ("judge:word", "reward: got 'good' for the answer"),
+            ("judge:no", "reward: got 'judge:no'"),
+        ):
+            ran = subprocess.run(
+                [*DPOVIZ, "retilt", out, *self.OPTIONS, "--reward", name], cwd=tmp_path,
+                env=environment(DPOVIZ_CACHE=cache), capture_output=True, text=True,
+            )  # fmt: skip
+            assert ran.returncode == 2 and words in ran.stderr
+
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks by a name that is to go
+    def test_another_policy_than_the_runs(self, run, tmp_path):
+        """Its recorded h no longer fits: the adapter of another variant would pass unseen otherwise."""
+        out = shutil.copytree(run[0], tmp_path / "run")
+        table = read_table(out / "held_out.csv")
+        write_table(table.assign(h=table["h"] + 1), out / "held_out.csv")
+        opened = open_run(out, cache_dir=None, progress=False)
+        with pytest.raises(ValueError, match="the model or the world has changed since"):
+            sweep(opened, [FIXED], RetiltConfig(samples=2), progress=False)
+
+    def test_what_is_no_finished_run(self, run, tmp_path, capsys):
+        assert main(["retilt", str(tmp_path)]) == 2
+        assert "holds no finished run" in capsys.readouterr().err
+        assert main(["retilt", str(run[0]), "--variants", "best"]) == 2
+        assert "variants: got ['best'], expected some of" in capsys.readouterr().err
 
 
 @pytest.mark.slow

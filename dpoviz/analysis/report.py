@@ -25,7 +25,7 @@ from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
 from dpoviz.translation import FONT_ADVICE, chinese_font, current_language, key, say, translate
 
-FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_steps", "log_ratios", "beta_gradients")
+FIGURES = ("beta_by_task", "retilt", "entropy_estimators", "training", "beta_steps", "log_ratios", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
 
 MIN_PROMPTS = 10
@@ -269,6 +269,7 @@ def write_report(
     accuracy: pd.DataFrame | None = None,
     entropy: pd.DataFrame | None = None,
     answers: pd.DataFrame | None = None,
+    slopes: pd.DataFrame | None = None,
     log_ratios: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Path:
@@ -286,6 +287,7 @@ def write_report(
         entropy: the table of `summarize_estimators`, or None.
         answers: a row per variant and prompt, with variant, task, prompt, answer and beta (NaN if there is
             none); or None.
+        slopes: the slopes of `gain_of_run`, or None.
         log_ratios: sentences on the figure "log_ratios" (`reading_of_log_ratios`).
         notes: sentences for the top of the page.
 
@@ -299,7 +301,7 @@ def write_report(
     if unknown or (FIGURES[0] in figures) != (table is not None):
         wanted = f"{FIGURES[0]!r} and any" if table is not None else "any"
         raise ValueError(f"figures: got {list(figures)}, expected {wanted} of {list(FIGURES[1:])}")
-    parts = [part for part in (table, summary, accuracy, entropy, answers) if part is not None]
+    parts = [part for part in (table, summary, accuracy, entropy, answers, slopes) if part is not None]
     page = _environment().get_template("report.html.j2")
     html = page.render(
         notes=[say(FAST_NOTE)] * (config.get("fast") is True) + _font_note() + list(notes),
@@ -314,6 +316,7 @@ def write_report(
         summary=None if summary is None else list(summary.itertuples()),
         accuracy=None if accuracy is None else list(accuracy.itertuples()),
         entropy=None if entropy is None else list(entropy.itertuples()),
+        slopes=None if slopes is None else list(slopes.itertuples()),
         last=_last_measurements(history),
         ends=None if table is None else _ends(table),
         answers=None if answers is None else _answers(answers),

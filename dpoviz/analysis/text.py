@@ -94,5 +94,38 @@ def accuracy_as_text(accuracy: pd.DataFrame) -> str:
     return pd.DataFrame(rows).to_string(index=False)
 
 
+def slopes_as_text(slopes: pd.DataFrame) -> str:
+    """Return the slopes of a re-tilted run as text, those of all prompts."""
+    rows = [
+        {
+            "run": row.variant,
+            "task": row.task,
+            "per nat": f"{row.unit} of {'answers' if row.unit == 'reward' else 'pairs'}",
+            "slope b": f"{number(row.slope)} [{number(row.low)}, {number(row.high)}]",
+            "Var h": number(row.variance),
+            "prompts": row.prompts,
+        }
+        for row in slopes[slopes["half"] == "all"].itertuples()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
+def allocation_as_text(allocation: pd.DataFrame) -> str:
+    """Return the allocations of a re-tilted run as text."""
+    rows = [
+        {
+            "run": row.variant,
+            "rule": row.rule,
+            "task": row.task,
+            "a": number(row.a),
+            "KL": number(row.kl),
+            "reward": fixed(row.reward, 4),
+            "above one a": interval(row.gain, row.gain_low, row.gain_high, 4, sign=True),
+        }
+        for row in allocation.itertuples()
+    ]
+    return pd.DataFrame(rows).to_string(index=False)
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−")

@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from dpoviz.analysis.gain import gain_of_run, reading_of_retilt
 from dpoviz.analysis.plots import (
     figure_beta_by_task,
     figure_beta_gradients,
@@ -27,6 +28,7 @@ from dpoviz.analysis.plots import (
     log_ratio_tasks,
     plot_entropy_estimators,
 )
+from dpoviz.analysis.plots_retilt import figure_retilt
 from dpoviz.analysis.report import reading, reading_of_accuracy, reading_of_log_ratios, tiny_note, write_report
 from dpoviz.analysis.style import without_font
 from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
@@ -177,8 +179,8 @@ class Report(NamedTuple):
     """The contents of a report.
 
     Attributes:
-        tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy" (`summarize_estimators`), as
-            far as the run has them.
+        tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`), "slopes" (`gain_of_run`) and "entropy"
+            (`summarize_estimators`), as far as the run has them.
         sentences: the results in sentences.
     """
 
@@ -210,6 +212,15 @@ def report(out: Path) -> Report:
     if "held_out" in tables and baseline is not None:
         found["accuracy"] = summarize_accuracy(tables["held_out"], baseline=baseline)
         sentences += reading_of_accuracy(found["accuracy"])
+    if "held_out" in tables:
+        gain = gain_of_run(tables["held_out"], tables.get("beta"), baseline=baseline)
+        if gain is not None:
+            found["slopes"] = gain.slopes
+            sentences += gain.sentences
+    if (out / "retilt_allocation.csv").is_file():
+        parts = {name: read_table(out / f"retilt_{name}.csv") for name in ("curves", "allocation", "slopes")}
+        figures["retilt"] = figure_retilt(**parts)
+        sentences += reading_of_retilt(parts["slopes"], parts["allocation"])
     if "entropy" in tables:
         figures["entropy_estimators"] = plot_entropy_estimators(tables["entropy"]).figure
         figures["entropy_estimators"].savefig(out / "entropy.png", dpi=150)
@@ -234,6 +245,7 @@ def report(out: Path) -> Report:
         reading=sentences,
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
+        slopes=found.get("slopes"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
         log_ratios=reading_of_log_ratios(shown, log_ratio_tasks(shown)),
         notes=[*([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])), *_font_note(tables)],

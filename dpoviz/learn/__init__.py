@@ -1,1 +1,1 @@
-"""Helpers for the notebooks: answer checks for the exercises, and sliders."""
+"""What is looked at and tried: a finished run and its widgets; the checks and sliders of the notebooks."""

@@ -1255,3 +1255,152 @@ def _check_constant_beta(fn: Callable, x: Tensor) -> None:
             "training, the gradient to the parameters is NaN: a square root has no slope at 0. "
             "Square without taking the root first."
         )
+
+
+# -- reward per nat ------------------------------------------------------------------------------------------
+
+
+def slope_answers() -> Answers:
+    """Return the numbers of `check_slope`."""
+    ref = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], dtype=torch.float64)
+    h = torch.tensor([[1.0, -0.4, 0.3], [0.2, 1.5, -0.9]], dtype=torch.float64)
+    rewards = torch.tensor([[2.0, 1.1, 1.9], [0.3, 1.2, 0.8]], dtype=torch.float64)
+
+    def mean(values: Tensor) -> Tensor:
+        return (ref * values).sum(1)
+
+    covariance = mean(h * rewards) - mean(h) * mean(rewards)
+    variance = mean(h * h) - mean(h).square()
+    spread = mean(rewards * rewards) - mean(rewards).square()
+    flat_h, flat_r = (values - values.mean(1, keepdim=True) for values in (h, rewards))
+    pooled = covariance.mean() / variance.mean()
+    mistakes = [
+        Mistake("This is the covariance alone: divide by Var(h).", covariance),
+        Mistake("This is the variance alone.", variance),
+        Mistake(
+            "The answers are weighed equally: both moments are under π_ref, so weigh each answer by its probability.",
+            (flat_h * flat_r).sum(1) / flat_h.square().sum(1),
+        ),
+        Mistake("The means are not subtracted: this is E[r·h]/E[h²].", mean(h * rewards) / mean(h * h)),
+        Mistake(
+            "The mean is subtracted in Var(h) but not in Cov(r, h) = E[r·h] − E[r]·E[h].", mean(h * rewards) / variance
+        ),
+        Mistake("The variance lacks its mean: Var(h) = E[h²] − E[h]².", covariance / mean(h * h)),
+        Mistake("This divides by Var(r): it is the slope of h on the reward.", covariance / spread),
+        Mistake("This is the correlation: divide by Var(h), not by the two deviations.",
+                covariance / (variance * spread).sqrt()),
+        Mistake("This divides by the standard deviation of h: the slope has its square.", covariance / variance.sqrt()),
+        Mistake("Upside down: this is Var(h)/Cov(r, h), which is β*/λ.", variance / covariance),
+        Mistake("One number for all prompts: the slope is per prompt, (X,).", pooled),
+        Mistake("The prompts are pooled: each has its own slope.", pooled.expand(2)),
+        Mistake("The sign is flipped.", -covariance / variance),
+    ]  # fmt: skip
+    return Answers((ref.log(), h, rewards), covariance / variance, mistakes)
+
+
+@_check
+def check_slope(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
+    """Check the reader's b(x) = Cov(r, h|x)/Var(h|x) under the reference.
+
+    Args:
+        fn: (ref_logps (X, Y), h (X, Y), rewards (X, Y)) → (X,).
+
+    Returns:
+        The verdict.
+    """
+    (ref_logps, h, rewards), right, mistakes = slope_answers()
+    _compare("b", _call(fn, ref_logps, h, rewards), right, mistakes)
+    _compare("b, with 5 added to every reward", _call(fn, ref_logps, h, rewards + 5), right, [])
+    return Verdict(True, "The reward that one more nat earns, per prompt: constants in r or h change nothing.")
+
+
+def allocation_answers() -> Answers:
+    """Return the numbers of `check_allocation`."""
+    slopes, variances, budget = _rows(0.1, 0.4, -0.2), _rows(2.0, 0.5, 1.0), 0.3
+    positive = slopes.clamp(min=0)
+
+    def to_budget(direction: Tensor, kl: float = budget) -> Tensor:
+        return direction * (2 * kl / (variances * direction.square()).mean()).sqrt()
+
+    right = to_budget(positive)
+    lagrangian = (variances * positive.square()).mean()
+    mistakes = [
+        Mistake("A negative slope counts as 0: there the best policy is the reference.", to_budget(slopes)),
+        Mistake("These factors are equal: a is in proportion to b.", to_budget(torch.ones(3, dtype=torch.float64))),
+        Mistake("KL ≈ a²·Var(h)/2: the ½ is missing, so half the budget is spent.", to_budget(positive, budget / 2)),
+        Mistake("The budget is doubled twice: KL ≈ a²·Var(h)/2.", to_budget(positive, 2 * budget)),
+        Mistake("The budget is for the mean over tasks: these spend it on their sum.", to_budget(positive, budget / 3)),
+        Mistake("This gives every task the same KL, √(2ε/Var h): a budget per task earns less.",
+                (2 * budget / variances).sqrt()),
+        Mistake("This is the direction b alone: scale it until the mean KL is the budget.", positive),
+        Mistake("a is in proportion to Cov(r, h): that is what a step earns, and Var(h) is what it costs; a ∝ b.",
+                to_budget(positive * variances)),
+        Mistake("This is λ, one number: a = b/λ.", (lagrangian / (2 * budget)).sqrt()),
+        Mistake("This is b·λ: a = b/λ.", positive * (lagrangian / (2 * budget)).sqrt()),
+        Mistake("The square root is missing: KL grows with a².", positive * 2 * budget / lagrangian),
+        Mistake("The sign is flipped.", -right),
+    ]  # fmt: skip
+    return Answers((slopes, variances, budget), right, mistakes)
+
+
+@_check
+def check_allocation(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
+    """Check the reader's a = max(b, 0)/λ, which spends a small KL budget best.
+
+    Args:
+        fn: (slopes (T,), variances (T,), budget of mean KL, nats) → (T,); tasks weigh equally.
+
+    Returns:
+        The verdict.
+    """
+    (slopes, variances, budget), right, mistakes = allocation_answers()
+    _compare("a", _call(fn, slopes, variances, budget), right, mistakes)
+    _compare("a, at a quarter of the budget", _call(fn, slopes, variances, budget / 4), right / 2, [])
+    return Verdict(True, "a = max(b, 0)/λ: the price λ follows from the budget, and no task goes backwards.")
+
+
+def bound_answers() -> Answers:
+    """Return the numbers of `check_bound`."""
+    slopes, variances = _rows(0.1, 0.4, 0.25), _rows(2.0, 0.5, 1.2)
+    weight = variances / variances.sum()
+    mean, square = (weight * slopes).sum(), (weight * slopes.square()).sum()
+    cv2 = square / mean.square() - 1
+    plain = slopes.square().mean() / slopes.mean().square() - 1
+    mistakes = [
+        Mistake("The 1 is not subtracted: this is the ratio of the two rewards, the gain is that minus 1.",
+                (1 + cv2).sqrt()),
+        Mistake("This is CV²: the gain is √(1 + CV²) − 1.", cv2),
+        Mistake("This is CV: the gain is √(1 + CV²) − 1.", cv2.sqrt()),
+        Mistake("The CV is squared twice, or its root is missing under the root.", (1 + cv2.square()).sqrt() - 1),
+        Mistake("The CV enters without its square: the gain is √(1 + CV²) − 1.", (1 + cv2.sqrt()).sqrt() - 1),
+        Mistake("The tasks weigh equally: the CV is weighted by Var(h).", (1 + plain).sqrt() - 1),
+        Mistake("The weights are Var(h)²: they are Var(h).", _weighted_bound(slopes, variances.square())),
+        Mistake("The weights are √Var(h): they are Var(h).", _weighted_bound(slopes, variances.sqrt())),
+        Mistake("Upside down: this is what the constant lacks of the best, the gain is relative to the constant.",
+                1 - 1 / (1 + cv2).sqrt()),
+        Mistake("The sign is flipped.", 1 - (1 + cv2).sqrt()),
+        Mistake("The variance has T − 1: the CV is over the tasks themselves.", (1 + 1.5 * cv2).sqrt() - 1),
+    ]  # fmt: skip
+    return Answers((slopes, variances), (1 + cv2).sqrt() - 1, mistakes)
+
+
+def _weighted_bound(slopes: Tensor, weights: Tensor) -> Tensor:
+    weights = weights / weights.sum()
+    return ((weights * slopes.square()).sum() / (weights * slopes).sum().square()).sqrt() - 1
+
+
+@_check
+def check_bound(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """Check the reader's √(1 + CV²(b)) − 1, the most that any β by task gains at equal small KL.
+
+    Args:
+        fn: (positive slopes (T,), variances (T,)) → scalar; tasks weigh equally but for their variance.
+
+    Returns:
+        The verdict.
+    """
+    (slopes, variances), right, mistakes = bound_answers()
+    _compare("bound", _call(fn, slopes, variances), right, mistakes)
+    equal = _rows(0.3, 0.3, 0.3)
+    _compare("bound, of equal slopes", _call(fn, equal, variances), torch.zeros((), dtype=torch.float64), [])
+    return Verdict(True, "Only the spread of reward per nat matters: with equal slopes there is nothing to gain.")

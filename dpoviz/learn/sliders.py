@@ -10,10 +10,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets as widgets
@@ -407,3 +408,151 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
         "alpha": _slider("α", defaults["alpha"], 0.05, 0.5, 0.01, **late),
     }
     return Explorer(figure, update, controls)
+
+
+# -- notebook 08 ---------------------------------------------------------------------------------------------
+
+RULES_OF_BETA = ("1/b, reward per nat", "reliability", "entropy H", "1/H", "equal KL")
+"""The rules for s that `which_beta` draws; the standard form, s = β."""
+
+_FACTORS = torch.linspace(0, 1, 31, dtype=torch.float64).square() * 6
+_TASKS = ("math", "dialogue")
+
+
+def rule_factors(rule: str, world: tabular.TaskWorld, logits: Tensor, kinds: Sequence[tabular.Task]) -> Tensor:
+    """Return the factors a ∝ 1/s (T,) that a rule for s gives to the tasks of a converged policy.
+
+    Args:
+        rule: one of `RULES_OF_BETA`: s in proportion to λ/b, to the reliability of the labels, to the entropy of the
+            reference or its inverse, or such that every task spends the same KL.
+        world: the world.
+        logits: (X, Y) the logits fitted to its labels.
+        kinds: its T tasks.
+    """
+    if rule not in RULES_OF_BETA:
+        raise ValueError(f"rule: got {rule!r}, expected one of {', '.join(RULES_OF_BETA)}")
+    if rule == "reliability":
+        return 1 / torch.tensor([kind.reliability for kind in kinds], dtype=torch.float64)
+    by_task = [world.task == t for t in range(len(kinds))]
+    if rule in ("entropy H", "1/H"):
+        entropy = -(world.ref_logps.exp() * world.ref_logps).sum(1)
+        means = torch.stack([entropy[rows].mean() for rows in by_task])
+        return 1 / means if rule == "entropy H" else means
+    found = tabular.tilt_moments(world.ref_logps, logits, world.rewards, 0.0)
+    moments = (found.variance, found.covariance)
+    variance, covariance = (torch.stack([values[rows].mean() for rows in by_task]) for values in moments)
+    return variance.rsqrt() if rule == "equal KL" else covariance.clamp(min=0) / variance
+
+
+def which_beta(*, budget: float = 0.3, prompts: int = 16, answers: int = 8) -> Explorer:
+    """Show what a rule for β earns on the reward-KL plane, beside one β and the best β by task.
+
+    Two tasks in the exact world, with labels sampled from the true reward and logits fitted to them. Left: mean reward
+    above the reference's over mean KL, for one factor, the rule's factors and the best ones. Right: reward per nat b of
+    each task over their mean, and the factors a of the rule and of the best at the budget, over that of one β.
+
+    Args:
+        budget: mean KL at which the gains are compared, nats.
+        prompts: prompts per task.
+        answers: answers per prompt.
+    """
+    figure, (left, right) = _panels(2)
+    figure.set_size_inches(8.2, 3.4)
+    colors = {"one β": _GREY, "the rule": FORM_COLORS["standard"], "best by task": FORM_COLORS["inverse"]}
+    styles = {"one β": "-", "the rule": "-", "best by task": "--"}
+    curves = {name: left.plot([], [], styles[name], color=color, label=name)[0] for name, color in colors.items()}
+    left.axvline(budget, color=_GREY, linewidth=0.8, linestyle=":")
+    left.set(xlim=(0, 1), ylim=(0, 1.5), xlabel="mean KL(π_a‖π_ref) (nats)", ylabel="reward above the reference's")
+    left.legend(frameon=False, loc="lower right")
+    says = left.text(0.03, 0.98, "", transform=left.transAxes, va="top", fontsize="small")
+    groups = ("b", "a, the rule", "a, best")
+    colors_of = task_colors(_TASKS)
+    places = [3 * g + t for g in range(len(groups)) for t in range(len(_TASKS))]
+    bars = right.bar(places, 0.0, 0.8, color=[colors_of[task] for task in _TASKS] * len(groups))
+    labels = [right.text(place, 0.0, "", ha="center", va="bottom", fontsize="small") for place in places]
+    right.axhline(1, color=_GREY, linewidth=0.8, linestyle=":")
+    right.set_xticks([3 * g + 0.5 for g in range(len(groups))], list(groups))
+    right.set(ylim=(0, 3), ylabel="b over its mean, a over that of one β")
+    right.legend(bars[: len(_TASKS)], _TASKS, frameon=False, loc="upper right", ncols=2)
+    one = torch.ones(len(_TASKS), dtype=torch.float64)
+
+    def update(rule: str, **given: float) -> None:
+        kinds = [
+            tabular.Task(given[f"reliability_{t}"], int(given[f"pairs_{t}"]), given[f"spread_{t}"], given[f"sharp_{t}"])
+            for t in range(len(_TASKS))
+        ]
+        draw = torch.Generator().manual_seed(0)
+        world = tabular.sample_tasks(kinds, prompts=prompts, answers=answers, generator=draw)
+        logits = tabular.fit_logits(world.wins, ridge=0.01)
+        gain, spent, slope = _along_factors(world, logits, len(kinds))
+        directions = {"one β": one, "the rule": rule_factors(rule, world, logits, kinds)}
+        lines = {name: _mixture(gain, spent, own) for name, own in directions.items()}
+        lines["best by task"] = _best_mixture(gain, spent)
+        earned = {}
+        for name, (kl, reward, _) in lines.items():
+            curves[name].set_data(kl, reward)
+            earned[name] = float(np.interp(budget, kl, reward))
+        same = np.interp(budget, lines["one β"][0], lines["one β"][2][:, 0])
+        factors = [
+            [np.interp(budget, lines[name][0], column) / same for column in lines[name][2].T]
+            for name in ("the rule", "best by task")
+        ]
+        heights = np.concatenate([slope / slope.mean(), *factors])
+        for bar, label, height in zip(bars, labels, heights, strict=True):
+            shown = min(max(float(height), 0.0), 3.0)
+            bar.set_height(shown)
+            label.set(text=f"{height:.2f}", y=min(shown, 2.8))
+        base = earned["one β"]
+        over = {name: 100 * (value / base - 1) if base > 0 else math.nan for name, value in earned.items()}
+        says.set_text(
+            f"at {budget:g} nats, over one β:\nthe rule {over['the rule']:+.1f} %\n"
+            f"best by task {over['best by task']:+.1f} %"
+        )
+
+    controls: dict[str, widgets.ValueWidget] = {
+        "rule": widgets.Dropdown(options=RULES_OF_BETA, value="reliability", description="s in proportion to", **_WIDE)
+    }
+    starts = {"reliability": (4.0, 1.0), "pairs": (16, 16), "spread": (1.0, 1.0), "sharp": (2.0, 0.5)}
+    names = {"reliability": "reliability κ", "pairs": "pairs per prompt", "spread": "spread of r", "sharp": "sharpness"}
+    ends = {"reliability": (-0.3, 1), "pairs": (0.3, 2.4), "spread": (-0.7, 0.3), "sharp": (-0.7, 0.6)}
+    for name, (t, task) in itertools.product(starts, enumerate(_TASKS)):
+        text = f"{names[name]}, {task}"
+        controls[f"{name}_{t}"] = _log_slider(text, starts[name][t], *ends[name])
+    return Explorer(figure, update, controls)
+
+
+def _along_factors(world: tabular.TaskWorld, logits: Tensor, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return reward above the reference's and KL (T, F) along `_FACTORS`, and the slopes (T,).
+
+    The factors are in units of 1/√E[Var ẑ]: at a = 1 in these units one β spends about half a nat.
+    """
+    start = tabular.tilt_moments(world.ref_logps, logits, world.rewards, 0.0)
+    mean = lambda values: torch.stack([values[world.task == t].mean() for t in range(count)])  # noqa: E731
+    variance, slope = mean(start.variance), mean(start.covariance) / mean(start.variance)
+    # all factors at once, as further prompts
+    grid = (_FACTORS * variance.mean().rsqrt()).repeat_interleave(len(world.task))
+    ref_logps, h, rewards = (t.repeat(len(_FACTORS), 1) for t in (world.ref_logps, logits, world.rewards))
+    found = tabular.tilt_moments(ref_logps, h, rewards, grid)
+    parts = [values.view(len(_FACTORS), -1).T for values in (found.reward, found.kl)]
+    gain, spent = (torch.stack([part[world.task == t].mean(0) for t in range(count)]).numpy() for part in parts)
+    return gain - gain[:, :1], spent, slope.numpy()
+
+
+def _mixture(gain: np.ndarray, spent: np.ndarray, direction: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean KL (F,), mean reward (F,) and factors (F, T) along a direction (T,)."""
+    factors = _FACTORS.numpy()[:, None] * direction.numpy() / float(direction.max())
+    kl, reward = (
+        np.mean([np.interp(own, _FACTORS, row) for own, row in zip(factors.T, table, strict=True)], axis=0)
+        for table in (spent, gain)
+    )
+    return kl, reward, factors
+
+
+def _best_mixture(gain: np.ndarray, spent: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same of the best factors by task, at each price of KL from high to low."""
+    fine = np.linspace(0, _FACTORS[-1].item(), 601)
+    gains, kls = (np.stack([np.interp(fine, _FACTORS, row) for row in table]) for table in (gain, spent))
+    prices = np.geomspace(30, 1e-3, 160)[:, None, None]
+    at = (gains - prices * kls).argmax(2)  # (prices, T)
+    rows = np.arange(len(gains))
+    return kls[rows, at].mean(1), gains[rows, at].mean(1), fine[at]

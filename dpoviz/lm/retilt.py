@@ -16,7 +16,7 @@ of π̂_a; the exact derivatives of `dpoviz.tabular.tilt_moments` are those of �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, NamedTuple
@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpoviz.data.tasks import Problem
 from dpoviz.data.tasks import reward as task_reward
 from dpoviz.lm.forward import context_length, language_model
 from dpoviz.lm.packing import Tokens, by_length
@@ -297,15 +296,17 @@ def retilt_table(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    problems: Sequence[Any],
     a: Sequence[float],
     *,
     samples: int,
     max_new_tokens: int,
     seed: int,
     batch_size: int = 64,
-    reward: Callable[[Problem, str], float] = task_reward,
-    progress: bool = False,
+    reward: Callable[[Any, str], float] | None = task_reward,
+    prompt_ids: Tokens | None = None,
+    eos_id: int | None = None,
+    progress: bool | str = False,
 ) -> pd.DataFrame:
     """Sample answers along a sweep of a, and measure reward and KL.
 
@@ -313,19 +314,21 @@ def retilt_table(
         policy: as in `sample_retilted`.
         reference: as in `sample_retilted`.
         tokenizer: tokenizer of both models.
-        problems: problems with `task`, `prompt` and whatever `reward` needs.
+        problems: objects with `task`, `prompt` and whatever `reward` needs, such as `dpoviz.data.tasks.Problem`.
         a: factors of the sweep; include 0, the reference, for `at_equal_kl`.
         samples: answers per prompt and factor.
         max_new_tokens: limit of an answer, in tokens.
         seed: random seed; each factor gets its own, counted up from this one.
         batch_size: prompts per batch.
-        reward: reward of an answer, given its problem.
-        progress: show a progress bar.
+        reward: reward of an answer, given its problem; None if there is none, which leaves the column `reward` out.
+        prompt_ids: token ids of the prompts, such as of rendered chats; None tokenises each problem's `prompt`.
+        eos_id: token that ends an answer; None: the tokenizer's.
+        progress: show a progress bar; a text is its label.
 
     Returns:
-        A row per factor, prompt and answer: a, task, prompt, reward, h (log π − log π_ref of the answer, nats), kl
-        (exact next-token KL(π̂_a‖π_ref) summed along the answer, nats; its mean estimates the KL), length (tokens),
-        truncated. The rows of one factor are an input of `reward_per_nat`.
+        A row per factor, prompt and answer: a, task, prompt, answer (text), reward, h (log π − log π_ref of the answer,
+        nats), kl (exact next-token KL(π̂_a‖π_ref) summed along the answer, nats; its mean estimates the KL), length
+        (tokens), truncated. The rows of one factor are an input of `reward_per_nat`.
 
     Raises:
         ValueError: there are no problems or no factors, a factor occurs twice, or as in `sample_retilted`.
@@ -335,9 +338,13 @@ def retilt_table(
     factors = _factors(list(a), len(list(a)))
     if not factors or len(set(factors)) != len(factors):
         raise ValueError(f"a: got {factors}, expected different numbers, at least one")
-    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"]
+    prompts = tokenizer([problem.prompt for problem in problems])["input_ids"] if prompt_ids is None else prompt_ids
+    if len(prompts) != len(problems):
+        raise ValueError(f"prompt_ids: got {len(prompts)} prompts, expected those of {len(problems)} problems")
+    end = tokenizer.eos_token_id if eos_id is None else eos_id
     rows = []
-    for number, factor in enumerate(tqdm(factors, desc="sweep of a", disable=hidden(progress))):
+    label = progress if isinstance(progress, str) else "sweep of a"
+    for number, factor in enumerate(tqdm(factors, desc=label, disable=hidden(bool(progress)))):
         drawn = sample_retilted(
             policy,
             reference,
@@ -345,24 +352,26 @@ def retilt_table(
             samples,
             a=factor,
             max_new_tokens=max_new_tokens,
-            eos_id=tokenizer.eos_token_id,
+            eos_id=end,
             pad_id=tokenizer.pad_token_id,
             seed=seed + number,
             batch_size=batch_size,
         )
         for i, problem in enumerate(problems):
-            texts = tokenizer.batch_decode(drawn.answers[i], skip_special_tokens=True)
-            for j, text in enumerate(texts):
+            # not every end token counts as special
+            ids = [own[:-1] if own[-1] == end else own for own in drawn.answers[i]]
+            for j, text in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
                 rows.append(
                     {
                         "a": factor,
                         "task": problem.task,
                         "prompt": problem.prompt,
-                        "reward": float(reward(problem, text)),
+                        "answer": text,
+                        **({} if reward is None else {"reward": float(reward(problem, text))}),
                         "h": sum(drawn.policy_logps[i][j]) - sum(drawn.ref_logps[i][j]),
                         "kl": sum(drawn.step_kls[i][j]),
                         "length": len(drawn.answers[i][j]),
-                        "truncated": drawn.answers[i][j][-1] != tokenizer.eos_token_id,
+                        "truncated": drawn.answers[i][j][-1] != end,
                     }
                 )
     return pd.DataFrame(rows)
@@ -375,12 +384,13 @@ def reward_kl_curves(table: pd.DataFrame) -> pd.DataFrame:
         table: output of `retilt_table`.
 
     Returns:
-        A row per task and factor, sorted by factor within a task: task, a, reward, kl (nats per answer), their standard
-        errors over prompts reward_se and kl_se (nan for a single prompt), and n, the number of prompts. All factors
-        share the prompts, so differences along a curve are more certain than these standard errors suggest. They do
-        not cover variation between training runs.
+        A row per task and factor, sorted by factor within a task: task, a, reward (if the table has it), kl (nats per
+        answer), their standard errors over prompts reward_se and kl_se (nan for a single prompt), and n, the number of
+        prompts. All factors share the prompts, so differences along a curve are more certain than these standard errors
+        suggest. They do not cover variation between training runs.
     """
-    by_prompt = table.groupby(["task", "a", "prompt"], sort=False)[["reward", "kl"]].mean()
+    columns = [column for column in ("reward", "kl") if column in table]
+    by_prompt = table.groupby(["task", "a", "prompt"], sort=False)[columns].mean()
     groups = by_prompt.groupby(["task", "a"], sort=False)
     found = groups.mean().join(groups.sem().add_suffix("_se"))
     found["n"] = groups.size()
@@ -395,8 +405,8 @@ class Allocated(NamedTuple):
     Attributes:
         multiple: multiple of the direction at which the mean KL equals the budget.
         a: factor per task.
-        reward: mean over tasks.
-        kl: mean over tasks, nats.
+        reward: weighted mean over tasks.
+        kl: weighted mean over tasks, nats.
     """
 
     multiple: float
@@ -405,16 +415,25 @@ class Allocated(NamedTuple):
     kl: float
 
 
-def at_equal_kl(curves: pd.DataFrame, direction: dict[object, float], budget: float) -> Allocated:
+def at_equal_kl(
+    curves: pd.DataFrame,
+    direction: Mapping[object, float],
+    budget: float,
+    *,
+    weight: Mapping[object, float] | None = None,
+    cap: bool = False,
+) -> Allocated:
     """Scale an allocation over tasks until its mean KL equals a budget, using the curves of a sweep.
 
-    Reward and KL are interpolated linearly between the factors of the sweep, and tasks have equal weight. Direction 1
-    for all tasks is a constant β; the direction of `dpoviz.allocation.allocate` is its column a.
+    Reward and KL are interpolated linearly between the factors of the sweep. Direction 1 for all tasks is a constant β;
+    the direction of `dpoviz.allocation.allocate` is its column a.
 
     Args:
         curves: output of `reward_kl_curves`, including factor 0.
         direction: non-negative factor per task, not all 0.
         budget: mean KL, nats.
+        weight: for each task, its weight in the means; None: all equal.
+        cap: keep a task that would go beyond the end of the sweep at its end, while the others go on.
 
     Raises:
         ValueError: the tasks differ from the curves', a direction is negative or all are 0, the sweep lacks 0, or it
@@ -424,22 +443,56 @@ def at_equal_kl(curves: pd.DataFrame, direction: dict[object, float], budget: fl
     if set(parts) != set(direction):
         raise ValueError(f"direction: got tasks {sorted(map(str, direction))}, expected {sorted(map(str, parts))}")
     if min(direction.values()) < 0 or not max(direction.values()) > 0:
-        raise ValueError(f"direction: got {direction}, expected numbers of at least 0 and not all of them 0")
-    ends = {task: (part["a"].min(), part["a"].max()) for task, part in parts.items()}
-    if any(low > 0 for low, _ in ends.values()):
+        raise ValueError(f"direction: got {dict(direction)}, expected numbers of at least 0 and not all of them 0")
+    if weight is not None and set(weight) != set(parts):
+        raise ValueError(f"weight: got tasks {sorted(map(str, weight))}, expected {sorted(map(str, parts))}")
+    if any(part["a"].min() > 0 for part in parts.values()):
         raise ValueError("curves: got no factor 0, expected the reference as the start of each curve")
-    farthest = min(ends[task][1] / own for task, own in direction.items() if own > 0)
+    names = list(parts)
+    lines = [Line(*(part[name].to_numpy(float) for name in ("a", "reward", "kl"))) for part in parts.values()]
+    multiple, reward, kl = reach(
+        lines,
+        [float(direction[task]) for task in names],
+        budget,
+        weights=[1.0 if weight is None else float(weight[task]) for task in names],
+        cap=cap,
+    )
+    factors = {task: min(multiple * direction[task], line.a[-1]) for task, line in zip(names, lines, strict=True)}
+    return Allocated(multiple, factors, reward, kl)
 
-    def mean(multiple: float, column: str) -> float:
-        values = [np.interp(multiple * direction[task], part["a"], part[column]) for task, part in parts.items()]
-        return float(np.mean(values))
 
-    # KL increases with a except for sampling noise: take the first multiple that reaches the budget
-    grid = np.linspace(0, farthest, 2001)
-    spent = np.array([mean(multiple, "kl") for multiple in grid])
+class Line(NamedTuple):
+    """The curve of one task: (F,) factors in ascending order from 0, and the reward and the KL at each."""
+
+    a: np.ndarray
+    reward: np.ndarray
+    kl: np.ndarray
+
+
+def reach(
+    lines: Sequence[Line], direction: Sequence[float], budget: float, *, weights: Sequence[float], cap: bool
+) -> tuple[float, float, float]:
+    """Return the first multiple of a direction whose mean KL is the budget, and the mean reward and KL there.
+
+    As `at_equal_kl`, on arrays and unchecked.
+    """
+    # between these multiples every curve, and so their mean, is a straight line
+    knots = [line.a / own for line, own in zip(lines, direction, strict=True) if own > 0]
+    end = (max if cap else min)(own[-1] for own in knots)
+    multiples = np.unique(np.concatenate(knots))
+    multiples = multiples[multiples <= end]
+
+    def mean(at: np.ndarray | float, column: str) -> np.ndarray:
+        # np.interp holds the last value beyond the end
+        values = [
+            np.interp(at * own, line.a, getattr(line, column)) for line, own in zip(lines, direction, strict=True)
+        ]
+        return np.average(values, axis=0, weights=weights)
+
+    # KL increases with a except for sampling noise
+    spent = mean(multiples, "kl")
     if not (spent >= budget).any():
         raise ValueError(f"budget: got {budget} nats, expected at most {spent.max():.4g}, where the sweep ends")
     i = int(np.argmax(spent >= budget))
-    multiple = grid[i] if i == 0 else float(np.interp(budget, spent[i - 1 : i + 1], grid[i - 1 : i + 1]))
-    factors = {task: multiple * own for task, own in direction.items()}
-    return Allocated(multiple, factors, mean(multiple, "reward"), mean(multiple, "kl"))
+    multiple = multiples[i] if i == 0 else float(np.interp(budget, spent[i - 1 : i + 1], multiples[i - 1 : i + 1]))
+    return float(multiple), float(mean(multiple, "reward")), float(mean(multiple, "kl"))
