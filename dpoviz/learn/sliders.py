@@ -498,10 +498,10 @@ def which_beta(*, budget: float = 0.3, prompts: int = 16, answers: int = 8) -> E
             for name in ("the rule", "best by task")
         ]
         heights = np.concatenate([slope / slope.mean(), *factors])
-        for bar, label, height in zip(bars, labels, heights, strict=True):
+        for bar, tag, height in zip(bars, labels, heights, strict=True):
             shown = min(max(float(height), 0.0), 3.0)
             bar.set_height(shown)
-            label.set(text=f"{height:.2f}", y=min(shown, 2.8))
+            tag.set(text=f"{height:.2f}", y=min(shown, 2.8))
         base = earned["one β"]
         over = {name: 100 * (value / base - 1) if base > 0 else math.nan for name, value in earned.items()}
         says.set_text(
