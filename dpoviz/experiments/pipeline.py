@@ -59,7 +59,8 @@ class Results:
             of the prompt.
         history: the histories of training; the column `variant` names the variant.
         scores: a row per variant and held-out pair: variant, form, task, group, prompt, chosen, rejected (log π/π_ref
-            of the two answers) and h, their difference; nats.
+            of the two answers) and h, their difference; ref_chosen, ref_rejected (log π_ref of them), all in nats;
+            chosen_tokens, rejected_tokens (their lengths).
         answers: a row per variant and displayed prompt: variant ("reference" before training), task, prompt, answer.
         alpha: beta per nat of entropy, by form.
         entropy: as in `ScoredPairs`.
@@ -128,12 +129,20 @@ def run(
         lines = {name: {form: getattr(c, name) for form, c in configs.items()} for name in _LINES}
         seconds = {**scored.seconds, "training": time.monotonic() - began}
         metadata = {**lines, "alpha": dict(results.alpha), "baseline": baseline, **scored.metadata}
+        metadata |= {"training pairs": len(scored.train), "answers cut": _answers_cut(scored)}
         metadata |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}, **environment()}
         tables = {"beta": results.table, "history": results.history, "held_out": results.scores}
         if scored.entropy is not None:
             tables["entropy"] = scored.entropy
         write_tables(out, metadata=metadata, **tables, answers=results.answers)
     return results
+
+
+def _answers_cut(scored: ScoredPairs) -> dict[str, float]:
+    """Return the fraction of the answers sampled for the entropy that hit the length limit, by task."""
+    columns = ["task", "prompt", "ref_entropy_truncated"]
+    rows = pd.concat([part.select_columns(columns).to_pandas() for part in (scored.train, scored.held_out)])
+    return rows.drop_duplicates(["task", "prompt"]).groupby("task")["ref_entropy_truncated"].mean().to_dict()
 
 
 _LINES = ("beta0", "beta_min", "beta_max")
@@ -154,8 +163,12 @@ class _Parts:
         form, result = variant.config.form, variant.result
         self.histories.append(result.history.assign(variant=variant.name))
         chosen, rejected = np.asarray(result.held_out).T
-        rows = held_out.to_pandas()[["task", "group", "prompt"]]
+        rows = held_out.to_pandas()
         columns = {"chosen": chosen, "rejected": rejected, "h": chosen - rejected}
+        for answer in ("chosen", "rejected"):
+            columns[f"ref_{answer}"] = rows[f"ref_{answer}_logps"].to_numpy()
+            columns[f"{answer}_tokens"] = rows[f"{answer}_ids"].map(len).to_numpy()
+        rows = rows[["task", "group", "prompt"]]
         self.scores.append(rows.assign(variant=variant.name, form=form, **columns))
         if drawn and isinstance(variant.beta, Beta):
             self.alpha[form] = result.alpha
