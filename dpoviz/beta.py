@@ -6,15 +6,24 @@ normaliser Z(x) would no longer cancel between the chosen and the rejected answe
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dpoviz.validation import require_features, require_positive, rows_where, task_index
+
+logger = logging.getLogger(__name__)
 
 _LOG_BOUND = 20.0  # beta / beta0 stays within e^±20: beyond any useful value, and well inside float32's range
 
@@ -24,12 +33,38 @@ def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
     return beta0 * torch.exp(_LOG_BOUND * torch.tanh(log_ratio / _LOG_BOUND))
 
 
+@dataclass(frozen=True)
+class MadeFor:
+    """What a beta was trained for: its numbers mean something else in the other form, or on other features.
+
+    Attributes:
+        form: "inverse" or "standard".
+        reference: name of the model whose features it reads.
+        fingerprint: of that model's weights (`dpoviz.lm.models.weights_fingerprint`); None if it is not known.
+        features: how the features are made from a prompt.
+    """
+
+    form: str
+    reference: str
+    fingerprint: str | None
+    features: str
+
+
+_RECORD = "made_for.json"
+
+
 class Beta(nn.Module, PyTorchModelHubMixin):
     """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,).
 
-    Save it with `save_pretrained(folder)` (safetensors and config.json) or `push_to_hub`. Load it, in evaluation mode,
-    with `from_pretrained(folder or hub name)`.
+    Save it with `save_pretrained(folder)` (safetensors, config.json, and made_for.json if `made_for` is set) or
+    `push_to_hub`. Load it, in evaluation mode, with `from_pretrained(folder or hub name)`; the arguments `form` and
+    `fingerprint` there refuse a beta that was trained for another form or reference.
+
+    Attributes:
+        made_for: what it was trained for; None if that is not known.
     """
+
+    made_for: MadeFor | None = None
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
@@ -53,10 +88,76 @@ class Beta(nn.Module, PyTorchModelHubMixin):
         assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
         return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
 
+    def require_made_for(self, *, form: str | None = None, fingerprint: str | None = None) -> None:
+        """Refuse another form or reference than beta was trained for; warn if it is not known what that was.
+
+        Args:
+            form: the form in which it is to be used; None leaves it unchecked.
+            fingerprint: of the reference whose features it is to read; None leaves it unchecked.
+
+        Raises:
+            ValueError: beta was trained for another form or another reference.
+        """
+        if form is None and fingerprint is None:
+            return
+        if self.made_for is None:
+            logger.warning("beta: has no record of its form and reference, so that they cannot be checked")
+            return
+        if form is not None and form != self.made_for.form:
+            raise ValueError(
+                f"form: got {form!r}, expected {self.made_for.form!r}, in which this beta was trained; the same beta "
+                "means the opposite in the other form"
+            )
+        if fingerprint is not None and self.made_for.fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"reference: got a model with the fingerprint {fingerprint}, expected {self.made_for.reference} "
+                f"({self.made_for.fingerprint}), whose features this beta reads"
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.made_for is not None:
+            record = {"kind": type(self).__name__, **asdict(self.made_for)}
+            (save_directory / _RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> Beta:
+    def _from_pretrained(
+        cls, *, model_id: str, strict: bool = True, form: str | None = None, fingerprint: str | None = None, **kwargs
+    ) -> Beta:
         # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
-        return super()._from_pretrained(strict=strict, **kwargs)
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        arguments = {name: value for name, value in kwargs.items() if name not in hub}
+        with redirect_stdout(StringIO()):  # the mixin prints that it loads weights
+            beta = super()._from_pretrained(model_id=model_id, strict=strict, **hub, **arguments)
+        record = _record(model_id, **hub)
+        if record is not None:
+            beta.made_for = MadeFor(**{name: value for name, value in record.items() if name != "kind"})
+        beta.require_made_for(form=form, fingerprint=fingerprint)
+        return beta
+
+
+def _record(model_id: str, **hub) -> dict[str, str] | None:
+    """Return the contents of made_for.json in a folder or on the hub; None if there is none."""
+    file = Path(model_id) / _RECORD
+    if not Path(model_id).is_dir():
+        try:
+            file = Path(hf_hub_download(model_id, _RECORD, **hub))
+        except EntryNotFoundError:
+            return None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def load_beta(folder: Path | str, *, form: str | None = None, fingerprint: str | None = None) -> Beta:
+    """Return the beta saved in a folder, of whichever kind; `form` and `fingerprint` as in `Beta.require_made_for`.
+
+    Raises:
+        ValueError: there is no beta in the folder, or it was trained for another form or reference.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"beta: {folder} holds no config.json; expected a folder that save_pretrained wrote")
+    kinds = {kind.__name__: kind for kind in (BetaNetwork, ConstantBeta, TaskBeta, EntropyBeta)}
+    kind = kinds[(_record(str(folder)) or {}).get("kind", "BetaNetwork")]
+    return kind.from_pretrained(str(folder), form=form, fingerprint=fingerprint)
 
 
 class ConstantBeta(Beta):

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
@@ -25,7 +27,7 @@ from dpoviz.lm.processes import processes
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-TABLES = ("beta", "history", "entropy", "held_out", "answers")
+TABLES = ("beta", "history", "entropy", "held_out", "answers", "pulls")
 """The tables a folder may hold, each as <name>.csv."""
 
 _PACKAGES = ("dpoviz", "torch", "transformers", "datasets", "accelerate", "numpy")
@@ -150,6 +152,17 @@ def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.Data
     (out / "run.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def write_parquet(out: Path, **tables: pd.DataFrame) -> None:
+    """Write tables into the folder, each as <name>.parquet; equal tables give equal files.
+
+    A column of arrays is written as lists.
+    """
+    for name, table in tables.items():
+        if not table.empty:
+            written = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
+            parquet.write_table(written, out / f"{name}.parquet")
+
+
 class Report(NamedTuple):
     """The contents of a report.
 
@@ -202,7 +215,7 @@ def report(out: Path) -> Report:
         table=tables.get("beta"),
         history=tables["history"],
         summary=found.get("summary"),
-        config=config | {name: value for name, value in metadata.items() if name != "baseline"},
+        config=config | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
         figures=figures,
         reading=sentences,
         accuracy=found.get("accuracy"),
