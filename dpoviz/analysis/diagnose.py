@@ -272,10 +272,10 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
     """One term's pull on beta is larger than all others together, in the second half of stage 2.
 
     Exact: where beta rests, the pulls add up to 0, so that no term exceeds the sum of the others (the triangle
-    inequality). Tested: over the logged steps, how often the term, in the direction of its own mean, exceeds the sum of
-    the others' sizes, by a sign test against ½. Noise alone exceeds it in either direction alike, so the direction is
-    fixed first; the p-value is doubled for that, and multiplied by the number of terms among which the largest is
-    taken.
+    inequality). Tested: whether the term, in the direction of its own mean, exceeds the sum of the others' sizes, by a
+    one-sided t test over the logged steps, whose batches are other pairs. Noise in a pull counts in both directions
+    alike, so the direction is fixed first; the p-value is doubled for that, and multiplied by the number of terms among
+    which the largest is taken.
     """
     for form in case.forms():
         rows = case.last_rows(form, 1 / 2)
@@ -288,7 +288,7 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
             signed = pulls[largest] * np.sign(pulls[largest].mean())
             others = pulls.drop(columns=largest).abs().sum(axis=1)
             more, n = int((signed > others).sum()), len(pulls)
-            p = min(1.0, 2 * pulls.shape[1] * float(stats.binom.sf(more - 1, n, 0.5)))
+            p = min(1.0, 2 * pulls.shape[1] * _t_above(signed - others))
             direction = "down" if pulls[largest].mean() > 0 else "up"
             evidence = (
                 f"{form} form: in {more} of the last {n} logged steps the {largest} term pulled β of {task} {direction} "
@@ -444,9 +444,10 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     """In one task, the policy or the reference ranks held-out pairs the wrong way round.
 
     Two witnesses. The policy: after training it ranks the held-out pairs of the task wrongly more often than not. The
-    reference: it gives the rejected answers of this task more probability, in another task the chosen ones. Length
-    moves a sum of log-probabilities one way and their mean per token the other, so both must agree. Tested: sign tests
-    over groups of pairs; all parts of a statement must hold, and the largest p-value counts.
+    reference: it gives the rejected answers of this task more probability, unlike in the other tasks. Length moves a
+    sum of log-probabilities one way and their mean per token the other, so both must agree. Tested, over groups of
+    pairs: sign tests, and for the comparison with the other tasks Mann-Whitney tests; all parts of a statement must
+    hold, and the largest p-value counts.
 
     Labels that are flipped alike in all pairs of a task, training and held-out, are a preference like any other: only
     the reference speaks against them, and only where it has a preference of its own.
@@ -471,13 +472,14 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     preferred = first.assign(total=total, mean=mean)
     groups = {str(task): _by_group(rows, ["total", "mean"]) for task, rows in preferred.groupby("task")}
     for task, own in groups.items():
-        others = [max(_sign_test(o["total"]), _sign_test(o["mean"])) for name, o in groups.items() if name != task]
-        if not others:
+        if len(groups) < 2:
             continue
-        p = max(_sign_test(-own["total"]), _sign_test(-own["mean"]), min(1.0, min(others) * len(others)))
+        others = pd.concat([of_task for name, of_task in groups.items() if name != task])
+        p = max(max(_sign_test(-own[name]), _lower(own[name], others[name])) for name in own)
+        shares = [f"{int((part['total'] < 0).sum())} of {len(part)}" for part in (own, others)]
         evidence = (
-            f"The reference gives the rejected answer more probability in {int((own['total'] < 0).sum())} of {len(own)} "
-            f"groups of pairs of {task}, also per token; in another task it prefers the chosen one."
+            f"The reference gives the rejected answer more probability in {shares[0]} groups of held-out pairs of {task}, "
+            f"also per token, against {shares[1]} in the other tasks."
         )
         yield _Suspicion(Finding("labels look flipped", task, "note", evidence, advice), p)
 
@@ -514,6 +516,11 @@ def _sign_test(values: pd.Series) -> float:
     """Return the p-value of a one-sided sign test for values above 0; ties are left out."""
     above, n = int((values > 0).sum()), int((values != 0).sum())
     return float(stats.binom.sf(above - 1, n, 0.5)) if n else 1.0
+
+
+def _lower(values: pd.Series, others: pd.Series) -> float:
+    """Return the p-value of a one-sided Mann-Whitney test for the signs of `values` below those of `others`."""
+    return float(stats.mannwhitneyu(np.sign(values), np.sign(others), alternative="less", method="asymptotic").pvalue)
 
 
 _CHECKS: dict[str, Callable[[_Case], Iterator[_Suspicion]]] = {

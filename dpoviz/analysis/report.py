@@ -10,9 +10,10 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -22,8 +23,17 @@ from dpoviz.analysis.style import task_colors
 from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
 
+if TYPE_CHECKING:
+    from dpoviz.analysis.diagnose import Finding
+
 FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
+
+FINDINGS_NOTE = (
+    "A finding is a reason to look, not a verdict. Where it rests on a test, the chance of any false alarm in a run is "
+    "at most 5 % over all tests together, by the choice of held-out prompts and of batches."
+)
+"""Shown below the findings."""
 
 MIN_PROMPTS = 10
 """The fewest prompts per task for a statement on the order of the tasks.
@@ -148,6 +158,7 @@ def write_report(
     accuracy: pd.DataFrame | None = None,
     entropy: pd.DataFrame | None = None,
     answers: pd.DataFrame | None = None,
+    findings: Sequence[Finding] | None = None,
     notes: Iterable[str] = (),
 ) -> Path:
     """Write a self-contained HTML file, without scripts or external files.
@@ -164,6 +175,7 @@ def write_report(
         entropy: the table of `summarize_estimators`, or None.
         answers: a row per variant and prompt, with variant, task, prompt, answer and beta (NaN if there is
             none); or None.
+        findings: what looks wrong in the run (`diagnose`), possibly nothing; None if it was not looked for.
         notes: sentences for the top of the page.
 
     Returns:
@@ -191,6 +203,8 @@ def write_report(
         last=_last_measurements(history),
         ends=None if table is None else _ends(table),
         answers=None if answers is None else _answers(answers),
+        findings=None if findings is None else list(findings),
+        findings_note=FINDINGS_NOTE,
         config=json.dumps(config, indent=2, ensure_ascii=False, default=str),
     )
     path = Path(path)

@@ -18,9 +18,10 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
-from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
+from dpoviz.analysis.tables import COLUMNS, read_table, summarize, summarize_accuracy, summarize_estimators, with_prompts, write_table
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
 
@@ -170,10 +171,12 @@ class Report(NamedTuple):
         tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`) and "entropy" (`summarize_estimators`), as
             far as the run has them.
         sentences: the results in sentences.
+        findings: what looks wrong in the run; None if it has no scores of held-out pairs.
     """
 
     tables: dict[str, pd.DataFrame]
     sentences: list[str]
+    findings: list[Finding] | None
 
 
 def report(out: Path) -> Report:
@@ -210,6 +213,7 @@ def report(out: Path) -> Report:
         figures["training"] = figure_training(shown)
         if any(column.startswith("grad/") for column in shown):
             figures["beta_gradients"] = figure_beta_gradients(shown)
+    findings = _findings(out, tables, config, metadata)
     write_report(
         out / "report.html",
         table=tables.get("beta"),
@@ -218,11 +222,31 @@ def report(out: Path) -> Report:
         config=config | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
         figures=figures,
         reading=sentences,
+        findings=findings,
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
     )
-    return Report(found, sentences)
+    return Report(found, sentences, findings)
+
+
+def _findings(
+    out: Path, tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[Finding] | None:
+    """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
+    if "held_out" not in tables:
+        return None
+    table, steps = tables.get("beta", pd.DataFrame(columns=list(COLUMNS))), out / "beta_steps.parquet"
+    betas = with_prompts(parquet.read_table(steps).to_pandas(), table) if steps.is_file() else None
+    return diagnose(
+        table=table,
+        history=tables["history"],
+        scores=tables["held_out"],
+        config=config,
+        metadata=metadata,
+        entropies=tables.get("entropy"),
+        betas=betas,
+    )
 
 
 def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.DataFrame | None:

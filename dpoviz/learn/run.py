@@ -16,8 +16,9 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots_runs import figure_runs
-from dpoviz.analysis.tables import COLUMNS, read_table, summarize
+from dpoviz.analysis.tables import COLUMNS, read_table, summarize, with_prompts
 from dpoviz.beta import Beta, EntropyBeta, TaskBeta, load_beta
 from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.forms import Form
@@ -160,13 +161,7 @@ class Run:
 
     @cached_property
     def _all_betas(self) -> pd.DataFrame:
-        kept = self._kept("beta_steps")
-        known = self.table.assign(row=self.table.groupby("form").cumcount())[
-            ["form", "row", "task", "prompt", "ref_entropy"]
-        ]
-        found = kept.merge(known, left_on=["form", "prompt"], right_on=["form", "row"], suffixes=("_number", ""))
-        found = found.sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
-        return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": np.float64})
+        return with_prompts(self._kept("beta_steps"), self.table)
 
     def pulls(self) -> pd.DataFrame:
         """Return the pull of each term on beta at each held-out prompt after the last step (`gradients_on_beta`).
@@ -178,6 +173,18 @@ class Run:
             ValueError: the run is of an older version.
         """
         return self._read("pulls")
+
+    def diagnose(self) -> list[Finding]:
+        """Return what looks wrong in the run, with the evidence and what to try (`dpoviz.analysis.diagnose`)."""
+        return diagnose(
+            table=self.table,
+            history=self.history,
+            scores=self.scores,
+            config=self.config,
+            metadata=self.metadata,
+            entropies=self.entropies,
+            betas=self.betas() if (self.folder / "beta_steps.parquet").is_file() else None,
+        )
 
     def answers(self, prompt: Prompt, *, sample: bool = False) -> pd.DataFrame:
         """Return an answer of the reference and of each trained policy: variant, answer.

@@ -18,14 +18,15 @@ from dpoviz.training.config import TrainSettings
 from dpoviz.training.stages import Variant
 
 HEALTHY = TrainSettings(
-    stage1_steps=20,
-    stage2_steps=40,
-    batch_size=32,
-    log_every=2,
+    stage1_steps=12,
+    stage2_steps=24,
+    batch_size=16,
+    log_every=1,
     probe_every=0,
-    probe_prompts=8,
+    probe_prompts=6,
     max_new_tokens=32,
     checkpoint_every=1000,
+    warmup_steps=4,
     policy_learning_rate=2e-4,
 )
 """Settings of a run in which nothing is wrong: two passes over the pairs at most, and every term at its default."""
@@ -62,12 +63,29 @@ class Plant:
     held_out: Callable[[World, Dataset], Dataset] = lambda world, pairs: pairs
 
 
-def _cut(world: World, pairs: Dataset) -> Dataset:
-    kept = [name for name in pairs.column_names if not name.startswith("ref_") and not name.endswith("_ids")]
+def _scored_again(world: World, pairs: Dataset, max_new_tokens: int = 32) -> Dataset:
+    columns = ["prompt", "chosen", "rejected", "task", "group", "line"]
     return reference_pass(
-        world.reference, world.tokenizer, pairs.select_columns(kept), max_length=world.reference.config.max_position_embeddings,
-        entropy_samples=4, max_new_tokens=4, progress=False, cache_dir=None,
-    )  # fmt: skip
+        world.reference,
+        world.tokenizer,
+        pairs.select_columns(columns),
+        max_length=world.reference.config.max_position_embeddings,
+        entropy_samples=2,
+        max_new_tokens=max_new_tokens,
+        cache_dir=None,
+        progress=False,
+    )
+
+
+def _cut(world: World, pairs: Dataset) -> Dataset:
+    """The same pairs, with entropies of answers of four tokens at most."""
+    return _scored_again(world, pairs, max_new_tokens=4)
+
+
+def _near_copies(world: World, pairs: Dataset) -> Dataset:
+    """Pairs whose answers differ in their end only, so that their margins measure little of where the policy goes."""
+    copies = [row | {"rejected": row["chosen"] + "."} for row in pairs.select(range(64))]
+    return _scored_again(world, Dataset.from_list(copies))
 
 
 PLANTS = {
@@ -75,11 +93,11 @@ PLANTS = {
     "constant": Plant("beta constant", {"lambda_smoothness": 1e3}),
     "entropy": Plant("beta follows the entropy", {"lambda_entropy": 10.0, "beta_learning_rate": 1e-2}),
     "swamped": Plant("one term swamps the others", {"lambda_entropy": 100.0, "beta_learning_rate": 1e-4}),
-    "fall": Plant("both log-ratios fall", {"policy_learning_rate": 2e-3}),
-    "memory": Plant("training pairs memorised", {"policy_learning_rate": 1e-3, "batch_size": 16}, lambda w, p: p.select(range(24))),
-    "kl": Plant("KL beyond the margins", {"policy_learning_rate": 1e-2}),
+    "fall": Plant("both log-ratios fall", {"policy_learning_rate": 8e-4, "stage2_steps": 48}),
+    "memory": Plant("training pairs memorised", {"policy_learning_rate": 1e-3, "stage2_steps": 48}, lambda w, p: p.select(range(32))),
+    "kl": Plant("KL beyond the margins", {"policy_learning_rate": 1e-2}, _near_copies, _near_copies),
     "few": Plant("few prompts", {}, held_out=lambda w, p: of_prompts(p, 5, np.random.default_rng(0))),
     "cut": Plant("entropies cut", {}, held_out=_cut, train=_cut),
-    "flipped in training": Plant("labels look flipped", {"policy_learning_rate": 6e-4}, lambda w, p: flipped(p, "code")),
+    "flipped in training": Plant("labels look flipped", {"policy_learning_rate": 6e-4, "stage2_steps": 48}, lambda w, p: flipped(p, "code")),
     "flipped in all": Plant("labels look flipped", {}, lambda w, p: flipped(p, "code"), lambda w, p: flipped(p, "code")),
 }
