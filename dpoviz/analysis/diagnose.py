@@ -243,14 +243,15 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         held = np.clip(target, case.line("beta_min", form), case.line("beta_max", form))
         log_beta = np.log(rows["beta"].to_numpy())
         closer = (log_beta - np.log(beta0)) ** 2 - (log_beta - np.log(held)) ** 2
+        away = {name: np.sqrt(np.mean((log_beta - np.log(x)) ** 2)) for name, x in (("αH", held), ("start", beta0))}
         evidence = (
             f"{form} form: the entropy term explains β: at rest the loss could account for {number(100 * share, 2)} % "
-            f"of β’s variance over {len(rows)} prompts, and β is {number(np.sqrt(np.mean(np.log(rows['beta'] / held) ** 2)), 2)} from αH "
-            f"in mean log distance, {number(np.sqrt(np.mean(np.log(rows['beta'] / beta0) ** 2)), 2)} from its start."
+            f"of its variance over {len(rows)} prompts, and log β is {number(away['αH'], 2)} from that of αH within the "
+            f"range, {number(away['start'], 2)} from its start (root mean square)."
         )
         advice = (
-            "Do not read the order of the tasks as learned from the labels: it is H’s; lower lambda_entropy, and compare "
-            "with a run at lambda_entropy = 0."
+            "Do not read the order of the tasks as learned from the labels: it is that of H. Lower lambda_entropy, and "
+            "compare with a run at lambda_entropy = 0."
         )
         yield _Suspicion(Finding("beta follows the entropy", None, "warning", evidence, advice), _t_above(closer))
 
@@ -281,7 +282,8 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
         rows = case.last_rows(form, 1 / 2)
         for task in case.tasks:
             names = {f"grad/{term}/{task}": term for term in _SWAMPED}
-            pulls = rows[[name for name in names if name in rows]].rename(columns=names).dropna(how="all", axis=1).dropna()
+            pulls = rows[[name for name in names if name in rows]].rename(columns=names)
+            pulls = pulls.dropna(how="all", axis=1).dropna()
             if pulls.shape[1] < 2 or pulls.empty:
                 continue
             largest = pulls.mean().abs().idxmax()
@@ -291,14 +293,15 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
             p = min(1.0, 2 * pulls.shape[1] * _t_above(signed - others))
             direction = "down" if pulls[largest].mean() > 0 else "up"
             evidence = (
-                f"{form} form: in {more} of the last {n} logged steps the {largest} term pulled β of {task} {direction} "
-                f"with more than all other terms together (mean {number(signed.mean())} against {number(others.mean())})."
+                f"{form} form: in {more} of the last {n} logged steps the {largest} term pulled β of {task} "
+                f"{direction} with more than all others together (mean {number(signed.mean())} against "
+                f"{number(others.mean())})."
             )
             yield _Suspicion(Finding("one term swamps the others", task, "note", evidence, _SWAMPED[largest]), p)
 
 
 _SWAMPED = {
-    "dpo": "β has not come to rest: it moves until the range stops it; train longer to see where, or raise lambda_entropy.",
+    "dpo": "β has not come to rest, and only the range can stop it: train longer to see where, or raise lambda_entropy.",
     "entropy": "Lower lambda_entropy: β goes to αH whatever the labels say.",
     "range": "The start or αH lies outside the range: widen it, or lower lambda_range.",
     "smoothness": "Lower lambda_smoothness: it flattens β(x) and shrinks it.",
@@ -321,14 +324,14 @@ def _both_fall(case: _Case) -> Iterator[_Suspicion]:
         means = _by_group(rows, ["chosen", "rejected", "h"])
         p = max(_t_above(-means["chosen"]), _t_above(-means["rejected"]), _t_above(means["h"]))
         evidence = (
-            f"{variant}: on held-out pairs of {task} log π/π_ref fell for both answers, to {number(means['chosen'].mean())} "
-            f"(chosen) and {number(means['rejected'].mean())} nats (rejected), while the margin h rose to "
-            f"{number(means['h'].mean())} ({len(means)} groups of pairs)."
+            f"{variant}: on held-out pairs of {task} log π/π_ref fell for both answers, to "
+            f"{number(means['chosen'].mean())} (chosen) and {number(means['rejected'].mean())} nats (rejected), while "
+            f"the margin h rose to {number(means['h'].mean())} ({len(means)} groups of pairs)."
         )
         advice = (
-            "Usual where the answers are not the reference’s own samples; where they are, or if the chosen one falls by "
-            "nats, probability goes to answers outside the pairs: read samples, and train for fewer steps, at a lower "
-            "policy_learning_rate or a larger initial_scale."
+            "Usual, if small, where the answers are not samples of the reference. Suspicious if the chosen one falls by "
+            "many nats: probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
+            "steps, with a lower policy_learning_rate or a larger initial_scale."
         )
         yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, advice), p)
 
@@ -354,8 +357,9 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
         smoothed = (training * n + 0.5) / (n + 1)  # not a standard error of 0 where every pair is ranked correctly
         error = math.hypot(_standard_error(right), 0.5 * math.sqrt(smoothed * (1 - smoothed) / n))
         evidence = (
-            f"{variant}: training accuracy is {number(training)} in the last {len(last)} logged steps, held-out accuracy "
-            f"{number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ carries over."
+            f"{variant}: training accuracy is {number(training)} in the last {len(last)} logged steps, held-out "
+            f"accuracy {number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ carries "
+            "over."
         )
         advice = (
             "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
@@ -366,12 +370,13 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
 
 
 def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
-    """The sampled KL exceeds what a policy can have whose log-ratios differ by at most the largest |h| of the pairs.
+    """The sampled KL exceeds E[h²]/4, the KL that belongs to the margins of the held-out pairs.
 
-    Exact: with u = log π/π_ref, and π_a ∝ π_ref·exp(a·u), ∂KL(π_a‖π_ref)/∂a = a·Var_{π_a}(u). If u varies by at most R
-    over the answers to a prompt, the variance is at most R²/4 (Popoviciu), and KL ≤ R²/8; also KL = E_π[u] ≤ R, since u
-    is 0 or less somewhere. R is the largest |h| among the held-out pairs. Tested: one-sided z test of the sampled KL,
-    with its standard error over prompts.
+    With u = log π/π_ref and π_a ∝ π_ref·exp(a·u), ∂KL(π_a‖π_ref)/∂a = a·Var_{π_a}(u), so that KL = Var(u)/2 where the
+    variance does not change along the way: exactly for u that are normal over the reference's answers, else to second
+    order. h is the difference of two u; of two answers sampled from the reference, E[h²] = 2·Var(u). Answers that
+    were made otherwise differ more, and raise the limit. Tested: one-sided z test of the difference, with the standard
+    errors of the KL over prompts and of E[h²]/4 over groups of pairs.
     """
     if not {"kl", "kl_se"} <= set(case.history):
         raise _Lacking("history.csv has no sampled KL: the run had probe_prompts = 0")
@@ -380,18 +385,17 @@ def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
         if measured.empty:
             continue
         kl, error = (float(measured[name].iloc[-1]) for name in ("kl", "kl_se"))
-        largest = float(rows["h"].abs().max())
-        bound = min(largest**2 / 8, largest)
+        explained = _by_group(rows.assign(explained=rows["h"] ** 2 / 4), ["explained"])["explained"]
+        own = _standard_error(explained)
         evidence = (
-            f"{variant}: KL(π‖π_ref) is {number(kl)} ± {number(error)} nats on sampled answers; if no answers differed by "
-            f"more than the largest margin of the {len(rows)} held-out pairs, |h| = {number(largest)}, it would be at "
-            f"most {number(bound)}."
+            f"{variant}: KL(π‖π_ref) is {number(kl)} ± {number(error)} nats on sampled answers; the margins of the "
+            f"{len(rows)} held-out pairs explain E[h²]/4 = {number(explained.mean())} ± {number(own)}."
         )
         advice = (
             "The policy moved in directions that the pairs do not measure: read its answers (length, repetition), and "
             "lower policy_learning_rate."
         )
-        p = float(stats.norm.sf((kl - bound) / error)) if error > 0 else float(kl <= bound)
+        p = float(stats.norm.sf((kl - explained.mean()) / math.hypot(error, own))) if error > 0 else 1.0
         yield _Suspicion(Finding("KL beyond the margins", None, "warning", evidence, advice), p)
 
 
@@ -432,9 +436,9 @@ def _cut_entropies(case: _Case) -> Iterator[_Suspicion]:
         error = _standard_error(values) / mean if mean > 0 else 0.0
         if fraction > 1.96 * error and fraction > 0:
             evidence = (
-                f"{number(100 * fraction)} % of the answers sampled for the entropy of {task} hit the length limit; that "
-                f"hides about as much of the entropy of its answers, against a standard error of "
-                f"{number(100 * error)} % over {len(values)} prompts."
+                f"{number(100 * fraction)} % of the answers sampled for the entropy of {task} hit the length limit; "
+                f"that hides about as large a part of the entropy, whose standard error is {number(100 * error)} % over "
+                f"{len(values)} prompts."
             )
             advice = "Raise max_new_tokens until few answers are cut, or read H as that of the answers’ first tokens."
             yield _Suspicion(Finding("entropies cut", str(task), "warning", evidence, advice))
@@ -453,15 +457,16 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     the reference speaks against them, and only where it has a preference of its own.
     """
     advice = (
-        "Read ten pairs of the task: are chosen and rejected in the right columns, in training and held-out pairs alike?"
+        "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
+        "columns?"
     )
     right = case.scores.assign(right=_correct(case.scores["h"]))
     for task, rows in right.groupby("task"):
         wrong = 0.5 - _by_group(rows, ["right"])["right"]
         share = (wrong > 0).sum(), (wrong != 0).sum()
         evidence = (
-            f"After training, {share[0]} of {share[1]} groups of held-out pairs of {task} are ranked the wrong way round "
-            "more often than not, over all variants."
+            f"After training, {share[0]} of {share[1]} groups of held-out pairs of {task} are ranked the wrong way "
+            "round more often than not, over all variants."
         )
         yield _Suspicion(Finding("labels look flipped", str(task), "warning", evidence, advice), _sign_test(wrong))
     if "ref_chosen" not in case.scores:
@@ -478,8 +483,8 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
         p = max(max(_sign_test(-own[name]), _lower(own[name], others[name])) for name in own)
         shares = [f"{int((part['total'] < 0).sum())} of {len(part)}" for part in (own, others)]
         evidence = (
-            f"The reference gives the rejected answer more probability in {shares[0]} groups of held-out pairs of {task}, "
-            f"also per token, against {shares[1]} in the other tasks."
+            f"The reference gives the rejected answer more probability in {shares[0]} groups of held-out pairs of "
+            f"{task}, also per token, against {shares[1]} in the other tasks."
         )
         yield _Suspicion(Finding("labels look flipped", task, "note", evidence, advice), p)
 

@@ -102,7 +102,11 @@ def findings_as_text(findings: Sequence[Finding]) -> str:
     for finding in findings:
         if finding.severity != "not checked":
             where = "" if finding.task is None else f" ({finding.task})"
-            lines += [f"  {finding.severity}: {finding.name}{where}", f"    {finding.evidence}", f"    {finding.advice}"]
+            lines += [
+                f"  {finding.severity}: {finding.name}{where}",
+                f"    {finding.evidence}",
+                f"    {finding.advice}",
+            ]
     missing = [finding.name for finding in findings if finding.severity == "not checked"]
     return "\n".join([*(lines or ["  nothing"]), *([f"  not checked: {', '.join(missing)}"] if missing else [])])
 

@@ -21,7 +21,15 @@ from pyarrow import parquet
 from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
 from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
-from dpoviz.analysis.tables import COLUMNS, read_table, summarize, summarize_accuracy, summarize_estimators, with_prompts, write_table
+from dpoviz.analysis.tables import (
+    COLUMNS,
+    read_table,
+    summarize,
+    summarize_accuracy,
+    summarize_estimators,
+    with_prompts,
+    write_table,
+)
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
 
