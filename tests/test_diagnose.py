@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.symptoms import PLANTS, SMALL_WORLD, trained_run
 
-from dpoviz.analysis.diagnose import SYMPTOMS, diagnose
+from dpoviz.analysis.diagnose import SYMPTOMS, diagnose, reference_ranks
 from dpoviz.analysis.tables import beta_table, write_table
 from dpoviz.analysis.text import findings_as_text, number
 from dpoviz.cli import main
@@ -57,7 +57,9 @@ def healthy(seed=0, *, prompts=PROMPTS):
         "betas": pd.concat(betas, ignore_index=True),
         "entropies": None,
         "config": {"training": {"lambda_entropy": 0.1, "batch_size": 16}},
-        "metadata": lines | {"baseline": "fixed", "training pairs": 300, "answers cut": dict.fromkeys(TASKS, 0.01)},
+        "metadata": lines
+        | {"baseline": "fixed", "training pairs": 300, "answers cut": dict.fromkeys(TASKS, 0.01)}
+        | {"reference on training pairs": reference_ranks(pairs("", "", task, prompt, rng))},
     }
 
 
@@ -153,6 +155,15 @@ def swapped_columns(run):
     for task, worse in (("code", "rejected"), ("math", "chosen")):
         rows = of(run["scores"], task=task)
         run["scores"].loc[rows, f"ref_{worse}"] = -5.0 * run["scores"].loc[rows, f"{worse}_tokens"] - 60
+        right = 0 if worse == "chosen" else 40
+        run["metadata"]["reference on training pairs"][task] = {"total": (right, 40), "mean": (right, 40)}
+
+
+def swapped_in_training(run):
+    """The reference prefers the chosen answers of code among the held-out pairs, the rejected among the others."""
+    rows = of(run["scores"], task="code")
+    run["scores"].loc[rows, "ref_rejected"] = -5.0 * run["scores"].loc[rows, "rejected_tokens"] - 60
+    run["metadata"]["reference on training pairs"]["code"] = {"total": (3, 40), "mean": (2, 40)}
 
 
 PLANTED = [
@@ -167,6 +178,7 @@ PLANTED = [
     (cut, "entropies cut", "code"),
     (ranked_the_wrong_way_round, "labels look flipped", "math"),
     (swapped_columns, "labels look flipped", "math"),
+    (swapped_in_training, "labels look flipped", "code"),
 ]
 
 

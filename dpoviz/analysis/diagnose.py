@@ -246,7 +246,7 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         away = {name: np.sqrt(np.mean((log_beta - np.log(x)) ** 2)) for name, x in (("αH", held), ("start", beta0))}
         evidence = (
             f"{form} form: the entropy term explains β: at rest the loss could account for {number(100 * share, 2)} % "
-            f"of its variance over {len(rows)} prompts, and log β is {number(away['αH'], 2)} from that of αH within the "
+            f"of its variance over {len(rows)} prompts, and log β is {number(away['αH'], 2)} from that of αH in the "
             f"range, {number(away['start'], 2)} from its start (root mean square)."
         )
         advice = (
@@ -301,7 +301,7 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
 
 
 _SWAMPED = {
-    "dpo": "β has not come to rest, and only the range can stop it: train longer to see where, or raise lambda_entropy.",
+    "dpo": "β is not at rest, and only the range can stop it: train longer to see where, or raise lambda_entropy.",
     "entropy": "Lower lambda_entropy: β goes to αH whatever the labels say.",
     "range": "The start or αH lies outside the range: widen it, or lower lambda_range.",
     "smoothness": "Lower lambda_smoothness: it flattens β(x) and shrinks it.",
@@ -329,8 +329,8 @@ def _both_fall(case: _Case) -> Iterator[_Suspicion]:
             f"the margin h rose to {number(means['h'].mean())} ({len(means)} groups of pairs)."
         )
         advice = (
-            "Usual, if small, where the answers are not samples of the reference. Suspicious if the chosen one falls by "
-            "many nats: probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
+            "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
+            "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
             "steps, with a lower policy_learning_rate or a larger initial_scale."
         )
         yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, advice), p)
@@ -358,8 +358,8 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
         error = math.hypot(_standard_error(right), 0.5 * math.sqrt(smoothed * (1 - smoothed) / n))
         evidence = (
             f"{variant}: training accuracy is {number(training)} in the last {len(last)} logged steps, held-out "
-            f"accuracy {number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ carries "
-            "over."
+            f"accuracy {number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ "
+            "carries over."
         )
         advice = (
             "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
@@ -437,8 +437,8 @@ def _cut_entropies(case: _Case) -> Iterator[_Suspicion]:
         if fraction > 1.96 * error and fraction > 0:
             evidence = (
                 f"{number(100 * fraction)} % of the answers sampled for the entropy of {task} hit the length limit; "
-                f"that hides about as large a part of the entropy, whose standard error is {number(100 * error)} % over "
-                f"{len(values)} prompts."
+                f"that hides about as large a part of the entropy, whose standard error is {number(100 * error)} % "
+                f"over {len(values)} prompts."
             )
             advice = "Raise max_new_tokens until few answers are cut, or read H as that of the answers’ first tokens."
             yield _Suspicion(Finding("entropies cut", str(task), "warning", evidence, advice))
@@ -447,11 +447,12 @@ def _cut_entropies(case: _Case) -> Iterator[_Suspicion]:
 def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     """In one task, the policy or the reference ranks held-out pairs the wrong way round.
 
-    Two witnesses. The policy: after training it ranks the held-out pairs of the task wrongly more often than not. The
-    reference: it gives the rejected answers of this task more probability, unlike in the other tasks. Length moves a
-    sum of log-probabilities one way and their mean per token the other, so both must agree. Tested, over groups of
-    pairs: sign tests, and for the comparison with the other tasks Mann-Whitney tests; all parts of a statement must
-    hold, and the largest p-value counts.
+    Three signs. The policy ranks the held-out pairs of the task wrongly more often than not, after training. The
+    reference ranks the training pairs otherwise than the held-out ones, though both are a random split of the same. Or
+    it gives the rejected answers of this task more probability, unlike in the other tasks. Length moves a sum of
+    log-probabilities one way and their mean per token the other, so both must agree. Tested, over groups of pairs: sign
+    test, Fisher's exact test, and for the comparison with the other tasks a Mann-Whitney test; all parts of a statement
+    must hold, and the largest p-value counts.
 
     Labels that are flipped alike in all pairs of a task, training and held-out, are a preference like any other: only
     the reference speaks against them, and only where it has a preference of its own.
@@ -472,10 +473,14 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     if "ref_chosen" not in case.scores:
         raise _Lacking("held_out.csv has no log-probabilities of the reference; the policy’s ranking was looked at")
     first = case.scores[case.scores["variant"] == case.scores["variant"].iloc[0]]
-    total = first["ref_chosen"] - first["ref_rejected"]
-    mean = first["ref_chosen"] / first["chosen_tokens"] - first["ref_rejected"] / first["rejected_tokens"]
-    preferred = first.assign(total=total, mean=mean)
-    groups = {str(task): _by_group(rows, ["total", "mean"]) for task, rows in preferred.groupby("task")}
+    groups = _preferences(first)
+    for task, p in _other_in_training(case, groups):
+        evidence = (
+            f"The reference ranks the training pairs of {task} otherwise than the held-out ones: it gives the chosen "
+            f"answer more probability in {_share(case.metadata[_TRAINING][task]['total'])} and in "
+            f"{_share(_counts(groups[task]['total']))} of the groups of pairs, also per token."
+        )
+        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, advice), p)
     for task, own in groups.items():
         if len(groups) < 2:
             continue
@@ -487,6 +492,50 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
             f"{task}, also per token, against {shares[1]} in the other tasks."
         )
         yield _Suspicion(Finding("labels look flipped", task, "note", evidence, advice), p)
+
+
+_TRAINING = "reference on training pairs"
+
+
+def reference_ranks(pairs: pd.DataFrame) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return in how many groups of pairs the reference gives the chosen answer more probability, by task.
+
+    Args:
+        pairs: a row per pair: task, group, prompt, ref_chosen, ref_rejected (nats), chosen_tokens, rejected_tokens.
+
+    Returns:
+        For each task, "total" (log-probability of the whole answer) and "mean" (per token), each with the number of
+        groups that favour the chosen answer and of those that favour either.
+    """
+    return {task: {name: _counts(own[name]) for name in own} for task, own in _preferences(pairs).items()}
+
+
+def _preferences(pairs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return, by task, how much more the reference prefers the chosen answer, in total and per token, by group."""
+    total = pairs["ref_chosen"] - pairs["ref_rejected"]
+    mean = pairs["ref_chosen"] / pairs["chosen_tokens"] - pairs["ref_rejected"] / pairs["rejected_tokens"]
+    preferred = pairs.assign(total=total, mean=mean)
+    return {str(task): _by_group(rows, ["total", "mean"]) for task, rows in preferred.groupby("task")}
+
+
+def _counts(values: pd.Series) -> tuple[int, int]:
+    return int((values > 0).sum()), int((values != 0).sum())
+
+
+def _share(counts: tuple[int, int]) -> str:
+    return f"{counts[0]} of {counts[1]}"
+
+
+def _other_in_training(case: _Case, groups: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float]]:
+    """Yield each task with the p-value for the reference ranking its training pairs as it does the held-out ones."""
+    for task, ranks in case.metadata.get(_TRAINING, {}).items():
+        if task in groups:
+            tables = [[_split(ranks[name]), _split(_counts(groups[task][name]))] for name in ("total", "mean")]
+            yield task, max(float(stats.fisher_exact(table).pvalue) for table in tables)
+
+
+def _split(counts: tuple[int, int]) -> list[int]:
+    return [counts[0], counts[1] - counts[0]]
 
 
 # ------------------------------------------------------------------------------------------------ the tests

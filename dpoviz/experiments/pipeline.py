@@ -14,6 +14,7 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpoviz.analysis.diagnose import reference_ranks
 from dpoviz.analysis.tables import beta_table
 from dpoviz.beta import Beta, MadeFor
 from dpoviz.data.tokens import end_id
@@ -150,6 +151,7 @@ def run(
         seconds = {**scored.seconds, "training": time.monotonic() - began}
         metadata = {**lines, "alpha": dict(results.alpha), "baseline": baseline, **scored.metadata}
         metadata |= {"training pairs": len(scored.train), "answers cut": _answers_cut(scored)}
+        metadata |= {"reference on training pairs": reference_ranks(reference_columns(scored.train))}
         metadata |= {"reference": record, "training": {form: asdict(config) for form, config in configs.items()}}
         metadata |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}, **environment()}
         frozen, pairs = frozen_table(some, parts.h), pairs_table(scored.held_out)
@@ -159,6 +161,15 @@ def run(
             tables["entropy"] = scored.entropy
         write_tables(out, metadata=metadata, **tables, answers=results.answers)
     return results
+
+
+def reference_columns(pairs: Dataset) -> pd.DataFrame:
+    """Return task, group and prompt of scored pairs, the reference's log-probability of each answer, and its length."""
+    own = ["ref_chosen_logps", "ref_rejected_logps", "chosen_ids", "rejected_ids"]
+    rows = pairs.select_columns(["task", "group", "prompt", *own]).to_pandas()
+    for answer in ("chosen", "rejected"):
+        rows[f"{answer}_tokens"] = rows.pop(f"{answer}_ids").map(len)
+    return rows.rename(columns={"ref_chosen_logps": "ref_chosen", "ref_rejected_logps": "ref_rejected"})
 
 
 def _answers_cut(scored: ScoredPairs) -> dict[str, float]:
@@ -189,12 +200,8 @@ class _Parts:
         form, result = variant.config.form, variant.result
         self.histories.append(result.history.assign(variant=variant.name))
         chosen, rejected = np.asarray(result.held_out).T
-        rows = held_out.to_pandas()
         columns = {"chosen": chosen, "rejected": rejected, "h": chosen - rejected}
-        for answer in ("chosen", "rejected"):
-            columns[f"ref_{answer}"] = rows[f"ref_{answer}_logps"].to_numpy()
-            columns[f"{answer}_tokens"] = rows[f"{answer}_ids"].map(len).to_numpy()
-        rows = rows[["task", "group", "prompt"]]
+        rows = reference_columns(held_out)
         self.scores.append(rows.assign(variant=variant.name, form=form, **columns))
         if drawn and isinstance(variant.beta, Beta):
             self.alpha[form] = result.alpha
