@@ -291,16 +291,18 @@ class MallowsPO(Rule):
 class LSC(Rule):
     """LSC-DPO: one beta for all pairs, controlled so that the mean margin β·mean(h) stays at a target.
 
-        β ← β·exp(−η·(β·mean(h) − z*))
+        β ← β·exp(−η·(β·mean(h) − z*))    where mean σ(−β·h) < start
 
-    LSC-DPO (arXiv:2610.07592). Beta stays at `beta0` until the batch mean of σ(−β·h) first falls to `start`. Each new
-    beta is used from the next step on. Beta depends on the answers, through h.
+    LSC-DPO (arXiv:2610.07592), as in the authors' code: beta is updated with a batch before it is used on that batch,
+    and the condition is checked at every batch. Until margins have grown, beta stays at `beta0`. Beta depends on the
+    answers, through h.
 
     Args:
         beta0: initial beta; later values stay within a factor of 1000 of it.
         eta: η, the gain of the controller.
         target: z*, the mean margin to hold.
-        start: the mean of σ(−β·h) at which control begins; this mean is ½ while the policy equals the reference.
+        start: beta is updated only while the mean of σ(−β·h) is below it; this mean is ½ while the policy equals the
+            reference.
 
     Raises:
         ValueError: an argument is outside its range. In use: `h` is not (B,) and finite.
@@ -309,9 +311,8 @@ class LSC(Rule):
     form = "standard"
     settings = ("beta0", "eta", "target", "start")
     current: Tensor
-    started: Tensor
 
-    def __init__(self, beta0: float, *, eta: float = 0.1, target: float = 0.4, start: float = 0.4) -> None:
+    def __init__(self, beta0: float, *, eta: float = 0.1, target: float = 0.4, start: float = 0.45) -> None:
         super().__init__()
         require_positive("beta0", beta0)
         require_positive("eta", eta)
@@ -319,17 +320,13 @@ class LSC(Rule):
         require("start", start, 0 < start <= 1, "a number above 0, at most 1")
         self.beta0, self.eta, self.target, self.start = beta0, eta, target, start
         self.register_buffer("current", torch.tensor(float(beta0)))
-        self.register_buffer("started", torch.tensor(False))
 
     def forward(self, observation: Observation) -> RuleOutput:
         h = _rows("h", observation.h, len(observation.x))
-        beta = self.current.to(h.dtype).expand(len(h)).clone()
-        if self.training:
-            self.started |= torch.sigmoid(-beta * h).mean() <= self.start
-            if self.started:
-                moved = self.current * torch.exp(-self.eta * (self.current * h.mean() - self.target))
-                self.current.copy_(_hold(moved, self.beta0))
-        return RuleOutput(beta)
+        if self.training and torch.sigmoid(-self.current * h).mean() < self.start:
+            moved = self.current * torch.exp(-self.eta * (self.current * h.mean() - self.target))
+            self.current.copy_(_hold(moved, self.beta0))
+        return RuleOutput(self.current.to(h.dtype).expand(len(h)).clone())
 
 
 class DualKL(Rule):
@@ -337,9 +334,10 @@ class DualKL(Rule):
 
         β ← β·(1 + (n/N)·clip(KL/ε − 1, −0.2, 0.2))
 
-    The rule finds the multiplier of the derivation's §1 and §2 during training. It is the controller of Ziegler et al.
-    2019 (arXiv:1909.08593, §2.2), whose gain of 0.1 per step is N = 10 here. n is the number of steps between two
-    measurements of the KL. Each new beta is used from the next step on.
+    The controller of Ziegler et al. 2019 (arXiv:1909.08593, §2.2), whose gain of 0.1 per step is N = 10 here. n is the
+    number of steps between two measurements of the KL. Each new beta is used from the next step on. In DPO the KL
+    answers beta slowly, and early in training a larger beta does not lower it: in a short training the KL may stay far
+    from its budget.
 
     Args:
         beta0: initial beta; later values stay within a factor of 1000 of it.

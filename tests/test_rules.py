@@ -2,12 +2,16 @@
 
 import copy
 import itertools
+import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
 from dpoviz.lm.scoring import score_answers
@@ -107,7 +111,7 @@ class TestRule:
         assert repr(BetaDPO(0.1, seed=3)) == "BetaDPO(beta0=0.1, a=0.6, momentum=0.9, keep=0.8, seed=3)"
         assert repr(EpsilonDPO(0.1)) == "EpsilonDPO(beta0=0.1, epsilon=0.01)"
         assert repr(MallowsPO(0.1, c=0.3, sign=-1)) == "MallowsPO(beta0=0.1, c=0.3, sign=-1)"
-        assert repr(LSC(0.1)) == "LSC(beta0=0.1, eta=0.1, target=0.4, start=0.4)"
+        assert repr(LSC(0.1)) == "LSC(beta0=0.1, eta=0.1, target=0.4, start=0.45)"
         assert (
             repr(DualKL(0.1, target=2.0, tasks=["a"]))
             == "DualKL(beta0=0.1, target=2.0, tasks=('a',), every=10, horizon=10)"
@@ -283,30 +287,28 @@ class TestMallowsPO:
 
 class TestLSC:
     def test_by_hand(self):
-        """It waits while the pairs are told apart too little, and does not stop once it has begun."""
+        """It waits while the pairs are told apart too little, and asks again at each batch."""
         batches = [[0.1, 0.2, -0.1, 0.2], [1.0, 2.0, 0.5, 1.5], [-3.0, 0.5, 0.1, -0.2], [1.0, 1.0, 2.0, 0.0]]
-        beta, started, expected, state = 0.5, False, [], []
+        beta, acted, expected = 0.5, [], []
         for h in batches:
-            expected.append(beta)
-            wrong = sum(1 / (1 + math.exp(beta * value)) for value in h) / 4
-            started = started or wrong <= 0.4
-            state.append((started, wrong <= 0.4))
-            if started:
+            acted.append(sum(1 / (1 + math.exp(beta * value)) for value in h) / 4 < 0.45)
+            if acted[-1]:
                 beta *= math.exp(-0.1 * (beta * sum(h) / 4 - 0.4))
-        assert state == [(False, False), (True, True), (True, False), (True, True)]
+            expected.append(beta)
+        assert acted == [False, True, False, True]
         assert betas(LSC(0.5).double(), batches) == pytest.approx(expected, **EXACT)
-        assert len(set(expected)) == 3  # the first two batches have beta0
+        assert len(set(expected)) == 3  # beta0, and two updates
 
     def test_the_mean_margin_comes_to_the_target(self):
         rule = LSC(1.0).double()
-        for _ in range(600):  # a distance shrinks by 1 - 0.1 * 0.4 a step
+        for _ in range(600):  # a distance shrinks by 1 - 0.1 * 0.4 per step
             margin = (rule(see([5.0, 3.0, -1.0, 1.0])).beta * 2.0)[0].item()
         assert margin == pytest.approx(0.4, rel=1e-6)
 
     def test_stays_in_reach_whatever_h(self):
         rule = LSC(1.0, start=1.0)
-        for _ in range(20):
-            rule(see([-1e4] * 4))
+        for _ in range(200):  # a factor of exp(0.1 * 0.4) per step
+            rule(see([0.0] * 4))
         assert rule.current == 1000
         rule(see([1e4] * 4))
         assert rule.current == pytest.approx(1e-3)
@@ -456,6 +458,103 @@ def two_sets(make_model):
         )
 
     return seen(0), seen(3)
+
+
+RECORDED = json.loads((Path(__file__).parent / "data" / "published_rules.json").read_text())
+"""Inputs and outputs of the authors' own functions, in float64; each entry names repository, commit and functions."""
+
+
+def recorded(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def recorded_h(step):
+    ratios = {name: recorded(step[f"policy_{name}"]) - recorded(step[f"ref_{name}"]) for name in ("chosen", "rejected")}
+    return ratios["chosen"] - ratios["rejected"]
+
+
+def observed(h, **what):
+    given = {"x": features(len(h)), "task": ["math"] * len(h), "ref_entropy": torch.ones(len(h)), **what}
+    return Observation(h=h, **given)
+
+
+class TestTheAuthorsOwnNumbers:
+    def test_beta_dpo(self):
+        whole, filtered = (BetaDPO(0.1, a=0.6, keep=keep).double() for keep in (1.0, 0.8))
+        for step in RECORDED["beta-dpo"]["steps"]:
+            h = recorded_h(step)
+            beta = whole(observed(h)).beta
+            assert whole.mean.item() == pytest.approx(step["gap_mean"], rel=1e-10)
+            torch.testing.assert_close(beta, torch.full_like(h, step["beta"]), rtol=1e-10, atol=0)
+            torch.testing.assert_close(-(beta * h).sigmoid().log(), recorded(step["losses"]), rtol=1e-9, atol=0)
+            # which pairs are kept is a matter of chance: theirs are given to our formula
+            kept = filtered(observed(h)).weight
+            assert filtered.spread.item() == pytest.approx(step["gap_std"], rel=1e-10)
+            theirs = recorded(step["filtered"]["mask"])
+            assert kept.sum() == theirs.sum() == 6  # int(8 * 0.8)
+            expected = max(0.1 * (1 + 0.6 * (h[theirs > 0].mean() - filtered.mean).item()), 1e-3)
+            assert step["filtered"]["beta"] == pytest.approx(expected, rel=1e-10)
+
+    def test_epsilon_dpo(self):
+        data = RECORDED["epsilon-dpo"]
+        policy, reference = (next_token_table(data["model"], name) for name in ("policy", "reference"))
+        answers = [list(pair) for pair in zip(data["chosen"], data["rejected"], strict=True)]
+        for run in data["runs"]:
+            scores = score_answers(policy, data["prompts"], answers, pad_id=0).logps
+            torch.testing.assert_close(scores, recorded([run["chosen_logps"], run["rejected_logps"]]).T,
+                                       rtol=1e-9, atol=0, check_dtype=False)  # fmt: skip
+            directions = perturbed_directions(policy, reference, data["prompts"], answers, epsilon=run["epsilon"],
+                                              pad_id=0)  # fmt: skip
+            assert directions.tolist() == run["steps"]
+            rule = EpsilonDPO(run["beta"], epsilon=run["epsilon"]).double()
+            h = (recorded(run["chosen_logps"]) - recorded(run["ref_chosen_logps"])) - (
+                recorded(run["rejected_logps"]) - recorded(run["ref_rejected_logps"])
+            )
+            beta = rule(observed(h, direction=directions)).beta
+            torch.testing.assert_close(-(beta * h).sigmoid().log(), recorded(run["losses"]), rtol=1e-9, atol=0)
+            # the next beta: the mean of the batch's betas as in the paper; the code divides by the mean step, of which
+            # it differs by less than epsilon squared
+            assert rule.current.item() == pytest.approx(run["next_beta"], rel=run["epsilon"] ** 2)
+        assert {step for run in data["runs"] for step in run["steps"]} == {-1, 0, 1}
+
+    def test_mallows(self):
+        data = RECORDED["mallows"]
+        logits, labels = recorded(data["logits"])[:, :-1], torch.tensor(data["labels"])[:, 1:]
+        logps = logits.log_softmax(dim=-1)
+        entropies = -(logps.exp() * logps).sum(dim=-1) / math.log(logits.shape[-1])
+        used = labels >= 0
+        entropy = (entropies * used).sum(dim=1) / used.sum(dim=1)
+        # their code multiplies a number of tokens by log V in float32
+        torch.testing.assert_close(entropy, recorded(data["entropy"]), rtol=2e-7, atol=0)
+        n = len(entropy) // 2
+        ref = recorded(data["logps"])
+        h = (recorded(data["policy_chosen"]) - ref[:n]) - (recorded(data["policy_rejected"]) - ref[n:])
+        rule = MallowsPO(data["settings"]["beta"], c=data["settings"]["dispersion_mean"]).double()
+        beta = rule(observed(h, answer_entropy=(entropy[:n] + entropy[n:]) / 2)).beta
+        torch.testing.assert_close(-(beta * h).sigmoid().log(), recorded(data["losses"]), rtol=1e-6, atol=0)
+
+    def test_lsc(self):
+        rule = LSC(RECORDED["lsc"]["settings"]["beta_0"]).double()
+        acted = set()
+        for step in RECORDED["lsc"]["steps"]:
+            h, before = recorded(step["h"]), rule.current.item()
+            beta = rule(observed(h)).beta
+            torch.testing.assert_close(beta, torch.full_like(h, step["beta"]), rtol=1e-9, atol=0)
+            torch.testing.assert_close(-(beta * h).sigmoid().log(), recorded(step["losses"]), rtol=1e-8, atol=0)
+            acted.add((step["q_t"] < 0.45, beta[0].item() != before))
+        assert acted == {(True, True), (False, False)}
+
+
+def next_token_table(weights, head):
+    """A model of no layers: what follows a token depends on that token alone."""
+    embed, head = recorded(weights["embed"]), recorded(weights[head])
+    config = LlamaConfig(vocab_size=len(embed), hidden_size=embed.shape[1], num_hidden_layers=0, num_attention_heads=2,
+                         intermediate_size=8, rms_norm_eps=weights["rms_norm_eps"], pad_token_id=0, eos_token_id=2,
+                         bos_token_id=None)  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    model.model.embed_tokens.weight.data, model.lm_head.weight.data = embed, head
+    model.model.norm = nn.RMSNorm(len(embed[0]), eps=weights["rms_norm_eps"], dtype=torch.float64)
+    return model
 
 
 class TestWhoSeesTheAnswers:
