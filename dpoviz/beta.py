@@ -147,7 +147,7 @@ def _record(model_id: str, **hub) -> dict[str, str] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def load_beta(folder: Path | str, *, form: str | None = None, fingerprint: str | None = None) -> Beta:
+def read_beta(folder: Path | str, *, form: str | None = None, fingerprint: str | None = None) -> Beta:
     """Return the beta saved in a folder, of whichever kind; `form` and `fingerprint` as in `Beta.require_made_for`.
 
     Raises:

@@ -48,7 +48,8 @@ def plot_runs(tables: Mapping[str, pd.DataFrame], *, beta0: float | None = None,
         middle = i * (len(tables) + 0.7) + (len(tables) - 1) / 2
         title = ax.text(middle, 1.02, task_label(task), color=color, ha="center", transform=ax.get_xaxis_transform())
         use_known_letters([title])
-    ax.set_xticks(places, labels, rotation=30, ha="right", rotation_mode="anchor", fontsize="small")
+    turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(places, labels, fontsize="small", **(turned if max(map(len, labels)) > 8 else {}))
     use_known_letters(ax.get_xticklabels())
     ax.set_xlim(-0.7, places[-1] + 0.7)
     ax.tick_params(axis="x", length=0)

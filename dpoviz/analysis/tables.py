@@ -90,22 +90,6 @@ def beta_table(
     return table
 
 
-def with_prompts(betas: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Return beta by step with the prompts that its row numbers stand for.
-
-    Args:
-        betas: form, step, prompt (a row number among those of the form in `table`), beta; as in beta_steps.parquet.
-        table: the table of `beta_table` of the same run.
-
-    Returns:
-        form, step, task, prompt, ref_entropy, beta, sorted by form, step and row.
-    """
-    rows = table[["form", "task", "prompt", "ref_entropy"]].assign(row=table.groupby("form").cumcount())
-    found = betas.rename(columns={"prompt": "row"}).merge(rows, on=["form", "row"])
-    found = found.sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
-    return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": np.float64})
-
-
 def _mean_of_rows(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return values[rows].mean(axis=1)
 

@@ -19,17 +19,18 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dpoviz.analysis.diagnose import Finding, diagnose
-from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
-from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
-from dpoviz.analysis.tables import (
-    COLUMNS,
-    read_table,
-    summarize,
-    summarize_accuracy,
-    summarize_estimators,
-    with_prompts,
-    write_table,
+from dpoviz.analysis.plots import (
+    figure_beta_by_task,
+    figure_beta_gradients,
+    figure_beta_steps,
+    figure_log_ratios,
+    figure_training,
+    log_ratio_tasks,
+    plot_entropy_estimators,
 )
+from dpoviz.analysis.report import reading, reading_of_accuracy, reading_of_log_ratios, tiny_note, write_report
+from dpoviz.analysis.style import FONT_ADVICE, without_font
+from dpoviz.analysis.tables import COLUMNS, read_table, summarize, summarize_accuracy, summarize_estimators, write_table
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
 
@@ -221,6 +222,10 @@ def report(out: Path) -> Report:
         figures["training"] = figure_training(shown)
         if any(column.startswith("grad/") for column in shown):
             figures["beta_gradients"] = figure_beta_gradients(shown)
+        if log_ratio_tasks(shown):
+            figures["log_ratios"] = figure_log_ratios(shown)
+    if "beta" in tables and (out / "beta_steps.parquet").is_file():
+        figures["beta_steps"] = figure_beta_steps(betas_of_steps(out, tables["beta"]), beta0=metadata["beta0"])
     findings = _findings(out, tables, config, metadata)
     write_report(
         out / "report.html",
@@ -234,6 +239,8 @@ def report(out: Path) -> Report:
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
+        log_ratios=reading_of_log_ratios(shown, log_ratio_tasks(shown)),
+        notes=[*([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])), *_font_note(tables)],
     )
     return Report(found, sentences, findings)
 
@@ -244,8 +251,8 @@ def _findings(
     """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
     if "held_out" not in tables:
         return None
-    table, steps = tables.get("beta", pd.DataFrame(columns=list(COLUMNS))), out / "beta_steps.parquet"
-    betas = with_prompts(parquet.read_table(steps).to_pandas(), table) if steps.is_file() else None
+    table = tables.get("beta", pd.DataFrame(columns=list(COLUMNS)))
+    kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
     return diagnose(
         table=table,
         history=tables["history"],
@@ -253,8 +260,27 @@ def _findings(
         config=config,
         metadata=metadata,
         entropies=tables.get("entropy"),
-        betas=betas,
+        betas=betas_of_steps(out, table) if kept else None,
     )
+
+
+def betas_of_steps(out: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return beta_steps.parquet with the prompts of beta.csv: form, step, task, prompt, ref_entropy, beta."""
+    kept = pd.read_parquet(out / "beta_steps.parquet").rename(columns={"prompt": "row"})
+    known = table[["form", "task", "prompt", "ref_entropy"]].assign(row=table.groupby("form").cumcount())
+    found = kept.merge(known, on=["form", "row"]).sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
+    return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": float})
+
+
+def _font_note(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Return a sentence on the characters that the figures cannot draw; none if they can draw all."""
+    texts = {task for table in tables.values() if "task" in table for task in table["task"]}
+    if "entropy" in tables:
+        texts |= set(tables["entropy"][tables["entropy"]["example"]]["prompt"])
+    lost = without_font(texts)
+    if not lost:
+        return []
+    return [f"No installed font has {lost}: the figures show boxes there. To draw them, {FONT_ADVICE}; then redraw."]
 
 
 def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.DataFrame | None:

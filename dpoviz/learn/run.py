@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,9 +19,10 @@ from matplotlib.figure import Figure
 
 from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots_runs import figure_runs
-from dpoviz.analysis.tables import COLUMNS, read_table, summarize, with_prompts
-from dpoviz.beta import Beta, EntropyBeta, TaskBeta, load_beta
+from dpoviz.analysis.tables import COLUMNS, read_table, summarize
+from dpoviz.beta import Beta, EntropyBeta, TaskBeta, read_beta
 from dpoviz.data.tokens import answer_end, encode_prompts
+from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.forms import Form
 from dpoviz.lm.cache import read_json
 from dpoviz.lm.entropy import estimate_entropy
@@ -161,7 +163,8 @@ class Run:
 
     @cached_property
     def _all_betas(self) -> pd.DataFrame:
-        return with_prompts(self._kept("beta_steps"), self.table)
+        self._kept("beta_steps")  # raises if there is none
+        return betas_of_steps(self.folder, self.table)
 
     def pulls(self) -> pd.DataFrame:
         """Return the pull of each term on beta at each held-out prompt after the last step (`gradients_on_beta`).
@@ -337,7 +340,7 @@ class Run:
             raise ValueError(f"form: got {form!r}, expected one of the run's: {', '.join(self.forms) or 'none'}")
         if form not in self._betas:
             fingerprint = self.metadata.get("reference", {}).get("fingerprint")
-            beta = load_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
+            beta = read_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
             self._betas[form] = beta.to(self._reference.model.device)
         return self._betas[form]
 
@@ -412,7 +415,9 @@ class Run:
                 return load_lm(folder, dtype=self._reference.model.dtype).model
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(copy.deepcopy(self._reference.model), str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
+            return PeftModel.from_pretrained(copy.deepcopy(self._reference.model), str(folder)).eval()
 
 
 class Comparison(NamedTuple):

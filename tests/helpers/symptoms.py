@@ -18,8 +18,8 @@ import numpy as np
 from datasets import Dataset
 
 from dpoviz.analysis.diagnose import diagnose
-from dpoviz.analysis.tables import with_prompts
 from dpoviz.experiments.config import WorldConfig
+from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.experiments.pipeline import ScoredPairs, run
 from dpoviz.experiments.small import World, small_world
 from dpoviz.forms import FORMS
@@ -158,11 +158,12 @@ def trained_run(world: World, name: str, seed: int) -> dict[str, Any]:
         variants = {form: Variant.of("network", settings.in_form(form))}
         done = run(scored, variants, out=Path(out), answers=0, progress=False)
         metadata = json.loads((Path(out) / "run.json").read_text())
+        betas = betas_of_steps(Path(out), done.table)
     return {
         "table": done.table,
         "history": done.history,
         "scores": done.scores,
-        "betas": with_prompts(done.betas, done.table),
+        "betas": betas,
         "config": {"training": asdict(settings)},
         "metadata": metadata,
     }
