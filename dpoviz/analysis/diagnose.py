@@ -22,7 +22,7 @@ from scipy import stats
 from dpoviz.analysis.report import MIN_PROMPTS
 from dpoviz.analysis.statistics import holm
 from dpoviz.analysis.tables import in_order
-from dpoviz.analysis.text import number
+from dpoviz.analysis.text import fixed, number
 from dpoviz.forms import Form
 
 Severity = Literal["warning", "note", "not checked"]
@@ -219,19 +219,18 @@ _SHARE = 0.05
 
 
 def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
-    """The loss can account for less than 5 % of the variance of beta, and beta has gone to αH.
+    """The loss can account for less than 5 % of the variance of beta, and beta goes with αH.
 
     Exact: at rest, the pulls of loss and entropy term cancel, so that β = αH − pull/(2λ3) at each prompt, inside the
     range. The first term varies over prompts with the variance of αH, the second displaces beta by at most its mean
-    square; their shares add up to 1. 5 % is the share that a correlation of β with αH of √0.95 = 0.975 leaves. Tested:
-    whether beta is nearer to clip(αH) than to its start β0, in squared logarithms, by a one-sided t test over prompts.
+    square; their shares add up to 1. 5 % is what a correlation of β with αH of √0.95 = 0.975 leaves. Tested: whether beta
+    has followed, by Spearman's rank correlation of beta with αH clipped to the range, one-sided, over prompts.
     """
     if case.config.get("rule") == "entropy":
         return  # as it was asked to do
     for form in case.forms():
         rows = case.table[case.table["form"] == form]
-        beta0, alpha = case.line("beta0", form), case.line("alpha", form)
-        weight = case.setting("lambda_entropy", form) / beta0**2
+        weight, alpha = case.setting("lambda_entropy", form) / case.line("beta0", form) ** 2, case.line("alpha", form)
         if weight == 0 or len(rows) < 3:
             continue
         target = alpha * rows["ref_entropy"].to_numpy()
@@ -241,19 +240,19 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         if share >= _SHARE:
             continue
         held = np.clip(target, case.line("beta_min", form), case.line("beta_max", form))
-        log_beta = np.log(rows["beta"].to_numpy())
-        closer = (log_beta - np.log(beta0)) ** 2 - (log_beta - np.log(held)) ** 2
-        away = {name: np.sqrt(np.mean((log_beta - np.log(x)) ** 2)) for name, x in (("αH", held), ("start", beta0))}
+        if np.ptp(rows["beta"]) == 0 or np.ptp(held) == 0:
+            continue
+        followed = stats.spearmanr(rows["beta"], held, alternative="greater")
         evidence = (
             f"{form} form: the entropy term explains β: at rest the loss could account for {number(100 * share, 2)} % "
-            f"of its variance over {len(rows)} prompts, and log β is {number(away['αH'], 2)} from that of αH in the "
-            f"range, {number(away['start'], 2)} from its start (root mean square)."
+            f"of its variance over {len(rows)} prompts, and β goes with αH (Spearman’s ρ = "
+            f"{fixed(followed.statistic)})."
         )
         advice = (
             "Do not read the order of the tasks as learned from the labels: it is that of H. Lower lambda_entropy, and "
             "compare with a run at lambda_entropy = 0."
         )
-        yield _Suspicion(Finding("beta follows the entropy", None, "warning", evidence, advice), _t_above(closer))
+        yield _Suspicion(Finding("beta follows the entropy", None, "warning", evidence, advice), float(followed.pvalue))
 
 
 def _pull_of_the_loss(case: _Case, form: Form, rows: pd.DataFrame) -> np.ndarray:
