@@ -223,8 +223,8 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
 
     Exact: at rest, the pulls of loss and entropy term cancel, so that β = αH − pull/(2λ3) at each prompt, inside the
     range. The first term varies over prompts with the variance of αH, the second displaces beta by at most its mean
-    square; their shares add up to 1. 5 % is what a correlation of β with αH of √0.95 = 0.975 leaves. Tested: whether beta
-    has followed, by Spearman's rank correlation of beta with αH clipped to the range, one-sided, over prompts.
+    square; their shares add up to 1. 5 % is what a correlation of β with αH of √0.95 = 0.975 leaves. Tested: whether
+    beta has followed, by Spearman's rank correlation of beta with αH clipped to the range, one-sided, over prompts.
     """
     if case.config.get("rule") == "entropy":
         return  # as it was asked to do
