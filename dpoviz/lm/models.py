@@ -455,7 +455,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.detach().cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
