@@ -32,8 +32,9 @@ FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_steps", "log_
 
 FINDINGS_NOTE = (
     "A finding is a reason to look, not a verdict. Where it rests on a test, the chance of any false alarm in a run is "
-    "about 5 % at most, over all tests together, by the choice of held-out prompts and of batches. Measured in the small "
-    "world: in 8 short healthy runs nothing was found; each symptom, planted in 8 runs or tables, was found in 7 or 8."
+    "about 5 % at most, over all tests together, by the choice of held-out prompts and of batches. Measured in the "
+    "small world: in 8 short healthy runs nothing was found; each symptom, planted in 8 runs or tables, was found in 7 "
+    "or 8."
 )
 """Shown below the findings."""
 
