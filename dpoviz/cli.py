@@ -26,6 +26,7 @@ from dpoviz.experiments.retilt_config import RetiltConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dpoviz.analysis.diagnose import Finding
     from dpoviz.experiments.pipeline import Results
     from dpoviz.experiments.real import Loaded
 
@@ -260,7 +261,7 @@ def _reference(given: _Reference) -> None:
 def _report(given: _Report) -> None:
     from dpoviz.experiments.folder import report
 
-    report(given.folder)
+    _say_findings(report(given.folder).findings)
     _say_where(given.folder)
 
 
@@ -397,7 +398,15 @@ def _say_results(out: Path, results: Results, seed: int) -> None:
     print()
     for line in found.sentences:
         print(f"  {line}")
+    _say_findings(found.findings)
     _say_where(out)
+
+
+def _say_findings(findings: Sequence[Finding] | None) -> None:
+    from dpoviz.analysis.text import findings_as_text
+
+    if findings is not None:
+        print(f"\nwhat looks wrong\n{findings_as_text(findings)}")
 
 
 def _say_where(out: Path) -> None:
