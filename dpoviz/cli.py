@@ -366,7 +366,7 @@ def _say_memory(config: RealConfig, loaded: Loaded) -> None:
     from dpoviz.experiments.memory_estimate import require_memory
 
     needed = require_memory(config, loaded)
-    print(f"about {needed.total / 1e9:.1f} GB of memory for a training step", flush=True)
+    print(f"about {needed.total / 1e9:.2g} GB of memory for a training step", flush=True)
 
 
 def _minutes(seconds: float) -> str:
