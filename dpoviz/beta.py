@@ -6,8 +6,10 @@ normaliser Z(x) would no longer cancel between the chosen and the rejected answe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +26,43 @@ def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
     return beta0 * torch.exp(_LOG_BOUND * torch.tanh(log_ratio / _LOG_BOUND))
 
 
-class Beta(nn.Module, PyTorchModelHubMixin):
-    """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,).
+_CARD = """---
+{{ card_data }}
+---
+
+A β for Direct Preference Optimization, made with [dpoviz](https://pypi.org/project/dpoviz). `config.json` has its
+arguments{% if rule %}. Rule: {{ rule }}, in the {{ form }} form{% if paper %}
+([arXiv:{{ paper }}](https://arxiv.org/abs/{{ paper }})){% endif %}; reference: {{ reference }}{% endif %}.
+"""
+
+
+class Saved(nn.Module, PyTorchModelHubMixin, library_name="dpoviz", model_card_template=_CARD):
+    """A module that is saved with its arguments.
 
     Save it with `save_pretrained(folder)` (safetensors and config.json) or `push_to_hub`. Load it, in evaluation mode,
-    with `from_pretrained(folder or hub name)`.
+    with `from_pretrained(folder or hub name)`; `dpoviz.load_beta` finds the class by itself.
+
+    Attributes:
+        reads: the inputs that it reads, of "x", "task" and "ref_entropy".
     """
+
+    reads: frozenset[str] = frozenset({"x", "task", "ref_entropy"})
+
+    def save(self, folder: Path, **about: str | None) -> None:
+        """Save it to a folder, with further entries in config.json and on its card; `load_beta` reads "rule"."""
+        arguments = self._hub_mixin_config or {}  # collected by the mixin; None without arguments that JSON can hold
+        assert isinstance(arguments, dict)
+        about = {"rule": type(self).__name__, **about}
+        self.save_pretrained(folder, config={**arguments, **about}, model_card_kwargs=about)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+        # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+
+class Beta(Saved):
+    """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,)."""
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
@@ -53,11 +86,6 @@ class Beta(nn.Module, PyTorchModelHubMixin):
         assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
         return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
 
-    @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> Beta:
-        # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
-        return super()._from_pretrained(strict=strict, **kwargs)
-
 
 class ConstantBeta(Beta):
     """One fixed beta for every prompt, as in plain DPO.
@@ -68,6 +96,8 @@ class ConstantBeta(Beta):
     Raises:
         ValueError: `beta0` is not a positive finite number.
     """
+
+    reads = frozenset()
 
     def __init__(self, beta0: float) -> None:
         super().__init__()
@@ -94,6 +124,8 @@ class TaskBeta(Beta):
             number.
     """
 
+    reads = frozenset({"task"})
+
     def __init__(self, tasks: Sequence[str], beta0: float) -> None:
         super().__init__()
         require_positive("beta0", beta0)
@@ -103,6 +135,30 @@ class TaskBeta(Beta):
         self.tasks = tuple(tasks)
         self.beta0 = beta0
         self.log_ratio = nn.Parameter(torch.zeros(len(tasks)))  # (tasks,) log(beta / beta0)
+
+    @classmethod
+    def fixed(cls, betas: Mapping[str, float]) -> TaskBeta:
+        """Return a given beta per task, none of them trainable, such as ``dict(zip(table.task, table.beta))`` of
+        `dpoviz.allocate`.
+
+        Raises:
+            ValueError: a beta is not a positive finite number, or e²⁰ times another or more; `allocate` gives 0 or inf
+                to a task that should stay at the reference: leave its pairs out.
+        """
+        for task, beta in betas.items():
+            if not 0 < beta < math.inf:
+                raise ValueError(
+                    f"betas: got {beta} for {task!r}, expected a positive finite number; leave the task's pairs out if "
+                    "it should stay at the reference"
+                )
+        logs = torch.tensor(list(betas.values()), dtype=torch.float64).log()
+        own = cls(list(betas), logs.mean().exp().item() if betas else 1.0)
+        distance = (logs - logs.mean()) / _LOG_BOUND
+        if distance.abs().max() >= 1:
+            raise ValueError(f"betas: got {dict(betas)}, expected numbers within a factor of e^{_LOG_BOUND:g}")
+        own.log_ratio.data.copy_(_LOG_BOUND * distance.atanh())
+        own.log_ratio.requires_grad_(False)
+        return own
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
@@ -127,6 +183,8 @@ class EntropyBeta(Beta):
     Raises:
         ValueError: `alpha` is not a positive finite number, or 0 < beta_min < beta_max < inf does not hold.
     """
+
+    reads = frozenset({"ref_entropy"})
 
     def __init__(self, alpha: float, beta_min: float, beta_max: float) -> None:
         super().__init__()
@@ -186,6 +244,8 @@ class BetaNetwork(Beta):
         ValueError: `in_features` or a width in `hidden` is not a positive integer, or `beta0` is not a positive finite
             number.
     """
+
+    reads = frozenset({"x"})
 
     def __init__(
         self, in_features: int, *, beta0: float, hidden: Sequence[int] = (64,), batch_norm: bool = True

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -16,21 +17,33 @@ from transformers import AutoModelForCausalLM
 
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
+from dpoviz.allocation import allocate  # noqa: E402
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import Logps, total_loss  # noqa: E402
+from dpoviz.rules import BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule, RuleOutput  # noqa: E402
 from dpoviz.training.batch import shuffled_rows  # noqa: E402
-from dpoviz.training.config import TrainConfig  # noqa: E402
+from dpoviz.training.config import RULES, TrainConfig  # noqa: E402
 from dpoviz.training.loop import train  # noqa: E402
+from dpoviz.training.methods import build  # noqa: E402
 from dpoviz.trl import COLUMNS, BetaDPOTrainer, trl_dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 TASKS = ("math", "code", "dialogue")
 
 
+_WORLD = []
+
+
 @pytest.fixture
 def world(make_model, tokenizer):
-    """A model, its tokenizer, and 24 scored pairs."""
+    """A model, its tokenizer, and 24 scored pairs; a copy for each test, scored once."""
+    if not _WORLD:
+        _WORLD.append(scored_world(make_model, tokenizer))
+    return copy.deepcopy(_WORLD[0][0]), tokenizer, _WORLD[0][1]
+
+
+def scored_world(make_model, tokenizer):
     model = make_model(dtype=torch.float32)
     words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("<")]
     rows = []
@@ -42,7 +55,7 @@ def world(make_model, tokenizer):
         rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 3], "group": None})
     pairs = Dataset.from_list(rows)
     scored = reference_pass(model, tokenizer, pairs, max_length=32, max_new_tokens=4, entropy_samples=2, progress=False)
-    return model, tokenizer, scored
+    return model, scored
 
 
 def arguments(folder, **changed):
@@ -222,8 +235,8 @@ class TestBetaThatLearns:
         found = trainer.evaluate(data.select(range(6)))
         assert found["eval_loss"] > 0 and found["eval_beta/math"] > 0
         assert "input_ids" in seen and not seen & set(COLUMNS)  # the model is not given what beta reads
-        with pytest.raises(ValueError, match="eval_dataset: lacks ref_features; expected what trl_dataset returns"):
-            trainer.evaluate(data.remove_columns("ref_features"))
+        with pytest.raises(ValueError, match="eval_dataset: lacks ref_entropy; expected what trl_dataset returns"):
+            trainer.evaluate(data.remove_columns("ref_entropy"))
 
     def test_several_processes_precompute_the_reference_of_a_set_on_disk(self, world, tmp_path, monkeypatch):
         data = trl_dataset(world[2])
@@ -282,8 +295,86 @@ class TestBetaThatLearns:
         assert resumed_losses[-1] == pytest.approx(whole_losses[-1], rel=1e-5)
 
 
+class Halved(Rule):
+    """Weights that are neither 0 nor 1."""
+
+    form = "standard"
+    reads = frozenset()
+
+    def forward(self, observation):
+        beta = torch.full_like(observation.h, 0.1)
+        return RuleOutput(beta, torch.arange(1.0, 1 + len(beta)).to(beta) % 3 / 2)
+
+
+def allocated(scored):
+    table = pd.DataFrame({"task": TASKS, "slope": [0.1, 0.2, 0.4], "variance": [1.0, 2.0, 1.5], "prompts": [8, 8, 8]})
+    found = allocate(table, kl=0.5, beta=0.1, form="standard")
+    beta = TaskBeta.fixed(dict(zip(found["task"], found["beta"], strict=True)))
+    x = torch.tensor(scored["ref_features"][:3])
+    assert beta(x, task=found["task"].tolist()).tolist() == pytest.approx(found["beta"].tolist(), rel=1e-5)
+    return beta
+
+
+def made(name, scored, config):
+    """A beta or a rule by its name, anew at each call."""
+    if name in RULES:
+        return build(name, config, scored, vocabulary=30)
+    x = torch.tensor(scored["ref_features"][:])
+    others = {
+        "allocation": lambda: allocated(scored),
+        "random": lambda: RandomBeta(0.1, spread=0.5),
+        "lookup": lambda: LookupBeta(x, torch.linspace(0.05, 0.4, len(x))),
+        "weights": Halved,
+        "often": lambda: DualKL(0.1, target=0.05, every=3, tasks=TASKS),
+        "far": lambda: EpsilonDPO(0.1, epsilon=0.3),
+        "uncertain": lambda: MallowsPO(0.1, c=0.7, sign=-1),
+        "steep": lambda: BetaDPO(0.1, a=2.0, keep=0.6, momentum=0.5),
+    }
+    return others[name]()
+
+
+def in_order(order, cls=BetaDPOTrainer):
+    class InOrder(cls):
+        def _get_train_sampler(self, *_):
+            return order
+
+    return InOrder
+
+
+OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name, info in RULES.items() for form in info.forms if name != "constant" or form == "standard"]
+    + [(name, "standard") for name in OTHERS],
+)
+def test_a_rule_is_that_of_our_own_loop(world, tmp_path, name, form):
+    """Ours and TRL's, the same batches in the same order, 20 steps: losses, weights, and the state of the rule."""
+    model, tokenizer, scored = world
+    config = TrainConfig.around(
+        0.1, form, stage1_steps=0, stage2_steps=20, batch_size=4, policy_learning_rate=1e-3, warmup_steps=0,
+        log_every=1, probe_every=100, checkpoint_every=100, max_new_tokens=4, probe_prompts=2, beta_learning_rate=3e-3,
+        rescore_reference=True,  # in the same batch, as TRL does: h is exactly 0 at the start, for filters to see
+    )  # fmt: skip
+    policy, rule = copy.deepcopy(model), made(name, scored, config)
+    ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    result = train(policy, rule, scored, config, stage=2, reference=model, progress=False, **ends)
+    order = [i for rows in shuffled_rows(len(scored), 4, 20, seed=config.seed + 2) for i in rows]
+    own = made(name, scored, config)
+    trainer = trained(world, tmp_path, own, config, cls=in_order(order), max_steps=20, weight_decay=0.0)
+    history = result.history
+    assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
+    assert (history["loss"] - history["loss"].iloc[0]).abs().max() > 0.05  # it went somewhere
+    for a, b in zip(trainer.model.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-5)
+    state = rule.state_dict()
+    for key, value in own.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-5)
+
+
 def test_parity_of_both_loops(world, tmp_path):
-    """Ours and TRL's, the same batches in the same order, a fixed beta in the standard form, 20 steps."""
+    """Ours and TRL's own trainer, a fixed beta in the standard form, 20 steps."""
     model, tokenizer, scored = world
     config = TrainConfig.around(
         0.1, "standard", stage1_steps=20, batch_size=4, policy_learning_rate=1e-3, warmup_steps=0, log_every=1,
@@ -293,16 +384,8 @@ def test_parity_of_both_loops(world, tmp_path):
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     result = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
     order = [i for rows in shuffled_rows(len(scored), 4, 20, seed=config.seed + 1) for i in rows]
-
-    class InOrder(trl.DPOTrainer):
-        def _get_train_sampler(self, *_):
-            return order
-
-    trainer = trained(world, tmp_path, cls=InOrder, max_steps=20, adam_epsilon=1e-8, weight_decay=0.0,
-                      data=trl_dataset(scored), learning_rate=1e-3)  # fmt: skip
-    history = result.history
-    assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
-    assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
+    trainer = trained(world, tmp_path, cls=in_order(order, trl.DPOTrainer), max_steps=20, weight_decay=0.0)
+    assert result.history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
 
 
 def launched(kind, script, *arguments):
@@ -408,7 +491,9 @@ class TestData:
     def test_a_set_without_the_columns_is_refused(self, world, tmp_path):
         data = trl_dataset(world[2]).remove_columns("ref_entropy")
         with pytest.raises(ValueError, match="train_dataset: lacks ref_entropy; expected what trl_dataset returns"):
-            trained(world, tmp_path, ConstantBeta(0.1), TrainConfig.around(0.1, "standard"), data=data)
+            trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), data=data)
+        bare = data.remove_columns(["task", "ref_features"])
+        assert len(losses(trained(world, tmp_path, ConstantBeta(0.1), data=bare))) == 3  # it reads none of them
 
     def test_streams_and_several_sets_to_evaluate_on(self, world, tmp_path):
         model, tokenizer, scored = world

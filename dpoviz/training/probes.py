@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,12 +85,20 @@ class HeldOut(NamedTuple):
     def of(cls, pairs: Dataset, prompts_per_task: int, device: torch.device) -> HeldOut:
         """Return scored pairs to measure on; KL is sampled at the first `prompts_per_task` prompts of each task."""
         task = pairs["task"][:]
-        table = pd.DataFrame({"task": task, "prompt": map(tuple, pairs["prompt_ids"])})
-        few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
+        prompts, prompt_tasks = first_prompts(pairs["prompt_ids"], task, prompts_per_task)
         x, ref_entropy = (
             torch.tensor(pairs[name][:], dtype=torch.float32, device=device) for name in ("ref_features", "ref_entropy")
         )
-        return cls(pairs, task, x, ref_entropy, [list(prompt) for prompt in few["prompt"]], few["task"].tolist())
+        return cls(pairs, task, x, ref_entropy, prompts, prompt_tasks)
+
+
+def first_prompts(
+    prompts: Iterable[Sequence[int]], task: Sequence[str], prompts_per_task: int
+) -> tuple[list[list[int]], list[str]]:
+    """Return the first different prompts of each task, as token ids, and the task of each."""
+    table = pd.DataFrame({"task": task, "prompt": map(tuple, prompts)})
+    few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
+    return [list(prompt) for prompt in few["prompt"]], few["task"].tolist()
 
 
 def means_by_task(name: str, values: Sequence[float] | np.ndarray, task: Sequence[str]) -> dict[str, float]:
