@@ -384,7 +384,7 @@ class BetaDPOTrainer(DPOTrainer):
     ) -> tuple[Tensor, Any]:
         """Return TRL's loss with a factor s per pair, and the model's outputs if they are asked for."""
         # every loss of the parent class multiplies by self.beta; a (B,) tensor there gives each pair its own factor
-        before, self.beta, self.precompute_ref_logps = (self.beta, self.precompute_ref_logps), s, True
+        before, self.beta, self.precompute_ref_logps = (self.beta, self.precompute_ref_logps), s, True  # type: ignore[assignment]
         try:
             found = super()._compute_loss(model, inputs, return_outputs)
         finally:
