@@ -21,6 +21,7 @@ _HOMES = {
     "lm.reference": ("reference_pass",),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
+    "training.methods": ("load_beta",),
     "analysis.tables": ("beta_table", "summarize"),
     "analysis.plots": ("plot_beta_by_task", "plot_beta_gradients", "plot_beta_vs_entropy", "plot_training"),
 }
@@ -60,3 +61,4 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
     from dpoviz.training.config import TrainConfig
     from dpoviz.training.loop import train
+    from dpoviz.training.methods import load_beta
