@@ -485,6 +485,8 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _cannot_share(self, models: list) -> str:
         """Return why batches cannot be laid out in shared-prefix rows; "" if they can."""
+        if self._in_pieces():
+            return "FSDP or ZeRO-3 has cut up the model"
         if self._is_vision_dataset:
             return "the data set has images"
         if self.aux_loss_enabled:

@@ -772,12 +772,14 @@ class TestTwoProcesses:
         assert first["beta"] == pytest.approx(alone["beta"], abs=1e-5)
         assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert first["rule"] == second["rule"] == pytest.approx(alone["rule"], rel=1e-4, abs=1e-5)
-        assert first["shared"] and alone["shared"]
+        assert alone["shared"]
         assert len(set(alone["losses"])) == 4
         torch.testing.assert_close(policy, expected, rtol=1e-5, atol=1e-5)
 
     def test_train_one_beta(self, one, tmp_path):
-        self.equal(self.left(tmp_path / "two", 2), one)
+        found = self.left(tmp_path / "two", 2)
+        self.equal(found, one)
+        assert found[0][0]["shared"]
 
     @pytest.mark.parametrize(
         ("kind", "name", "weights"),
@@ -791,7 +793,7 @@ class TestTwoProcesses:
         found = self.left(tmp_path / "whole", kind)
         self.equal(found, one)
         for own in found[0]:
-            assert own["kind"] == name
+            assert own["kind"] == name and own["shared"] == (kind == "zero2")
             assert (own["weights"], own["moments"]) == pytest.approx((weights, 0.5), abs=0.01)
         self.equal(self.left(tmp_path / "resumed", kind, tmp_path / "whole" / "out" / "checkpoint-2"), one)
 
