@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from dpoviz.old_names import install
@@ -36,6 +37,8 @@ install()
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return version("dpoviz")
     if name not in _HOME:
         raise AttributeError(f"module 'dpoviz' has no attribute {name!r}")
     return getattr(import_module(f"dpoviz.{_HOME[name]}"), name)
@@ -46,6 +49,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what editors and type checkers read
+    __version__: str
+
     from dpoviz.allocation import allocate, gain_bound, reward_per_nat, reward_per_nat_of_pairs
     from dpoviz.analysis.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
     from dpoviz.analysis.tables import beta_table, summarize

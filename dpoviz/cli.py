@@ -201,9 +201,11 @@ def _demo(given: _Demo) -> None:
     from dpoviz.experiments.demo import run_demo
     from dpoviz.experiments.folder import locked_run
     from dpoviz.lm.reference import default_cache_dir
+    from dpoviz.lm.workers import cores
 
+    workers = 1 if given.settings.fast else cores()  # a worker starts in the time that the fast version trains
     with locked_run(given.out, "demo", given.settings):
-        results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir())
+        results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir(), workers=workers)
     _say_results(given.out, results, given.settings.training.seed)
 
 

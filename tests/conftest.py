@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 
 import pytest
 
@@ -20,6 +21,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 # an example that takes long on a busy machine is no fault
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_configure(config):
+    """Let xdist begin the files in the order below, not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Put the files with the most slow tests first: a long file that begins last would keep one process waiting."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def _make_model(kind="llama", *, dtype=torch.float64, vocab=30, attention="sdpa", seed=0, eos=2, **config):

@@ -1,6 +1,9 @@
 """Each room imports only what the design lets it import; read from the source."""
 
 import ast
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,37 +117,51 @@ def test_no_pyplot(path):
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "accelerate")
 
 
-def loaded_by(code):
-    """The heavy libraries that a fresh Python has loaded after some code; what the code prints is left out."""
-    watched = f"import sys\n{code}\nprint('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"
-    return set(python(watched).splitlines()[-1].split()[1:])
+def loaded_after(*steps):
+    """The heavy libraries that one fresh Python has loaded after each of some pieces of code."""
+    lines = ["import sys"]
+    for step in steps:
+        lines += [step, f"print('loaded:', *(name for name in {HEAVY!r} if name in sys.modules))"]
+    said = python("\n".join(lines)).splitlines()
+    return [set(line.split()[1:]) for line in said if line.startswith("loaded:")]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (["--help"], 0),
-        (["--version"], 0),
-        ([], 0),
-        (["demo", "--help"], 0),
-        (["train", "--help"], 0),
-        (["compare", "--help"], 0),
-        (["dmeo"], 2),
-        (["demo", "--bath-size", "3"], 2),
-        (["train", "--batch-size", "many"], 2),
-        (["train", "--batch-size", "0"], 2),
-        (["demo", "--config", "no-such-file.json"], 2),
-    ],
+COMMANDS = (
+    (["--help"], 0),
+    (["--version"], 0),
+    ([], 0),
+    (["demo", "--help"], 0),
+    (["train", "--help"], 0),
+    (["compare", "--help"], 0),
+    (["dmeo"], 2),
+    (["demo", "--bath-size", "3"], 2),
+    (["train", "--batch-size", "many"], 2),
+    (["train", "--batch-size", "0"], 2),
+    (["demo", "--config", "no-such-file.json"], 2),
 )
-def test_help_version_and_a_typo_load_nothing_heavy(arguments, status):
-    assert loaded_by(f"from dpoviz.cli import main; assert main({arguments!r}) == {status}") == set()
+
+
+def test_help_version_and_a_typo_load_nothing_heavy():
+    """One after the other in one process: what any of them loads is there after it."""
+    steps = [f"from dpoviz.cli import main; assert main({words!r}) == {status}" for words, status in COMMANDS]
+    loaded = loaded_after(*steps)
+    assert dict(zip(map(str, COMMANDS), loaded, strict=True)) == {str(command): set() for command in COMMANDS}
 
 
 def test_the_package_loads_what_is_used():
-    assert loaded_by("import dpoviz") == set()
-    assert loaded_by("from dpoviz import TrainConfig") == set()
-    assert loaded_by("from dpoviz import dpo_loss") == {"torch"}
-    assert "transformers" in loaded_by("from dpoviz import load_lm")  # the control: it would be seen
+    nothing, settings, loss, models = loaded_after(
+        "import dpoviz; dpoviz.__version__",
+        "from dpoviz import TrainConfig",
+        "from dpoviz import dpo_loss",
+        "from dpoviz import load_lm",
+    )
+    assert nothing == settings == set()
+    assert loss == {"torch"}
+    assert "transformers" in models  # the control: it would be seen
+
+
+def test_version():
+    assert dpoviz.__version__ == version("dpoviz")
 
 
 def test_public_names():
@@ -167,3 +184,15 @@ def test_type_checkers_see_the_same_names():
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == {own: f"dpoviz.{module}" for module, names in dpoviz._HOMES.items() for own in names}
+
+
+def test_mypy_sees_a_wrong_type(tmp_path):
+    """The control of `mypy` in .ci/run: with the project's settings, a planted error is found."""
+    pytest.importorskip("mypy")
+    planted = tmp_path / "planted.py"
+    planted.write_text("def planted(x: int) -> str:\n    return x\n")
+    settings = PACKAGE.parent / "pyproject.toml"
+    line = [sys.executable, "-m", "mypy", "--config-file", settings, "--cache-dir", tmp_path / "cache", planted]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "planted.py:2: error" in done.stdout and "[return-value]" in done.stdout

@@ -6,6 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
+from dpoviz.data import records
 from dpoviz.data.records import load_pairs
 
 
@@ -567,6 +568,17 @@ class TestNothingIsLost:
         for turns in (openai, sharegpt):
             pairs = load_pairs(Dataset.from_list([ROW | {"prompt": json.dumps(own)} for own in (turns, other)]))
             assert pairs["messages"][:] == [expected, other]
+
+    @pytest.mark.parametrize("at_once", [1, 2, 1000])
+    def test_objects_of_messages_in_chunks_of_any_size(self, at_once, monkeypatch):
+        monkeypatch.setattr(records, "_ROWS_AT_ONCE", at_once)
+        calls = [{"function": {"name": "g", "arguments": {"city": "巴黎", "n": [1, None]}}}]
+        rich = [user("a"), {**assistant(""), "tool_calls": calls}, {"role": "tool", "content": "7"}]
+        prompts = ["a text", [user("plain")], rich, [user("last")]]
+        given = [ROW | {"prompt": p if isinstance(p, str) else json.dumps(p)} for p in prompts]
+        pairs = load_pairs(Dataset.from_list(given))
+        assert pairs["messages"][:] == [None, *prompts[1:]]
+        assert pairs[2]["messages"] == rich and pairs.select([3, 2])["messages"][:] == [prompts[3], rich]
 
     def test_a_mistyped_name(self):
         with pytest.raises(ValueError, match="ignore_columns: got sytem, which no row has"):

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers.as_trl import ANSWERS, QUESTIONS, assistant, by_trl, by_us
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -517,6 +518,15 @@ class TestSmolLM2:
             assert compared()[1] < 0.99
         finally:
             frequencies.copy_(own)
+
+    def test_pairs_are_cut_as_trl_cuts_them(self, smollm2):
+        tokenizer = smollm2.tokenizer
+        chat = [
+            {"prompt": p, "chosen": [assistant(c)], "rejected": [assistant(r)]} for p in QUESTIONS for c, r in ANSWERS
+        ]
+        for ours, theirs in zip(by_us(tokenizer, chat), by_trl(tokenizer, chat), strict=True):
+            assert [*ours[1], *tokenizer("\n")["input_ids"]] == theirs[1]
+            assert ours[0] == theirs[0]
 
     def test_answers_a_question(self, smollm2):
         model, tokenizer = smollm2

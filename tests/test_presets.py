@@ -70,6 +70,7 @@ def test_ultrafeedback_without_ties(write, caplog):
         (pair,) = load_pairs(write(*rows), preset="ultrafeedback")
     assert pair["messages"] == chat("Hi", "good")[:1] and (pair["chosen"], pair["rejected"]) == ("good", "bad")
     assert pair["line"] == 2 and "1 pairs are left out, such as" in caplog.text and "line 1: no pref" in caplog.text
+    assert not [record for record in caplog.records if "/" in record.getMessage()]  # no path of the machine
 
 
 def test_hh_rlhf_turns(write):

@@ -26,6 +26,7 @@ from dpoviz.forms import FORMS
 from dpoviz.lm import models
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.scoring import score_answers
+from dpoviz.lm.workers import one_thread
 from dpoviz.training.methods import features
 
 peft = pytest.importorskip("peft", reason="adapters need peft: pip install dpoviz[real]")
@@ -173,41 +174,44 @@ def config_of(out: Path) -> RealConfig:
     return read_settings(out / "config.json", RealConfig(), "train")
 
 
+@pytest.fixture
+def at_once(cache, monkeypatch):
+    """Runs a command in this process, on one thread as the others; returns its status."""
+
+    def run(words, cache=cache):
+        monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
+        with one_thread():
+            return main([str(word) for word in words])
+
+    return run
+
+
 @pytest.mark.slow
 class TestResume:
-    @pytest.mark.parametrize("moment", ["stage1", "standard"])
-    def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, moment):
-        """Killed when the folder of a stage appears: in the middle of its first steps."""
-        process = start(folder, tmp_path / "cache", tmp_path / "out")
-        while not (tmp_path / "out" / moment).exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "out" / "report.html").exists()
-        again = start(folder, tmp_path / "cache", tmp_path / "out")
-        _, errors = again.communicate(timeout=1200)
-        assert again.returncode == 0, errors
+    def test_killed_and_started_again_it_ends_the_same(self, run, folder, tmp_path, at_once):
+        """Killed three times: in the reference pass, and when the folder of a stage appears, in its first steps."""
+        cache, out = tmp_path / "cache", tmp_path / "out"
+        moments = (
+            lambda: list(cache.rglob("*")),
+            (out / "stage1").exists,
+            (out / "standard").exists,
+        )
+        for number, moment in enumerate(moments):
+            assert not moment()
+            process = start(folder, cache, out)
+            while not moment():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            assert not any(later() for later in moments[number + 1 :])
+        assert not (out / "report.html").exists()
+        assert at_once(["train", *source(folder, out), *options()], cache) == 0
         for name in ("beta", "held_out", "entropy", "answers"):
-            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
+            assert (out / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
 
-    def test_killed_in_the_reference_pass(self, run, folder, tmp_path):
-        process = start(folder, tmp_path / "cache", tmp_path / "out")
-        while not list((tmp_path / "cache").rglob("*")):
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not (tmp_path / "out" / "stage1").exists()
-        again = start(folder, tmp_path / "cache", tmp_path / "out")
-        _, errors = again.communicate(timeout=1200)
-        assert again.returncode == 0, errors
-        for name in ("beta", "held_out", "entropy", "answers"):
-            assert (tmp_path / "out" / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
-
-    def test_its_settings_given_back_repeat_it(self, run, cache, tmp_path):
-        line = [*DPOVIZ, "train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]
-        finish(line, DPOVIZ_CACHE=cache)
+    def test_its_settings_given_back_repeat_it(self, run, tmp_path, at_once):
+        assert at_once(["train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]) == 0
         for name in ("beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (run[0] / name).read_bytes(), name
 

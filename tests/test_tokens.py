@@ -17,13 +17,13 @@ from typing import ClassVar
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from helpers.as_trl import ANSWERS, QUESTIONS, assistant, by_trl, by_us, user
 from helpers.chat_tokenizers import CHATML, FAMILIES, GENERATION, byte_level
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.utils import chat_template_utils
 
 from dpoviz.data import templates, tokens
-from dpoviz.data.records import load_pairs
 from dpoviz.data.templates import DATE, Chat, render
 from dpoviz.data.tokens import (
     IDS,
@@ -35,20 +35,11 @@ from dpoviz.data.tokens import (
     token_counts,
     tokenize_pairs,
 )
-from dpoviz.lm.models import load_lm
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def chats(rows):
@@ -79,19 +70,6 @@ def family():
 
 # --- as TRL ---------------------------------------------------------------------------------------------------------
 
-ANSWERS = [
-    ("Paris.", "Rome."),
-    (" Paris and Rome", "\n\nParis"),
-    ("Paris.\n", "42 "),
-    ("42", "4"),
-    ("<think>\nhm\n</think>\n\nParis", "Rome"),
-    ("巴黎 🙂", "P"),
-]
-QUESTIONS = [
-    [user("What is the capital of France?")],
-    [user("one"), assistant("two"), user("three\n")],
-    [user(" 12 + 30?")],
-]
 TEXTS = ["Question: 12?\nAnswer:", "A: ", "The capital is Par", "Paris.\n", "12"]
 TOOLS = '[{"name": "weather", "parameters": {"city": {"type": "string"}}}]'
 
@@ -127,25 +105,6 @@ def layouts(name):
 
 
 CASES = [(name, layout) for name in FAMILIES for layout in layouts(name)]
-
-
-def by_trl(tokenizer, rows):
-    """The ids that TRL's own preparation of a data set gives."""
-    trainer = pytest.importorskip("trl").DPOTrainer
-    settings = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    found = trainer._prepare_dataset(
-        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, settings, "train"
-    )
-    return [[found[name][i] for name in IDS] for i in range(len(rows))]
-
-
-def by_us(tokenizer, rows):
-    kept = [name for name in ("tools", "chat_template_kwargs") if name in rows[0]]
-    pairs = load_pairs(Dataset.from_list([{k: v for k, v in row.items() if k not in kept} for row in rows]), task="t")
-    for name in kept:
-        pairs = pairs.add_column(name, [row[name] for row in rows])
-    found = tokenize_pairs(pairs, tokenizer, 1000)
-    return [[found[name][i] for name in IDS] for i in range(len(rows))]
 
 
 class TestAsTRL:
@@ -185,15 +144,6 @@ class TestAsTRL:
         found = trainer.train_dataset
         assert [[found[name][i] for name in IDS] for i in range(len(rows))] == by_us(tokenizer, rows)
 
-    def test_smollm2(self, smollm2):
-        tokenizer = smollm2.tokenizer
-        chat = [
-            {"prompt": p, "chosen": [assistant(c)], "rejected": [assistant(r)]} for p in QUESTIONS for c, r in ANSWERS
-        ]
-        for ours, theirs in zip(by_us(tokenizer, chat), by_trl(tokenizer, chat), strict=True):
-            assert [*ours[1], *tokenizer("\n")["input_ids"]] == theirs[1]
-            assert ours[0] == theirs[0]
-
 
 BEHIND = {
     **dict.fromkeys(("chatml", "base-eos", "qwen-3", "no-generation-prompt", "gemma"), ("", "\n")),
@@ -202,14 +152,6 @@ BEHIND = {
     "t5": ("</s>",),
 }
 """What TRL trains behind the first end token; nothing in the families that are not named."""
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return load_lm("smollm2-135m", dtype=torch.float32)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 # --- ends and begins ------------------------------------------------------------------------------------------------

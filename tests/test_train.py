@@ -304,8 +304,8 @@ class TestBetaPairs:
         apart = small_pairs(reference, n=24, seed=6)
         config = TrainConfig(
             form="standard", initial_scale=0.5, scale_min=1e-3, scale_max=1e3, lambda_range=0.0, lambda_smoothness=0.0,
-            lambda_entropy=0.0, stage2_steps=400, batch_size=24, beta_learning_rate=0.02, policy_learning_rate=1e-12,
-            warmup_steps=0, log_every=400, probe_every=400, checkpoint_every=1000,
+            lambda_entropy=0.0, stage2_steps=200, batch_size=24, beta_learning_rate=0.04, policy_learning_rate=1e-12,
+            warmup_steps=0, log_every=200, probe_every=200, checkpoint_every=1000,
         )  # fmt: skip
         beta = TaskBeta(TASKS, 0.5)
         train(policy, beta, apart, config, stage=2, pad_id=PAD, eos_id=EOS, beta_pairs=apart, progress=False)

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.launch import begin
+from helpers.launch import alive, begin
 
-from dpoviz.experiments.workers import run_side_by_side
+from dpoviz.lm.workers import run_side_by_side, started
 
 pytestmark = pytest.mark.slow
 
@@ -42,19 +42,53 @@ def test_a_killed_worker_is_one_line(tmp_path):
     assert isinstance(caught.value, OSError)  # what the command line shows as one line, with status 2
 
 
-PARENT = """
+def test_workers_end_with_the_context(tmp_path):
+    """Where the parent is stopped or fails, no worker keeps it waiting."""
+    with pytest.raises(KeyboardInterrupt), started(work, [(tmp_path, 0, "stay")], workers=1):
+        while not list(tmp_path.iterdir()) or not (tmp_path / "0").read_text():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+    assert not alive(int((tmp_path / "0").read_text()))
+
+
+def test_a_worker_that_draws_bars_leaves_no_word_at_the_end(tmp_path):
+    """tqdm makes a lock that processes share; left behind by a killed one, it is reported."""
+    said = begin([sys.executable, "-c", BARS, tmp_path]).communicate()
+    assert said == ("done\n", "")
+
+
+BARS = """
 import sys
 import test_workers as own
-from dpoviz.experiments.workers import run_side_by_side
+from dpoviz.lm.workers import started
 if __name__ == "__main__":
-    list(run_side_by_side(own.work, [(sys.argv[1], i, "stay") for i in range(2)], workers=2))
+    try:
+        with started(own.draw, [sys.argv[1]], workers=1):
+            while not own.Path(sys.argv[1], "drawn").exists():
+                own.time.sleep(0.05)
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print("done")
 """
 
 
-def alive(pid):
-    """Whether there is such a process that has not ended; one that nobody has waited for has."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
+def draw(place):
+    from tqdm import tqdm
+
+    with tqdm(total=1, disable=True):
+        pass
+    tqdm.get_lock()
+    (Path(place) / "drawn").touch()
+    time.sleep(600)
+
+
+PARENT = """
+import sys
+import test_workers as own
+from dpoviz.lm.workers import run_side_by_side
+if __name__ == "__main__":
+    list(run_side_by_side(own.work, [(sys.argv[1], i, "stay") for i in range(2)], workers=2))
+"""
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc: there is none to see processes in")

@@ -65,6 +65,11 @@ class Row(NamedTuple):
     record: object
     problem: str | None = None
 
+    @property
+    def shown(self) -> str:
+        """The position, with the file relative to the source: a warning is printed in notebooks that others read."""
+        return self.file + self.place[self.place.rindex(", ") :] if self.file else self.place
+
 
 def rows(source: Source, split: str) -> Iterator[Row]:
     """Yield the rows of a source in order.
@@ -98,6 +103,13 @@ def named(source: Source) -> str:
     if isinstance(source, (Dataset, DatasetDict)):
         return "the data set"
     return str(source) if isinstance(source, (str, Path)) else ", ".join(map(str, source))
+
+
+def shown(source: Source) -> str:
+    """Return the name of a source for warnings: of an absolute path, its last part."""
+    if isinstance(source, (list, tuple)):
+        return ", ".join(map(shown, source))
+    return Path(source).name if isinstance(source, (str, Path)) and Path(source).is_absolute() else named(source)
 
 
 def _parts(source: Source, split: str) -> Iterator[Path | Dataset]:
@@ -156,7 +168,7 @@ def _folder(folder: Path, split: str) -> Iterator[Path | Dataset]:
         )
     others = [str(path.relative_to(folder)) for path in there if path not in chosen]
     if others:
-        logger.warning("%s: %s is read; not %s", folder, _few(chosen, folder), ", ".join(others[:5]))
+        logger.warning("%s: %s is read; not %s", shown(folder), _few(chosen, folder), ", ".join(others[:5]))
     yield from chosen
 
 

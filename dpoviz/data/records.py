@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value
 from datasets.table import InMemoryTable
 
 from dpoviz.data import files
@@ -87,8 +87,7 @@ def load_pairs(
         raise ValueError(f"task: got {task!r}, the name of all tasks together in tables; expected another")
     if isinstance(ignore_columns, str):
         raise ValueError(f"ignore_columns: got the text {ignore_columns!r}, expected a list of names")
-    name = files.named(source)
-    loading = _Loading(name, Reader(columns or {}, ignore_columns), layout, task, tasks)
+    loading = _Loading(source, Reader(columns or {}, ignore_columns), layout, task, tasks)
     for row in files.rows(source, split):
         loading.add(row)
     return loading.whole()
@@ -120,10 +119,11 @@ class _Loading:
     """Collector of the pairs, problems and warnings of a source."""
 
     def __init__(
-        self, name: str, reader: Reader, layout: Preset | None, task: str | None, tasks: Sequence[str] | None
+        self, source: Source, reader: Reader, layout: Preset | None, task: str | None, tasks: Sequence[str] | None
     ) -> None:
-        self.name, self.reader, self.layout, self.task, self.tasks = name, reader, layout, task, tasks
-        self.pairs = _Columns(name)
+        self.reader, self.layout, self.task, self.tasks = reader, layout, task, tasks
+        self.name, self.shown = files.named(source), files.shown(source)  # in errors, and in warnings
+        self.pairs = _Columns(self.shown)
         self.files: dict[str, Preset | None] = {}  # with the layout of each
         self.problems: list[str] = []
         self.left_out: list[str] = []
@@ -143,7 +143,8 @@ class _Loading:
                 self.pairs.add({**record, "line": row.number, "file": row.file})
                 self._count(record)
             else:  # the user can mend their own data, but not a public data set
-                (self.problems if layout is None else self.left_out).extend(f"{row.place}: {text}" for text in wrong)
+                place, found = (row.place, self.problems) if layout is None else (row.shown, self.left_out)
+                found.extend(f"{place}: {text}" for text in wrong)
 
     def _recognised(self, row: Row) -> Preset | None:
         if not isinstance(row.record, dict) or self.reader.columns:
@@ -155,7 +156,7 @@ class _Loading:
             return None
         found = PRESETS[name]
         said = "%s: read as the public set %s (%s), preferred by %s"
-        logger.warning(said, row.file or self.name, name, found.page, found.preferred_by)
+        logger.warning(said, row.file or self.shown, name, found.page, found.preferred_by)
         return found
 
     def _records(self, row: Row, layout: Preset | None) -> Iterable[tuple[dict, list[str]]]:
@@ -169,13 +170,13 @@ class _Loading:
             self.problems.append(f"{row.place}: not in the layout of {name} ({type(error).__name__}: {error})")
             return
         if not found:
-            self.left_out.append(f"{row.place}: no preference")
+            self.left_out.append(f"{row.shown}: no preference")
         named = {name: row.record[name] for name in ("task", "group") if layout is not None and name in row.record}
         for record in found:
             try:
                 record = self.reader.read(named | record)
             except Tie:
-                self.left_out.append(f"{row.place}: no preference")
+                self.left_out.append(f"{row.shown}: no preference")
             except Refused as error:
                 if error.column is None:
                     yield {}, [str(error)]
@@ -246,11 +247,11 @@ class _Loading:
             more = f"\n... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise ValueError("\n".join(problems[:_SHOWN]) + more)
         if self.left_out:
-            logger.warning("%s: %d pairs are left out, such as %s", self.name, len(self.left_out), self.left_out[0])
+            logger.warning("%s: %d pairs are left out, such as %s", self.shown, len(self.left_out), self.left_out[0])
         self._count_repeats()
         for text, count in self.reader.counts.items():
             if count:
-                logger.warning("%s: %d of %d pairs %s", self.name, count, len(self.pairs), text)
+                logger.warning("%s: %d of %d pairs %s", self.shown, count, len(self.pairs), text)
         return self.pairs.whole(several_files=len(self.files) > 1)
 
 
@@ -292,6 +293,17 @@ def _surrogates(record: Mapping, messages: list[dict] | None) -> list[str]:
         except UnicodeEncodeError as error:
             found.append(f"field {name!r}: half of a surrogate pair ({text[error.start]!a}), which is no text")
     return found
+
+
+_OBJECTS = Features(messages=List(Json())).arrow_schema.field("messages").type
+"""Arrow's type of a list of objects with any fields: each is JSON text, which `datasets` parses when it is read."""
+
+
+def _as_objects(lists: pa.Array) -> pa.Array:
+    """Return the column of JSON texts of lists as one of lists of objects."""
+    parsed = [text and json.loads(text) for text in lists.to_pylist()]
+    texts = [own and [json.dumps(message, ensure_ascii=False) for message in own] for own in parsed]
+    return pa.array(texts, pa.list_(pa.string())).cast(_OBJECTS)
 
 
 class _Columns:
@@ -341,12 +353,9 @@ class _Columns:
         if set(self.in_json) - {"messages"}:
             names = ", ".join(repr(name) for name in self.in_json if name != "messages")
             logger.warning("%s: columns %s hold values of several types; kept as JSON text", self.name, names)
-        pairs = _dataset(found)
-        if not self.rich:
-            return pairs
-        messages = [text and json.loads(text) for text in chats.to_pylist()]
-        column = Dataset.from_dict({"messages": messages}, features=Features(messages=List(Json())))
-        return concatenate_datasets([pairs, column], axis=1)
+        if self.rich:
+            found["messages"] = pa.chunked_array([_as_objects(chunk) for chunk in chats.chunks], _OBJECTS)
+        return _dataset(found)
 
     def _joined(self, field: str) -> pa.ChunkedArray:
         parts = [table.select([field] if field in table.column_names else []) for table in self.tables]

@@ -465,12 +465,15 @@ def sample_problems(task: str, n: int, seed: int) -> list[Problem]:
     """
     family, rng = _family(task), random.Random(f"problems {task} {seed}")
     problems: dict[str, Problem] = {}
-    for _ in range(50 * n + 1000):
-        if len(problems) == n:
-            return list(problems.values())
+    repeated = 0
+    while len(problems) < n:
         problem = family.problem(rng)
+        repeated = repeated + 1 if problem.prompt in problems else 0
         problems.setdefault(problem.prompt, problem)
-    raise ValueError(f"n: got {n}, but the {task} family gave only {len(problems)} different prompts")
+        # one prompt that is missing among N equally likely ones escapes 10 N draws with probability exp(-10)
+        if repeated > 1000 + 10 * len(problems):
+            raise ValueError(f"n: got {n}, but the {task} family gave only {len(problems)} different prompts")
+    return list(problems.values())
 
 
 def corpus(n: int, seed: int) -> list[tuple[str, str]]:

@@ -55,12 +55,12 @@ class _Turn(NamedTuple):
     Attributes:
         tail: the text after the answer.
         end: token that ends the answer: the first added token in the tail, or the tokenizer's end token.
-        count: occurrences of `end` in the tail; 0 if the template writes none.
+        written: occurrences of `end` in the tail; 0 if the template writes none.
     """
 
     tail: str
     end: int
-    count: int  # type: ignore[assignment]  # a tuple's own method is not asked for
+    written: int
 
 
 class _Written(NamedTuple):
@@ -71,7 +71,7 @@ class _Written(NamedTuple):
         wholes: prompt with each answer, at least up to the end token.
         answers: both answers alone, without trailing end tokens.
         ends: token that ends each answer.
-        count: occurrences of the end token after an answer.
+        written: occurrences of the end token after an answer.
         chat: a template rendered the pair.
         found: findings about the pair, by the keys of `_SAID` or "refused".
     """
@@ -80,7 +80,7 @@ class _Written(NamedTuple):
     wholes: tuple[str, str]
     answers: tuple[str, str]
     ends: tuple[int, int]
-    count: int  # type: ignore[assignment]  # as in _Turn
+    written: int
     chat: bool
     found: dict[str, str]
 
@@ -403,7 +403,7 @@ def _written(
         return _Written("", ("", ""), answers, (0, 0), 0, True, found)
     prompt, *wholes = (own.text for own in rendered[:3])
     found = {}
-    if turn.count == 0:
+    if turn.written == 0:
         wholes = [own.removesuffix(turn.tail) + tokenizer.eos_token for own in wholes]
         found["unended"] = repr(tokenizer.eos_token)
     if any(own.dated for own in rendered):
@@ -417,7 +417,7 @@ def _written(
     lost = next((role for role, content, text in said if content.strip() not in text), None)
     if lost is not None:
         found["lost"] = f"the {lost}'s message"
-    return _Written(prompt, _two(wholes), answers, (turn.end, turn.end), max(turn.count, 1), True, found)
+    return _Written(prompt, _two(wholes), answers, (turn.end, turn.end), max(turn.written, 1), True, found)
 
 
 def _without_end(text: str, ends: Mapping[str, int]) -> tuple[str, str | None]:
@@ -442,7 +442,7 @@ def _cut(written: Sequence[_Written], tokenizer: PreTrainedTokenizerBase) -> Ite
         prompt, found = first[i][:at], dict(own.found)
         answers = []
         for whole, bare, end in zip((first[i], second[i]), apart, own.ends, strict=True):
-            answer, before = _up_to_end(whole[at:], end, own.count)
+            answer, before = _up_to_end(whole[at:], end, own.written)
             answers.append(answer)
             if before:
                 found["inside"] = ""

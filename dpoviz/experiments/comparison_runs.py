@@ -8,8 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,9 +29,9 @@ from dpoviz.data.records import split_by_group
 from dpoviz.experiments.comparison import best_rates, job_table
 from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
 from dpoviz.experiments.small import World, small_world
-from dpoviz.experiments.workers import cores, run_side_by_side
 from dpoviz.forms import Form, scale
 from dpoviz.lm.processes import hidden
+from dpoviz.lm.workers import cores, one_thread, run_side_by_side
 from dpoviz.rules import LookupBeta, Observation, PromptRule, RandomBeta, Rule, RuleOutput
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
@@ -87,18 +86,7 @@ def flip_labels(pairs: Dataset, share: float, seed: int) -> Dataset:
     return Dataset.from_dict(found, features=pairs.features)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run on one thread: the last digits of a sum depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@one_thread()
 def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -> dict:
     """Run a job on one thread and write its file; if the file exists, read it instead.
 
@@ -322,6 +310,6 @@ def _run_all(
         done()
 
 
-@_one_thread()
+@one_thread()
 def _build(config: CompareConfig, cache_dir: str, seed: int) -> None:
     small_world(replace(config.world, seed=seed), cache_dir=cache_dir, progress=False)

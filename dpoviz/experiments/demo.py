@@ -9,7 +9,9 @@ from dpoviz.experiments.config import DemoConfig
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.experiments.small import World, config_digest, small_world
 from dpoviz.forms import FORMS
+from dpoviz.lm.workers import one_thread
 from dpoviz.training.stages import Variant
+from dpoviz.validation import require
 
 
 def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
@@ -18,16 +20,26 @@ def demo_folder(config: DemoConfig, cache_dir: Path | str) -> Path:
 
 
 def run_demo(
-    config: DemoConfig, *, out: Path | str, cache_dir: Path | str | None = None, progress: bool = True
+    config: DemoConfig,
+    *,
+    out: Path | str,
+    cache_dir: Path | str | None = None,
+    workers: int = 1,
+    progress: bool = True,
 ) -> Results:
     """Train in the small world: stage 1, then stage 2 in both forms.
+
+    Policies are trained on one thread: in the same world, the numbers do not depend on the number of cores.
 
     Args:
         config: the settings.
         out: the folder of results and checkpoints; a run that was killed resumes from it.
         cache_dir: folder in which the small world is cached; None: no cache.
+        workers: the number of forms that are trained side by side, with the same result; more than one needs a cache.
+            A script that asks for it protects its entry point by ``if __name__ == "__main__":``.
         progress: show bars.
     """
+    require("workers", workers, workers == 1 or cache_dir is not None, "1 without a cache_dir")
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -35,7 +47,8 @@ def run_demo(
     left_out = json.dumps(dict(world.left_out), indent=1, ensure_ascii=False)
     (out / "left_out.json").write_text(left_out, encoding="utf-8")
     variants: dict[str, Variant] = {form: Variant.of("network", config.training.in_form(form)) for form in FORMS}
-    return run(scored_pairs(world), variants, out=out, answers=config.answers, progress=progress)
+    with one_thread():
+        return run(scored_pairs(world), variants, out=out, answers=config.answers, workers=workers, progress=progress)
 
 
 def scored_pairs(world: World) -> ScoredPairs:

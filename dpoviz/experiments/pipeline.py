@@ -81,6 +81,7 @@ def run(
     baseline: str | None = None,
     lora_rank: int = 0,
     answers: int = 3,
+    workers: int = 1,
     progress: bool = True,
 ) -> Results:
     """Train every variant on the scored pairs; save its policy and beta, then the tables, in a folder.
@@ -93,6 +94,7 @@ def run(
         lora_rank: rank of the adapters; 0 trains all weights of a copy of the model. With adapters, the model holds
             those of the last variant afterwards.
         answers: held-out prompts per task whose answers before and after training are saved.
+        workers: the number of variants that are trained side by side (`run_variants`).
         progress: show bars.
     """
     began = time.monotonic()
@@ -116,6 +118,7 @@ def run(
         pad_id=scored.tokenizer.pad_token_id,
         eos_id=end_id(scored.train),
         out=out,
+        workers=workers,
         progress=progress and processes().is_main_process,
     )
     for variant in trained:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,8 @@ from transformers import PreTrainedModel
 
 from dpoviz.beta import Beta, ConstantBeta
 from dpoviz.forms import scale
+from dpoviz.lm.processes import processes
+from dpoviz.lm.workers import one_thread, started
 from dpoviz.rules import Rule
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import TrainResult, train
@@ -66,6 +70,7 @@ def run_variants(
     pad_id: int,
     eos_id: int,
     out: Path | str | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> Iterator[TrainedVariant]:
     """Run stage 1 once, then stage 2 for each variant, all from the same weights.
@@ -83,9 +88,13 @@ def run_variants(
         pad_id: id of the padding token.
         eos_id: id of the token that ends an answer.
         out: a folder for the checkpoints, from which a run that was killed resumes.
+        workers: the number of variants that are trained side by side, in processes of one thread each, with the same
+            result as in turn on one thread; needs `out`. On an accelerator, or in a distributed run, they are trained
+            in turn.
         progress: show a bar.
 
     Raises:
+        ChildProcessError: a worker process was killed.
         ValueError: the variants do not start at the same scale, or with as many steps of stage 1.
     """
     starts = {
@@ -93,20 +102,42 @@ def run_variants(
     }
     if len(starts) != 1:
         raise ValueError(f"variants: got starts at scales and steps {sorted(starts)}, expected one start for all")
-    common = {"pad_id": pad_id, "eos_id": eos_id, "held_out": held_out, "reference": reference, "progress": progress}
+    common: dict[str, Any] = {"pad_id": pad_id, "eos_id": eos_id, "held_out": held_out, "reference": reference}
     place = (lambda name: None) if out is None else (lambda name: Path(out) / name)
     vocabulary = policy.config.get_text_config().vocab_size
     betas = {name: own.make(pairs, vocabulary=vocabulary) for name, own in variants.items()}  # what is wrong fails here
     first = next(iter(variants.values())).config
-    stage1 = train(policy, ConstantBeta(first.beta0), pairs, first, stage=1, out=place("stage1"), **common)
+    fixed = ConstantBeta(first.beta0)
+    stage1 = train(policy, fixed, pairs, first, stage=1, out=place("stage1"), progress=progress, **common)
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trainable.items()}
-    for name, own in variants.items():
+
+    def stage2(name: str) -> TrainedVariant:
         with torch.no_grad():
             for key, parameter in trainable.items():
                 parameter.copy_(start[key])
-        stage2 = train(policy, betas[name], pairs, own.config, stage=2, out=place(name), **common)
-        yield TrainedVariant(name, own.config, betas[name], _joined(stage1, stage2, own.config))
+        config = variants[name].config
+        result = train(policy, betas[name], pairs, config, stage=2, out=place(name), progress=progress, **common)
+        return TrainedVariant(name, config, betas[name], _joined(stage1, result, config))
+
+    if workers == 1 or out is None or processes().num_processes > 1 or processes().device.type != "cpu":
+        yield from map(stage2, variants)
+        return
+    # pickled here: as bytes, the weights are copied, not put into memory that the processes share
+    configs = {name: own.config for name, own in variants.items()}
+    given = pickle.dumps((policy, betas, pairs, configs, Path(out), common))
+    names = list(variants)
+    with one_thread(), started(partial(_train_ahead, given), names[1:], workers=workers - 1) as waits:
+        yield stage2(names[0])
+        for name, wait in zip(names[1:], waits, strict=True):
+            wait()
+            yield stage2(name)  # from the worker's last checkpoint
+
+
+def _train_ahead(given: bytes, name: str) -> None:
+    """Run stage 2 of a variant to its end, and leave the last checkpoint; for a worker process."""
+    policy, betas, pairs, configs, out, common = pickle.loads(given)
+    train(policy, betas[name], pairs, configs[name], stage=2, out=out / name, progress=False, **common)
 
 
 def _joined(stage1: TrainResult, stage2: TrainResult, config: TrainConfig) -> TrainResult:

@@ -44,6 +44,18 @@ def python(code, **more):
     return finish([sys.executable, "-c", code], **more)
 
 
+def alive(pid):
+    """Whether there is such a process that has not ended; one that nobody has waited for has."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def children(pid):
+    """The ids of the processes that a process has started and that have not ended."""
+    found = [int(name) for path in Path(f"/proc/{pid}/task").glob("*/children") for name in path.read_text().split()]
+    return [child for child in found if alive(child)]
+
+
 def flat(text):
     """A message on one line, without the box that the parser of options draws around its own."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
