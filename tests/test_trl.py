@@ -797,7 +797,7 @@ class TestTwoProcesses:
             assert (own["weights"], own["moments"]) == pytest.approx((weights, 0.5), abs=0.01)
         self.equal(self.left(tmp_path / "resumed", kind, tmp_path / "whole" / "out" / "checkpoint-2"), one)
 
-    @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+    @pytest.mark.parametrize("kind", [1, "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
     def test_run_the_script_of_the_readme(self, make_model, tokenizer, tmp_path, kind):
         start = make_model(dtype=torch.float32, max_position_embeddings=1024)
         for part in (start, tokenizer):
@@ -808,17 +808,21 @@ class TestTwoProcesses:
         (script,) = blocks("py")
         assert "logging_steps=1" in script
         # three steps of its learning rate would be lost in bfloat16
-        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", "logging_steps=1, learning_rate=1e-2"))
+        settings = "logging_steps=1, learning_rate=1e-2" + (", use_cpu=True, bf16=False" if kind == 1 else "")
+        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", settings))
         line, environment = launched(kind, tmp_path / "dpo.py")
         finish(line, cwd=tmp_path, **environment)
         (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
         steps = [row for row in json.loads((left / "trainer_state.json").read_text())["log_history"] if "loss" in row]
-        assert len(steps) == 3 and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
+        assert (
+            len(steps) == (6 if kind == 1 else 3) and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
+        )
         beta, policy = (
             BetaNetwork.from_pretrained(left / "beta"),
             AutoModelForCausalLM.from_pretrained(left, trust_remote_code=False),
         )
         assert beta.layers[-1].weight.abs().max() > 0
+        assert torch.equal(load_beta(tmp_path / "my-dpo").layers[-1].weight, beta.layers[-1].weight)
         assert (policy.lm_head.weight.float() - start.lm_head.weight).abs().max() > 1e-2
 
 
