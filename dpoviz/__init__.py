@@ -24,6 +24,7 @@ _HOMES = {
     "training.loop": ("train",),
     "training.methods": ("load_beta",),
     "analysis.tables": ("beta_table", "summarize"),
+    "learn.run": ("compare_runs", "load_run"),
     "analysis.plots": ("plot_beta_by_task", "plot_beta_gradients", "plot_beta_vs_entropy", "plot_training"),
 }
 """The public names, by the module that defines each. A module is imported when one of its names is first used."""
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
     from dpoviz.data.records import as_chat, load_pairs, split_by_group
     from dpoviz.data.tokens import tokenize_pairs
+    from dpoviz.learn.run import compare_runs, load_run
     from dpoviz.lm.entropy import estimate_entropy
     from dpoviz.lm.models import add_lora, load_lm, tiny_lm, tiny_tokenizer
     from dpoviz.lm.reference import reference_pass

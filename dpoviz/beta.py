@@ -6,17 +6,26 @@ normaliser Z(x) would no longer cancel between the chosen and the rejected answe
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
 from dpoviz.validation import require_features, require_positive, rows_where, task_index
+
+logger = logging.getLogger(__name__)
 
 _LOG_BOUND = 20.0  # beta / beta0 stays within e^±20: beyond any useful value, and well inside float32's range
 
@@ -24,6 +33,26 @@ _LOG_BOUND = 20.0  # beta / beta0 stays within e^±20: beyond any useful value, 
 def _from_log(log_ratio: Tensor, beta0: float) -> Tensor:
     """Return beta0·exp(20·tanh(log_ratio/20)): log_ratio bounded smoothly by ±20, and exactly beta0 at 0."""
     return beta0 * torch.exp(_LOG_BOUND * torch.tanh(log_ratio / _LOG_BOUND))
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What a beta was trained for: its numbers mean something else in the other form, or on other features.
+
+    Attributes:
+        form: "inverse" or "standard".
+        reference: name of the model whose features it reads.
+        fingerprint: of that model's weights (`dpoviz.lm.models.weights_fingerprint`); None if it is not known.
+        features: how the features are made from a prompt.
+    """
+
+    form: str
+    reference: str
+    fingerprint: str | None
+    features: str
+
+
+_RECORD = "made_for.json"
 
 
 _CARD = """---
@@ -39,13 +68,17 @@ arguments{% if rule %}. Rule: {{ rule }}, in the {{ form }} form{% if paper %}
 class Saved(nn.Module, PyTorchModelHubMixin, library_name="dpoviz", model_card_template=_CARD):
     """A module that is saved with its arguments.
 
-    Save it with `save_pretrained(folder)` (safetensors and config.json) or `push_to_hub`. Load it, in evaluation mode,
-    with `from_pretrained(folder or hub name)`; `dpoviz.load_beta` finds the class by itself.
+    Save it with `save_pretrained(folder)` (safetensors, config.json, and made_for.json if `made_for` is set) or
+    `push_to_hub`. Load it, in evaluation mode, with `from_pretrained(folder or hub name)`; the arguments `form` and
+    `fingerprint` there refuse a beta that was trained for another form or reference. `dpoviz.load_beta` finds the class
+    by itself.
 
     Attributes:
+        made_for: what it was trained for; None if that is not known.
         reads: the inputs that it reads, of "x", "task" and "ref_entropy".
     """
 
+    made_for: MadeFor | None = None
     reads: frozenset[str] = frozenset({"x", "task", "ref_entropy"})
 
     def save(self, folder: Path, **about: str | None) -> None:
@@ -55,10 +88,52 @@ class Saved(nn.Module, PyTorchModelHubMixin, library_name="dpoviz", model_card_t
         about = {"rule": type(self).__name__, **about}
         self.save_pretrained(folder, config={**arguments, **about}, model_card_kwargs=about)
 
+    def require_made_for(self, *, form: str | None = None, fingerprint: str | None = None) -> None:
+        """Refuse another form or reference than beta was trained for; warn if it is not known what that was.
+
+        Args:
+            form: the form in which it is to be used; None leaves it unchecked.
+            fingerprint: of the reference whose features it is to read; None leaves it unchecked.
+
+        Raises:
+            ValueError: beta was trained for another form or another reference.
+        """
+        if form is None and fingerprint is None:
+            return
+        if self.made_for is None:
+            logger.warning("beta: has no record of its form and reference, so that they cannot be checked")
+            return
+        if form is not None and form != self.made_for.form:
+            raise ValueError(
+                f"form: got {form!r}, expected {self.made_for.form!r}, in which this beta was trained; the same beta "
+                "means the opposite in the other form"
+            )
+        if fingerprint is not None and self.made_for.fingerprint not in (None, fingerprint):
+            raise ValueError(
+                f"reference: got a model with the fingerprint {fingerprint}, expected {self.made_for.reference} "
+                f"({self.made_for.fingerprint}), whose features this beta reads"
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.made_for is not None:
+            record = {"kind": type(self).__name__, **asdict(self.made_for)}
+            (save_directory / _RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+
     @classmethod
-    def _from_pretrained(cls, *, strict: bool = True, **kwargs):
+    def _from_pretrained(
+        cls, *, model_id: str, strict: bool = True, form: str | None = None, fingerprint: str | None = None, **kwargs
+    ) -> Self:
         # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
-        return super()._from_pretrained(strict=strict, **kwargs)
+        hub = {name: kwargs[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        arguments = {name: value for name, value in kwargs.items() if name not in hub}
+        with redirect_stdout(StringIO()):  # the mixin prints that it loads weights
+            saved = super()._from_pretrained(model_id=model_id, strict=strict, **hub, **arguments)
+        record = _record(model_id, **hub)
+        if record is not None:
+            saved.made_for = MadeFor(**{name: value for name, value in record.items() if name != "kind"})
+        saved.require_made_for(form=form, fingerprint=fingerprint)
+        return saved
 
 
 class Beta(Saved):
@@ -85,6 +160,30 @@ class Beta(Saved):
     def extra_repr(self) -> str:
         assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
         return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
+
+
+def _record(model_id: str, **hub) -> dict[str, str] | None:
+    """Return the contents of made_for.json in a folder or on the hub; None if there is none."""
+    file = Path(model_id) / _RECORD
+    if not Path(model_id).is_dir():
+        try:
+            file = Path(hf_hub_download(model_id, _RECORD, **hub))
+        except EntryNotFoundError:
+            return None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def read_beta(folder: Path | str, *, form: str | None = None, fingerprint: str | None = None) -> Beta:
+    """Return the beta saved in a folder, of whichever kind; `form` and `fingerprint` as in `Beta.require_made_for`.
+
+    Raises:
+        ValueError: there is no beta in the folder, or it was trained for another form or reference.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"beta: {folder} holds no config.json; expected a folder that save_pretrained wrote")
+    kinds = {kind.__name__: kind for kind in (BetaNetwork, ConstantBeta, TaskBeta, EntropyBeta)}
+    kind = kinds[(_record(str(folder)) or {}).get("kind", "BetaNetwork")]
+    return kind.from_pretrained(str(folder), form=form, fingerprint=fingerprint)
 
 
 class ConstantBeta(Beta):

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, MadeFor
 from dpoviz.data.tokens import token_counts
 from dpoviz.forms import scale
 from dpoviz.lm.forward import context_length, language_model
-from dpoviz.lm.scoring import supports_shared_prefix
+from dpoviz.lm.scoring import FEATURES, supports_shared_prefix
 from dpoviz.lm.shared import SharedRows, lay_out_rows, share_prefixes
 from dpoviz.losses import gradients_on_beta
 from dpoviz.regularizers import Penalties, Regularization, penalties
@@ -200,6 +200,8 @@ class BetaDPOTrainer(DPOTrainer):
         self.rule = rule = beta if isinstance(beta, Rule) else PromptRule(beta)
         if rule.form not in (None, config.form):
             raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, got {config.form!r}")
+        if beta.made_for is not None:
+            beta.require_made_for(form=config.form)
         self.learns = rule.trainable
         self._needed = self._columns()
         _require_columns("train_dataset", train_dataset, self._needed)
@@ -549,7 +551,10 @@ class BetaDPOTrainer(DPOTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             assert folder is not None  # transformers fills it in
-            self.beta_module.save(Path(folder) / "beta", **self._about())
+            about, known = self._about(), self.beta_module.made_for
+            if known is None:  # else it was trained before, and knows its reference
+                self.beta_module.made_for = MadeFor(self.config.form, str(about["reference"]), None, FEATURES)
+            self.beta_module.save(Path(folder) / "beta", **about)
         super().save_model(output_dir, *args, **kwargs)
 
     def _about(self) -> dict[str, str | None]:

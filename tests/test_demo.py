@@ -29,6 +29,11 @@ from dpoviz.forms import FORMS
 from dpoviz.training.stages import betas_at
 
 FAST = DemoConfig.default(fast=True)
+REPEATED = (
+    "beta.csv", "history.csv", "held_out.csv", "answers.csv", "config.json", "pulls.csv", "beta_steps.parquet",
+    "frozen.parquet", "pairs.parquet",
+)  # fmt: skip
+"""The files that a repeated or resumed run has with the same bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,11 @@ class TestWhatIsLeft:
             "run.json",
             "held_out.csv",
             "answers.csv",
+            "pulls.csv",
+            "beta_steps.parquet",
+            "frozen.parquet",
+            "pairs.parquet",
+            "reference/model.safetensors",
         } | models <= names
 
     def test_a_row_for_each_form_and_held_out_prompt(self, demo, world):
@@ -127,7 +137,7 @@ class TestWhatIsLeft:
         settings = yaml.safe_dump(json.loads((demo[0] / "config.json").read_text()))
         (tmp_path / "settings.yaml").write_text(settings)
         assert main(["demo", "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "run")]) == 0
-        for name in ("beta.csv", "history.csv", "held_out.csv", "answers.csv", "config.json"):
+        for name in REPEATED:
             assert (tmp_path / "run" / name).read_bytes() == (demo[0] / name).read_bytes(), name
 
     def test_no_bars_where_nobody_watches(self, demo):
@@ -172,7 +182,7 @@ class TestAgain:
         assert not (tmp_path / "run" / "beta.csv").exists()
         monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
         assert main(["demo", "--fast", "--out", str(tmp_path / "run")]) == 0
-        for name in ("beta.csv", "history.csv", "held_out.csv", "answers.csv", "config.json"):
+        for name in REPEATED:
             assert (tmp_path / "run" / name).read_bytes() == (demo[0] / name).read_bytes()
 
     def test_another_seed_is_another_run(self, demo, capsys):

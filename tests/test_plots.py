@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
@@ -669,6 +671,77 @@ class TestFigureBetaGradients:
             plots.figure_beta_gradients(change(history()))
 
 
+def with_log_ratios(frame: pd.DataFrame, tasks=("math", "code", "dialogue")) -> pd.DataFrame:
+    """The history with the columns of the log-ratios; those of the held-out pairs in every other row."""
+    rng = np.random.default_rng(1)
+    for answer, task in itertools.product(("chosen", "rejected"), tasks):
+        name = f"logratio/{answer}/{task}"
+        frame[name] = rng.normal(size=len(frame))
+        frame[f"{name}/q25"], frame[f"{name}/q75"] = frame[name] - 0.5, frame[name] + 0.25
+        frame[f"held_out_{name}"] = np.where(np.arange(len(frame)) % 2, np.nan, rng.normal(size=len(frame)))
+    return frame
+
+
+class TestLogRatios:
+    def test_lines_bands_and_points_are_the_columns(self):
+        frame = with_log_ratios(history())
+        ax = plots.plot_log_ratios(frame, task="code")
+        lines = {line.get_label(): line for line in ax.lines}
+        for answer, color in style.ANSWER_COLORS.items():
+            name = f"logratio/{answer}/code"
+            line, dots = lines[f"{answer}, training batch"], lines[f"{answer}, held-out pairs"]
+            assert line.get_ydata().tolist() == frame[name].tolist() and line.get_color() == color
+            measured = frame.dropna(subset=f"held_out_{name}")
+            assert dots.get_xdata().tolist() == measured["step"].tolist() and dots.get_linestyle() == "None"
+            assert dots.get_ydata().tolist() == measured[f"held_out_{name}"].tolist()
+        bands = [c.get_paths()[0].vertices[:, 1] for c in ax.collections if isinstance(c, PolyCollection)]
+        for band, answer in zip(bands, style.ANSWER_COLORS, strict=True):
+            assert {frame[f"logratio/{answer}/code/q25"].min(), frame[f"logratio/{answer}/code/q75"].max()} <= set(band)
+
+    def test_a_step_without_a_pair_of_the_task_is_left_out(self):
+        frame = with_log_ratios(history())
+        frame.loc[2, [c for c in frame if c.startswith("logratio/chosen/math")]] = np.nan
+        (line, *_) = [own for own in plots.plot_log_ratios(frame, task="math").lines if "chosen" in own.get_label()]
+        assert line.get_xdata().tolist() == [0, 10, 30, 40, 50, 60]
+
+    def test_a_panel_per_task_and_form_four_in_a_row(self):
+        tasks = ("a", "b/q25", "c", "d", "e", "讲")
+        both = pd.concat([with_log_ratios(history(form, tasks), tasks) for form in ("standard", "inverse")])
+        assert set(plots.log_ratio_tasks(both)) == set(tasks)
+        figure = plots.figure_log_ratios(both)
+        shown = [ax for ax in figure.axes if ax.axison]
+        assert len(shown) == 12 and len({round(ax.get_position().x0, 2) for ax in shown[:6]}) <= 4
+        draw(figure)
+        assert overlaps(figure) == [] and cut_off(figure) == []
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+            f"{answer}, {where}" for answer in ("chosen", "rejected") for where in ("training batch", "held-out pairs")
+        ]
+
+    def test_refused(self):
+        with pytest.raises(ValueError, match=r"missing columns \['logratio/chosen/<task>'\]"):
+            plots.figure_log_ratios(history())
+
+
+class TestBetaSteps:
+    def test_medians_and_quartiles_of_the_prompts(self):
+        rows = [
+            {"form": form, "step": step, "task": task, "prompt": str(i), "beta": 1.0 + i + step / 10}
+            for form in ("standard", "inverse") for step in (0, 5) for task in ("math", "讲") for i in range(5)
+        ]  # fmt: skip
+        figure = plots.figure_beta_steps(pd.DataFrame(rows), beta0={"inverse": 2.0})
+        assert len(figure.axes) == 2
+        (line, *_), (band, *_) = figure.axes[0].lines, figure.axes[0].collections
+        assert line.get_ydata().tolist() == [3.0, 3.5] and line.get_label() == "math"
+        assert set(band.get_paths()[0].vertices[:, 1]) == {2.0, 2.5, 4.0, 4.5}
+        assert ["_beta0" in [own.get_label() for own in ax.lines] for ax in figure.axes] == [True, False]
+        draw(figure)
+        assert overlaps(figure) == [] and cut_off(figure) == []
+
+    def test_refused(self):
+        with pytest.raises(ValueError, match=r"betas: missing columns \['step'"):
+            plots.figure_beta_steps(table())
+
+
 class TestImports:
     def test_numbers_and_matplotlib_alone(self):
         tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
@@ -709,6 +782,27 @@ def with_examples(prompts=("1+1=", "Tell me a joke."), marks=(True, True), **kws
         for i, (p, mark) in enumerate(zip(prompts, marks, strict=True))
     ]
     return pd.concat([frame, pd.DataFrame(more)], ignore_index=True)
+
+
+def made_font(path, name, letters):
+    """A font file with these letters, each a square."""
+    pen = TTGlyphPen(None)
+    for move, place in ((pen.moveTo, (0, 0)), (pen.lineTo, (0, 800)), (pen.lineTo, (800, 800)), (pen.lineTo, (800, 0))):
+        move(place)
+    pen.closePath()
+    square = pen.glyph()
+    glyphs = [".notdef", *(f"g{i}" for i in range(len(letters)))]
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(glyphs)
+    font.setupCharacterMap({ord(letter): f"g{i}" for i, letter in enumerate(letters)})
+    font.setupGlyf(dict.fromkeys(glyphs, square))
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (900, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": name, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(path)
+    return path
 
 
 class TestPlotEntropyEstimators:
@@ -817,16 +911,25 @@ class TestPlotEntropyEstimators:
         if fonts is not None:
             assert words(ax)[1] == "□□□□"
 
-    def test_a_chinese_font_that_is_there_is_used(self, monkeypatch):
-        class Font:
-            name = "Noto Sans CJK SC"
-
-        monkeypatch.setattr(style.fontManager, "ttflist", [Font])
+    def test_a_font_that_has_the_letters_is_used_whatever_its_name(self, monkeypatch, tmp_path):
+        own = [font for font in style.fontManager.ttflist if font.name == "DejaVu Sans"]
+        monkeypatch.setattr(style.fontManager, "ttflist", own)
+        style.fontManager.addfont(made_font(tmp_path / "own.ttf", "A font of ours", "讲个笑"))
         ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
         joke, chinese = ax.texts[:2]
-        assert chinese.get_text() == "讲个笑话"
-        assert chinese.get_fontfamily() == ["sans-serif", "Noto Sans CJK SC"]
+        draw(ax.figure)
+        assert chinese.get_text() == "讲个笑□"  # one letter is in no font
+        assert chinese.get_fontfamily() == ["sans-serif", "A font of ours"]
         assert joke.get_fontfamily() == ["sans-serif"]
+        assert style.without_font(["讲个笑话", "a joke", "话"]) == "话"
+
+    def test_the_letters_of_the_examples_are_drawn_where_a_font_is_installed(self):
+        """Boxes are wrong where a font has the letters, in whichever of the faces of its file."""
+        if style.without_font(["讲个笑话"]):
+            pytest.skip(f"no font with Chinese letters; {style.FONT_ADVICE}")
+        ax = plots.plot_entropy_estimators(with_examples(prompts=("讲个笑话", "a joke")))
+        draw(ax.figure)
+        assert "讲个笑话" in words(ax)
 
     def test_no_text_covers_another_and_none_is_cut_off(self):
         prompts = ("1+1=", "What is 1+1?", "Tell me a joke.", "abcd")

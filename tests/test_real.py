@@ -23,6 +23,7 @@ from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.options import read_settings
 from dpoviz.experiments.real import EXAMPLES, FIXED, load, score
 from dpoviz.forms import FORMS
+from dpoviz.learn.run import load_run
 from dpoviz.lm import models
 from dpoviz.lm.models import load_lm
 from dpoviz.lm.scoring import score_answers
@@ -35,6 +36,12 @@ SMALL = {
     "batch-size": 4, "stage1-steps": 3, "stage2-steps": 6, "lora-rank": 2, "entropy-samples": 3, "max-length": 96,
     "max-new-tokens": 12, "eval-batch-size": 4, "policy-learning-rate": 1e-2,
 }  # fmt: skip
+
+REPEATED = (
+    "beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "pulls.csv", "beta_steps.parquet", "frozen.parquet",
+    "pairs.parquet",
+)  # fmt: skip
+"""The files that a repeated or resumed run has with the same bytes."""
 
 
 def options(**changed):
@@ -90,7 +97,8 @@ class TestTrain:
         tables = {f"{name}.csv" for name in ("beta", "history", "entropy", "held_out", "answers")}
         adapters = {f"{variant}/policy/adapter_model.safetensors" for variant in (*FORMS, FIXED)}
         betas = {f"{variant}/beta/model.safetensors" for variant in FORMS}
-        assert tables | adapters | betas | {"config.json", "run.json", "report.html", "entropy.png"} <= names
+        kept = {"pulls.csv", "beta_steps.parquet", "frozen.parquet", "pairs.parquet"}
+        assert tables | adapters | betas | kept | {"config.json", "run.json", "report.html", "entropy.png"} <= names
         assert not [name for name in names if name.endswith("policy/model.safetensors")]  # no second copy of the model
 
     def test_time_estimate_comes_before_the_work(self, run):
@@ -207,12 +215,12 @@ class TestResume:
             assert not any(later() for later in moments[number + 1 :])
         assert not (out / "report.html").exists()
         assert at_once(["train", *source(folder, out), *options()], cache) == 0
-        for name in ("beta", "held_out", "entropy", "answers"):
-            assert (out / f"{name}.csv").read_bytes() == (run[0] / f"{name}.csv").read_bytes(), name
+        for name in REPEATED:
+            assert (out / name).read_bytes() == (run[0] / name).read_bytes(), name
 
     def test_its_settings_given_back_repeat_it(self, run, tmp_path, at_once):
         assert at_once(["train", "--config", run[0] / "config.json", "--out", tmp_path / "out"]) == 0
-        for name in ("beta.csv", "held_out.csv", "entropy.csv", "answers.csv", "config.json"):
+        for name in (*REPEATED, "config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (run[0] / name).read_bytes(), name
 
 
@@ -227,6 +235,10 @@ class TestProcesses:
             one, two = (pd.read_csv(place / f"{name}.csv") for place in (run[0], tmp_path / "out"))
             assert len(one) == len(two) > 0
             pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4, obj=name)
+        one, two = (load_run(place) for place in (run[0], tmp_path / "out"))
+        pd.testing.assert_frame_equal(one.betas(), two.betas(), rtol=1e-3)
+        pd.testing.assert_frame_equal(one.pulls(), two.pulls(), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(one.frozen("inverse").h, two.frozen("inverse").h, rtol=1e-3, atol=1e-3)
         assert (tmp_path / "out" / "report.html").exists()
         assert {path.name for path in (run[0] / "inverse").iterdir()} == {
             path.name for path in (tmp_path / "out" / "inverse").iterdir()

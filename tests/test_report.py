@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import struct
 import subprocess
@@ -10,12 +11,24 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
-from dpoviz.analysis.report import FAST_NOTE, FIGURES, MIN_PROMPTS, reading, reading_of_accuracy, write_report
+from dpoviz.analysis.report import (
+    FAST_NOTE,
+    FEW_STEPS,
+    FIGURES,
+    MIN_PROMPTS,
+    reading,
+    reading_of_accuracy,
+    reading_of_log_ratios,
+    tiny_note,
+    write_report,
+)
 from dpoviz.analysis.tables import (
     beta_table,
     read_table,
@@ -136,6 +149,59 @@ class TestReadingOfAccuracy:
         assert "0.625, worse than the" in self.sentence(-0.025, -0.05, -0.01)
 
 
+class TestReadingOfLogRatios:
+    @staticmethod
+    def history(**ends: tuple[float, float]) -> pd.DataFrame:
+        """Measured twice: at step 0, where nothing has moved, and at step 8; the last row measured nothing."""
+        rows = [{"form": "inverse", "step": step} for step in (0, 8, 9)]
+        for task, pair in ends.items():
+            for answer, value in zip(("chosen", "rejected"), pair, strict=True):
+                for row, measured in zip(rows, (0.0, value, float("nan")), strict=True):
+                    row[f"held_out_logratio/{answer}/{task}"] = measured
+        return pd.DataFrame(rows)
+
+    @pytest.mark.parametrize(
+        ("pair", "start", "end"),
+        [
+            ((0.5, -0.25), "Chosen rises and rejected falls", "a in the inverse form (+0.50 and −0.25)."),
+            ((-0.5, -1.5), "Both fall: usual where", "a in the inverse form (−0.50 and −1.50)."),
+            ((0.5, 0.25), "Both rise: usual where", "a in the inverse form (+0.50 and +0.25)."),
+            ((-0.5, 0.25), "Chosen falls and rejected rises", "(−0.50 and +0.25, in the wrong order)."),
+            ((-1.5, -0.5), "Both fall: usual where", "(−1.50 and −0.50, in the wrong order)."),
+            ((0.04, -0.04), "Neither answer has moved by 0.05 nats", "(+0.04 and −0.04)."),
+        ],
+    )
+    def test_each_direction(self, pair, start, end):
+        (sentence,) = reading_of_log_ratios(self.history(a=pair), ["a"])
+        assert sentence.startswith(start) and sentence.endswith(end)
+
+    def test_tasks_and_forms_of_one_direction_share_a_sentence(self):
+        history = self.history(a=(1.0, -1.0), b=(2.0, -2.0), c=(-1.0, -2.0))
+        found = reading_of_log_ratios(pd.concat([history, history.assign(form="standard")]), ["a", "b", "c", "none"])
+        assert len(found) == 2 and found[0].count(" in the ") == 4 and found[1].count(" in the ") == 2
+
+    def test_nothing_measured_nothing_said(self):
+        assert reading_of_log_ratios(self.history(), ["a"]) == []
+
+
+class TestTinyNote:
+    @staticmethod
+    def history(steps: int) -> pd.DataFrame:
+        return pd.DataFrame({"stage": [1, 2, 2], "step": [0, 7, 6 + steps]})
+
+    def test_few_prompts_or_few_steps(self):
+        enough = pd.DataFrame({"form": "inverse", "task": "a", "prompt": [str(i) for i in range(MIN_PROMPTS)]})
+        few = pd.concat([enough, enough.assign(task="b").iloc[1:]])
+        assert tiny_note(enough, self.history(FEW_STEPS)) == [] == tiny_note(None, self.history(FEW_STEPS))
+        (note,) = tiny_note(few, self.history(FEW_STEPS))
+        assert (
+            note
+            == "This is a tiny run: 9 b held-out prompts, fewer than 10 per task. Its numbers say little about β(x)."
+        )
+        (note,) = tiny_note(few, self.history(FEW_STEPS - 1))
+        assert "9 b held-out" in note and "about 49 steps of β(x), fewer than 50" in note
+
+
 @pytest.mark.parametrize(
     ("value", "text", "trimmed"),
     [
@@ -254,8 +320,8 @@ class TestWriteReport:
         images = written(tmp_path).of("img")
         data = [base64.b64decode(attrs["src"].split(",")[1]) for attrs in images]
         assert all(png.startswith(b"\x89PNG\r\n\x1a\n") for png in data)
-        # 160 dots an inch; figures are 1 to 4 inches wide
-        assert [struct.unpack(">I", png[16:20])[0] for png in data] == [160, 320, 480, 640]
+        # 160 dots an inch; each figure is an inch wider than the one before
+        assert [struct.unpack(">I", png[16:20])[0] for png in data] == [160 * n for n in range(1, len(FIGURES) + 1)]
         assert all(attrs["alt"] for attrs in images)
 
     def test_what_came_in_is_shown_as_it_is(self, tmp_path):
@@ -296,6 +362,38 @@ class TestWriteReport:
         assert len(rows[1][2]) == len("0.00125 ") + 140
         assert [row[0] for row in rows] == ["inverse"] * 2 + ["standard"] * 2
 
+    def test_several_prompts_at_each_end_the_extreme_ones_first(self, tmp_path):
+        table = arguments()["table"]
+        table = pd.concat([table, *(table.assign(prompt=table["prompt"] + f" {n}", beta=table["beta"] + n / 8)
+                                    for n in range(1, 4))])  # fmt: skip
+        rows = written(tmp_path, table=table).tables[3]
+        assert rows[1][2:] == ["1.00 a1.12 a 11.25 a 2", "3.38 c 33.25 c 23.12 c 1"]
+        (only,) = [row for row in written(tmp_path, table=table.iloc[:1]).tables[3] if row[0] == "standard"]
+        assert only[2:] == ["1.00 a", "1.00 a"]
+
+    def test_points_are_named_where_they_are_drawn(self, tmp_path):
+        """Each dot of both panels, at the place of its colour in the picture, with its prompt."""
+        table = arguments()["table"]
+        drawn = figure_beta_by_task(table)
+        page = written(tmp_path, table=table, figures={"beta_by_task": drawn})
+        (box,) = page.of("svg")
+        width, height = (float(number) for number in box["viewbox"].split()[2:])
+        assert (width, height) == tuple(drawn.bbox.size)
+        circles = page.of("circle")
+        assert len(circles) == 2 * len(table) == page.text.count("± 0.100")
+        assert (
+            page.text.count(NASTY.replace("\n", " ")) >= 4 and "math: β 1.00, s 1.00, H 0.100 ± 0.100\na" in page.text
+        )
+        (source,) = [attrs["src"] for attrs in page.of("img")]
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"), dtype=int)
+        scale = picture.shape[1] / width
+        for circle in circles:
+            x, y = (round(float(circle[name]) * scale) for name in ("cx", "cy"))
+            around = picture[y - 2 : y + 3, x - 2 : x + 3].reshape(-1, 3)
+            if x > picture.shape[1] / 2:  # on the left the box of the quartiles may lie over a point
+                assert np.ptp(around.mean(axis=0)) > 30, circle  # a colour, not the paper or a grey line
+            assert around.mean() < 240, circle
+
     def test_configuration_can_be_read_back(self, tmp_path):
         page = written(tmp_path)
         text = page.text[page.text.index("Configuration") + len("Configuration") :]
@@ -318,6 +416,10 @@ class TestWriteReport:
         text = written(tmp_path, notes=["First <of> all.", "Then this."]).text
         assert text.index("First <of> all.") < text.index("Then this.") < text.index("Direct Preference Optimization")
         assert "--fast" not in text
+
+    def test_sentences_on_the_log_ratios_stand_under_their_picture(self, tmp_path):
+        text = written(tmp_path, log_ratios=["Both <fall>."]).text
+        assert "Both <fall>." in text[text.index("Chosen and rejected answers") : text.index("What moves β")]
 
     @pytest.mark.parametrize("fast", [True, False])
     def test_a_fast_run_says_so_at_the_top(self, tmp_path, fast):

@@ -34,13 +34,13 @@ def test_proportion_by_hand(make_model, monkeypatch):
     times = iter([1.0, 3.0, 2.0, 10.0])
     monkeypatch.setattr(module, "_seconds", lambda call: next(times))
     train, held_out = pairs((2, 3, 5), (4, 8, 8), (6, 9, 15)), pairs((1, 2, 2))
-    found = time_parts(make_model(), train, held_out, **SETTINGS)
+    found = time_parts(make_model(), train, held_out, **SETTINGS, scored_again=7)
     tokens = 20 + 30  # the two pairs from the median on
     forward, step = 1 / tokens, 3 / tokens
     prompt, token = 2 / 2, (10 / 2 - 2 / 2) / (8 * 3)
     assert found["reference"] == pytest.approx(forward * (10 + 20 + 30 + 5))
     assert found["entropy"] == pytest.approx(4 * (prompt + token * 3 * 20))
-    assert found["training"] == pytest.approx(step * 20 * 8 * 40 + forward * 5 * 5)
+    assert found["training"] == pytest.approx(step * 20 * 8 * 40 + forward * (5 * 5 + 20 * 7))
 
 
 def test_measures_a_real_model(make_model):

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from dpoviz.analysis.style import (
+    ANSWER_COLORS,
     GREY,
     INK,
     TASK_COLORS,
@@ -41,11 +42,14 @@ __all__ = [
     "TERM_COLORS",
     "figure_beta_by_task",
     "figure_beta_gradients",
+    "figure_beta_steps",
+    "figure_log_ratios",
     "figure_training",
     "plot_beta_by_task",
     "plot_beta_gradients",
     "plot_beta_vs_entropy",
     "plot_entropy_estimators",
+    "plot_log_ratios",
     "plot_training",
     "task_colors",
 ]
@@ -109,6 +113,7 @@ def plot_beta_by_task(
         rows = table[table["task"] == task]
         beta = rows["beta"].to_numpy()
         style: dict[str, Any] = {"s": 16, "color": color, "alpha": 0.55, "linewidths": 0} | artist_kws
+        style.setdefault("gid", points_name(form, task))
         ax.scatter(place + _jitter(beta), beta, **style)
         # not Axes.boxplot, which reads all rcParams, and so loads pyplot
         q1, median, q3 = np.quantile(beta, [0.25, 0.5, 0.75])
@@ -159,14 +164,14 @@ def plot_beta_vs_entropy(
     Raises:
         ValueError: an empty table, missing columns, or several forms.
     """
-    _one_form(table, ["form", "seed", "task", "prompt", "beta", "ref_entropy", "ref_entropy_se"])
+    form = _one_form(table, ["form", "seed", "task", "prompt", "beta", "ref_entropy", "ref_entropy_se"])
     ax = open_axes(ax)
     for task, color in task_colors(table["task"]).items():
         rows = table[table["task"] == task]
         h, beta = rows["ref_entropy"], rows["beta"]
         ax.errorbar(h, beta, xerr=rows["ref_entropy_se"], fmt="none", ecolor=color, elinewidth=1, alpha=0.4)
         style: dict[str, Any] = {"s": 18, "color": color, "alpha": 0.75, "linewidths": 0, "label": task_label(task)}
-        ax.scatter(h, beta, **(style | artist_kws))
+        ax.scatter(h, beta, **({"gid": points_name(form, task)} | style | artist_kws))
     if alpha is not None:
         _entropy_line(ax, alpha, beta_min, beta_max)
     ax.set_xlabel(_ENTROPY_LABEL)
@@ -174,6 +179,11 @@ def plot_beta_vs_entropy(
     _beta_lines(ax, inside=False, beta0=beta0, beta_min=beta_min, beta_max=beta_max)
     legend_above(ax, ncols=4)
     return ax
+
+
+def points_name(form: str, task: str) -> str:
+    """Return the gid of the points of a form and task, by which a page finds their places in a figure."""
+    return f"{form}: {task}"
 
 
 def plot_training(history: pd.DataFrame, *, y: str, ax: Axes | None = None, **artist_kws) -> Axes:
@@ -437,6 +447,104 @@ def figure_beta_gradients(history: pd.DataFrame) -> Figure:
     names = [name for name in (*TERM_COLORS, "sum") if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
+
+
+def figure_beta_steps(betas: pd.DataFrame, *, beta0: Mapping[str, float] | None = None) -> Figure:
+    """Draw beta over the steps, a panel per form: the median over the prompts of each task, and its quartiles.
+
+    Args:
+        betas: columns form, step, task, prompt, beta: beta at each held-out prompt at each logged step.
+        beta0: the fixed beta of stage 1, by form, drawn as a line if given.
+
+    Raises:
+        ValueError: an empty table or missing columns.
+    """
+    require_columns(betas, ["form", "step", "task", "prompt", "beta"], "betas")
+    forms = _forms(betas, "betas")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    for form, ax in zip(forms, figure.subplots(1, len(forms), squeeze=False)[0], strict=True):
+        ax = open_axes(ax)
+        rows = betas[betas["form"] == form]
+        for task, color in task_colors(betas["task"]).items():
+            steps = rows[rows["task"] == task].groupby("step")["beta"].quantile([0.25, 0.5, 0.75]).unstack()
+            ax.fill_between(steps.index, steps[0.25], steps[0.75], color=color, alpha=0.18, linewidth=0)
+            ax.plot(steps.index, steps[0.5], color=color, linewidth=1.6, label=task_label(task))
+        _beta_axis(ax, rows["beta"])
+        if beta0 is not None and form in beta0:
+            ax.axhline(beta0[form], color=GREY, linewidth=0.9, zorder=0.9, label="_beta0")
+        ax.set_title(_FORMULAS[form], loc="left", fontsize="medium", pad=24)
+        legend_above(ax, ncols=4)
+        _step_axis(ax)
+    return figure
+
+
+def figure_log_ratios(history: pd.DataFrame) -> Figure:
+    """Draw the log-ratios of chosen and rejected answers over the steps: a row per form, a panel per task.
+
+    Lines are means over the pairs of the training batch before its update, with their quartiles as bands; points are
+    means over the held-out pairs after it.
+
+    Args:
+        history: the history of `train`, of one form or of two, with the columns logratio/<answer>/<task>.
+
+    Raises:
+        ValueError: an empty history, or missing columns.
+    """
+    forms = _forms(history, "history")
+    tasks = task_colors(log_ratio_tasks(history))
+    if not tasks:
+        raise ValueError("history: missing columns ['logratio/chosen/<task>']")
+    across = min(len(tasks), 4)
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(9, 2.5 * down * len(forms) + 0.3), layout="constrained")
+    for form, part in zip(forms, figure.subfigures(len(forms), squeeze=False).flat, strict=True):
+        part.suptitle(f"{form} form", x=0.01, ha="left", fontsize="medium")
+        panels = part.subplots(down, across, squeeze=False, sharey=True, sharex=True)
+        rows = history[history["form"] == form]
+        for ax in panels.flat[len(tasks) :]:
+            ax.set_axis_off()
+        for (task, color), ax in zip(tasks.items(), panels.flat, strict=False):
+            plot_log_ratios(rows, task=task, ax=ax)
+            use_known_letters([ax.set_title(task_label(task), loc="left", color=color, fontsize="medium")])
+            ax.label_outer()
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def plot_log_ratios(history: pd.DataFrame, *, task: str, ax: Axes | None = None) -> Axes:
+    """Draw the log-ratios of the chosen and of the rejected answers of a task over the steps.
+
+    Args:
+        history: the history of `train`, of one form, with the columns logratio/<answer>/<task>.
+        task: the task.
+        ax: where to draw; None: on a new figure.
+
+    Raises:
+        ValueError: an empty history, missing columns, or several forms.
+    """
+    _one_form(history, ["form", "seed", "step", *(f"logratio/{answer}/{task}" for answer in ANSWER_COLORS)], "history")
+    ax = open_axes(ax)
+    ax.axhline(0, color=GREY, linewidth=0.8, label="_zero")
+    for answer, color in ANSWER_COLORS.items():
+        name, held_out = f"logratio/{answer}/{task}", f"held_out_logratio/{answer}/{task}"
+        _lines(ax, history, name, label=f"{answer}, training batch", color=color, linewidth=1.3)
+        band = history.dropna(subset=[name, f"{name}/q25"])
+        ax.fill_between(band["step"], band[f"{name}/q25"], band[f"{name}/q75"], color=color, alpha=0.15, linewidth=0)
+        if held_out in history:
+            style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": "none", "markeredgecolor": "white"}
+            _lines(ax, history, held_out, label=f"{answer}, held-out pairs", color=color, **style)
+    ax.set_ylabel("log π/π_ref (nats)")
+    _step_axis(ax)
+    return ax
+
+
+def log_ratio_tasks(history: pd.DataFrame) -> list[str]:
+    """Return the tasks whose log-ratios a history has."""
+    start = "logratio/chosen/"
+    names = [column.removeprefix(start) for column in history.columns if column.startswith(start)]
+    quartiles = {f"{name}{suffix}" for name in names for suffix in ("/q25", "/q75")}
+    return [name for name in names if name not in quartiles]
 
 
 def _forms(table: pd.DataFrame, name: str) -> list[str]:

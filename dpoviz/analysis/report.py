@@ -10,19 +10,21 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from dpoviz.analysis.plots import points_name
 from dpoviz.analysis.style import task_colors
 from dpoviz.analysis.tables import EXPECTED_ORDER, POOLED
 from dpoviz.analysis.text import fixed, interval, number, rho, short
 
-FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_gradients")
+FIGURES = ("beta_by_task", "entropy_estimators", "training", "beta_steps", "log_ratios", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
 
 MIN_PROMPTS = 10
@@ -37,6 +39,33 @@ FAST_NOTE = (
     "numbers say little. Run it again without --fast before drawing conclusions."
 )
 """Shown at the top of the page of a --fast run."""
+
+
+FEW_STEPS = 50
+"""Steps of stage 2 below which a page says that its run is tiny: at the default learning rate, which moves each weight
+of beta by at most 0.003 per step, beta has hardly left its start."""
+
+ENDS = 3
+"""The most prompts that are shown at each end of beta, per form and task."""
+
+
+def tiny_note(table: pd.DataFrame | None, history: pd.DataFrame) -> list[str]:
+    """Return a sentence for the top of the page of a tiny run; none for another.
+
+    A run is tiny with fewer than `MIN_PROMPTS` held-out prompts of some task, or `FEW_STEPS` steps of stage 2.
+    """
+    found = []
+    if table is not None:
+        counts = table.drop_duplicates(["task", "prompt"])["task"].value_counts()
+        few = ", ".join(f"{n} {task}" for task, n in counts.items() if n < MIN_PROMPTS)
+        if few:
+            found.append(f"{few} held-out prompts, fewer than {MIN_PROMPTS} per task")
+    trained = history[history["stage"] == 2]
+    if len(trained):
+        steps = int(trained["step"].max() - trained["step"].min()) + 1
+        if steps < FEW_STEPS:
+            found.append(f"about {steps} steps of β(x), fewer than {FEW_STEPS}")
+    return [f"This is a tiny run: {'; '.join(found)}. Its numbers say little about β(x)."] if found else []
 
 
 def reading(summary: pd.DataFrame) -> list[str]:
@@ -111,6 +140,58 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
     return f"{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {', '.join(parts)}."
 
 
+STILL = 0.05
+"""A mean log-ratio that stayed within this many nats of 0 has hardly moved."""
+
+_STILL = f"Neither answer has moved by {STILL} nats"
+_VERDICTS = {
+    ("rise", "fall"): "Chosen rises and rejected falls, so that the margin comes from both, as one would hope",
+    ("fall", "fall"): (
+        "Both fall: usual where the two answers share most of their words, since the loss sees only their difference; "
+        "suspicious where they are unlike, because the probability then goes to answers that are in no pair, so read "
+        "the answers below and look at the KL"
+    ),
+    ("rise", "rise"): (
+        "Both rise: usual where the pairs are unlike what the reference writes, so that training on either answer "
+        "makes both likelier; suspicious where rejected rises as fast as chosen, because then nothing tells them apart"
+    ),
+    ("fall", "rise"): (
+        "Chosen falls and rejected rises, against the labels: usual only by chance, among few pairs; suspicious "
+        "otherwise, so look for flipped labels or too large a learning rate"
+    ),
+}
+
+
+def reading_of_log_ratios(history: pd.DataFrame, tasks: Sequence[str]) -> list[str]:
+    """Return sentences on where the log-ratios of chosen and rejected answers went, one per direction.
+
+    They are read at the last measurement on held-out pairs.
+
+    Args:
+        history: the history of `train`, with the columns held_out_logratio/<answer>/<task>.
+        tasks: the tasks.
+    """
+    groups: dict[str, list[str]] = {}
+    for form, rows in history.sort_values("step").groupby("form"):
+        for task in tasks:
+            columns = [f"held_out_logratio/{answer}/{task}" for answer in ("chosen", "rejected")]
+            if not set(columns) <= set(rows) or rows[columns].isna().all(axis=None):
+                continue
+            chosen, rejected = (float(rows[column].dropna().iloc[-1]) for column in columns)
+            wrong = ", in the wrong order" if chosen < rejected else ""
+            text = f"{task} in the {form} form ({fixed(chosen, sign=True)} and {fixed(rejected, sign=True)}{wrong})"
+            groups.setdefault(_direction(chosen, rejected), []).append(text)
+    return [f"{verdict}. {', '.join(named)}." for verdict, named in groups.items()]
+
+
+def _direction(chosen: float, rejected: float) -> str:
+    """Return what it means that the mean log-ratios have these signs."""
+    if max(abs(chosen), abs(rejected)) < STILL:
+        return _STILL
+    first, second = ("rise" if value > 0 else "fall" for value in (chosen, rejected))
+    return _VERDICTS[first, second]
+
+
 def reading_of_accuracy(accuracy: pd.DataFrame) -> list[str]:
     """Return a sentence per variant on its held-out accuracy over all tasks, compared with the baseline's.
 
@@ -148,6 +229,7 @@ def write_report(
     accuracy: pd.DataFrame | None = None,
     entropy: pd.DataFrame | None = None,
     answers: pd.DataFrame | None = None,
+    log_ratios: Iterable[str] = (),
     notes: Iterable[str] = (),
 ) -> Path:
     """Write a self-contained HTML file, without scripts or external files.
@@ -164,6 +246,7 @@ def write_report(
         entropy: the table of `summarize_estimators`, or None.
         answers: a row per variant and prompt, with variant, task, prompt, answer and beta (NaN if there is
             none); or None.
+        log_ratios: sentences on the figure "log_ratios" (`reading_of_log_ratios`).
         notes: sentences for the top of the page.
 
     Returns:
@@ -182,6 +265,8 @@ def write_report(
         notes=[FAST_NOTE] * (config.get("fast") is True) + list(notes),
         reading=list(reading),
         figures={name: _png(figure) for name, figure in figures.items()},
+        points=None if table is None else _points(figures[FIGURES[0]], table),
+        log_ratios=list(log_ratios),
         colors=task_colors({task for part in parts for task in part["task"]} - {POOLED}),
         pooled=POOLED,
         facts=None if table is None else _facts(table),
@@ -219,6 +304,37 @@ def _png(figure: Figure) -> str:
     return base64.b64encode(png.getvalue()).decode()
 
 
+class _Points(NamedTuple):
+    """The points of a figure that has been drawn, for a page to name on hover.
+
+    Attributes:
+        width: of the figure, in the unit of the places.
+        height: likewise.
+        named: place of each point from the left and from the top, and its text.
+    """
+
+    width: float
+    height: float
+    named: list[tuple[float, float, str]]
+
+
+def _points(figure: Figure, table: pd.DataFrame) -> _Points:
+    """Return the points of a drawn figure with a text for each: its numbers and its prompt."""
+    groups = {points_name(*key): rows for key, rows in table.groupby(["form", "task"], sort=False)}
+    width, height = figure.bbox.width, figure.bbox.height
+    named = []
+    for collection in (own for ax in figure.axes for own in ax.collections):
+        rows = groups.get(str(collection.get_gid()))
+        if rows is None:
+            continue
+        places = collection.get_offset_transform().transform(collection.get_offsets())
+        for (x, y), row in zip(places, rows.itertuples(), strict=True):
+            numbers = f"β {number(row.beta)}, s {number(row.scale)}, H {number(row.ref_entropy)} ± "
+            text = f"{row.task}: {numbers}{number(row.ref_entropy_se)}\n{short(row.prompt, 160)}"
+            named.append((round(float(x), 1), round(float(height - y), 1), text))
+    return _Points(width, height, named)
+
+
 def _facts(table: pd.DataFrame) -> dict[str, object]:
     """Return the number of prompts of each task, and the forms and seeds."""
     counts = table.drop_duplicates(["task", "prompt"])["task"].value_counts()
@@ -244,15 +360,19 @@ def _last_measurements(history: pd.DataFrame) -> dict[str, object]:
     return {"by": by, "measures": list(names.values()), "runs": rows}
 
 
-def _ends(table: pd.DataFrame) -> list[tuple[str, str, object, object]]:
-    """Return, for each form and task, the rows with the smallest and with the largest beta."""
+def _ends(table: pd.DataFrame) -> list[tuple[str, str, list, list]]:
+    """Return, for each form and task, the rows with the smallest and with the largest betas, the extreme ones first.
+
+    At most `ENDS` at each end, and no row at both, unless there is only one.
+    """
     found = []
     for form in sorted(table["form"].unique()):
         for task in task_colors(table["task"]):
             group = table[(table["form"] == form) & (table["task"] == task)].sort_values("beta", kind="stable")
             rows = list(group.itertuples())
             if rows:
-                found.append((form, task, rows[0], rows[-1]))
+                shown = max(1, min(ENDS, len(rows) // 2))
+                found.append((form, task, rows[:shown], rows[: -shown - 1 : -1]))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -28,6 +29,9 @@ TERM_COLORS = {
     "entropy": "#7A1A0C",
 }
 """The colour of each term of the total loss, in the order of legends."""
+
+ANSWER_COLORS = {"chosen": "#1D6F9E", "rejected": "#C2571A"}
+"""The colour of the chosen and of the rejected answers."""
 
 GREY, INK = "#5A5A5A", "#222222"
 """The colours of lines and texts that belong to neither a task nor a term."""
@@ -95,7 +99,11 @@ def legend_above(ax: Axes, ncols: int) -> None:
 _CHINESE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
     "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS", "Droid Sans Fallback",
+    "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK HK", "Noto Sans CJK KR",
 )  # fmt: skip
+"""Fonts to try first; of a file with several, some versions of matplotlib see only the first, the Japanese one."""
+
+FONT_ADVICE = "install Noto Sans CJK (on Debian and Ubuntu: apt install fonts-noto-cjk)"
 
 
 def printable(text: str) -> tuple[dict[str, Any], str]:
@@ -103,14 +111,40 @@ def printable(text: str) -> tuple[dict[str, Any], str]:
 
     matplotlib would also draw a box for such a character, but with a warning.
     """
-    known = get_font(findfont(FontProperties()))
-    if all(letter == "\n" or known.get_char_index(ord(letter)) for letter in text):
+    missing = _unknown(text)
+    if not missing:
         return {}, text
-    there = {font.name for font in fontManager.ttflist}
-    for name in _CHINESE_FONTS:
-        if name in there:
-            return {"fontfamily": ["sans-serif", name]}, text
-    return {}, "".join(letter if letter == "\n" or known.get_char_index(ord(letter)) else "□" for letter in text)
+    name, found = _font_with(missing, frozenset(font.name for font in fontManager.ttflist))
+    shown = "".join("□" if letter in missing - found else letter for letter in text)
+    return {} if name is None else {"fontfamily": ["sans-serif", name]}, shown
+
+
+def without_font(texts: Iterable[str]) -> str:
+    """Return the characters of some texts that no installed font has, each once."""
+    there = frozenset(font.name for font in fontManager.ttflist)
+    lost = [sorted(missing - _font_with(missing, there)[1]) for missing in map(_unknown, texts) if missing]
+    return "".join(dict.fromkeys(letter for letters in lost for letter in letters))
+
+
+def _unknown(text: str) -> frozenset[str]:
+    """Return the characters that the figures' own font lacks."""
+    own = get_font(findfont(FontProperties()))
+    return frozenset(letter for letter in text if letter != "\n" and not own.get_char_index(ord(letter)))
+
+
+@lru_cache(maxsize=4096)
+def _font_with(letters: frozenset[str], there: frozenset[str]) -> tuple[str | None, frozenset[str]]:
+    """Return the first of the installed fonts with the most of some characters, and those that it has."""
+    best: tuple[str | None, frozenset[str]] = (None, frozenset())
+    others = sorted(name for name in there - set(_CHINESE_FONTS) if "Emoji" not in name)  # pictures cannot be drawn
+    for name in (*(name for name in _CHINESE_FONTS if name in there), *others):
+        font = get_font(findfont(FontProperties(family=name)))
+        found = frozenset(letter for letter in letters if font.get_char_index(ord(letter)))
+        if len(found) > len(best[1]):
+            best = (name, found)
+        if found == letters:
+            break
+    return best
 
 
 def use_known_letters(texts: Iterable[Text]) -> None:

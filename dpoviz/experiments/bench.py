@@ -178,7 +178,10 @@ def _contestants(
 
         return step
 
-    trainers = {PEER: _trl, INSIDE: partial(_trl, shared_prefix=True)}
+    trainers: dict[str, Callable[..., Callable[[], float] | None]] = {
+        PEER: _trl,
+        INSIDE: partial(_trl, shared_prefix=True),
+    }
     peers = {who: make(model, tokenizer, pairs, max_length) for who, make in trainers.items()}
     return {who: step for who, step in peers.items() if step is not None} | {
         PLAIN: stepping(fixed(False), model),

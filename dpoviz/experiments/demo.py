@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from dpoviz.experiments.config import DemoConfig
+from dpoviz.experiments.folder import write_config
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.experiments.small import World, config_digest, small_world
 from dpoviz.forms import FORMS
@@ -38,11 +40,14 @@ def run_demo(
         workers: the number of forms that are trained side by side, with the same result; more than one needs a cache.
             A script that asks for it protects its entry point by ``if __name__ == "__main__":``.
         progress: show bars.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
     """
     require("workers", workers, workers == 1 or cache_dir is not None, "1 without a cache_dir")
     world = small_world(config.world, cache_dir=cache_dir, progress=progress)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    write_config(out, {"command": "demo", **asdict(config)})
     # prompts whose sampled answers all have the same reward give no pair: they are listed, not dropped silently
     left_out = json.dumps(dict(world.left_out), indent=1, ensure_ascii=False)
     (out / "left_out.json").write_text(left_out, encoding="utf-8")

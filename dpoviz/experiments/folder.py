@@ -15,9 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 
-from dpoviz.analysis.plots import figure_beta_by_task, figure_beta_gradients, figure_training, plot_entropy_estimators
-from dpoviz.analysis.report import reading, reading_of_accuracy, write_report
+from dpoviz.analysis.plots import (
+    figure_beta_by_task,
+    figure_beta_gradients,
+    figure_beta_steps,
+    figure_log_ratios,
+    figure_training,
+    log_ratio_tasks,
+    plot_entropy_estimators,
+)
+from dpoviz.analysis.report import reading, reading_of_accuracy, reading_of_log_ratios, tiny_note, write_report
+from dpoviz.analysis.style import FONT_ADVICE, without_font
 from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
@@ -25,7 +36,7 @@ from dpoviz.lm.processes import processes
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-TABLES = ("beta", "history", "entropy", "held_out", "answers")
+TABLES = ("beta", "history", "entropy", "held_out", "answers", "pulls")
 """The tables a folder may hold, each as <name>.csv."""
 
 _PACKAGES = ("dpoviz", "torch", "transformers", "datasets", "accelerate", "numpy")
@@ -150,6 +161,17 @@ def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.Data
     (out / "run.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def write_parquet(out: Path, **tables: pd.DataFrame) -> None:
+    """Write tables into the folder, each as <name>.parquet; equal tables give equal files.
+
+    A column of arrays is written as lists.
+    """
+    for name, table in tables.items():
+        if not table.empty:
+            written = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
+            parquet.write_table(written, out / f"{name}.parquet")
+
+
 class Report(NamedTuple):
     """The contents of a report.
 
@@ -197,19 +219,44 @@ def report(out: Path) -> Report:
         figures["training"] = figure_training(shown)
         if any(column.startswith("grad/") for column in shown):
             figures["beta_gradients"] = figure_beta_gradients(shown)
+        if log_ratio_tasks(shown):
+            figures["log_ratios"] = figure_log_ratios(shown)
+    if "beta" in tables and (out / "beta_steps.parquet").is_file():
+        figures["beta_steps"] = figure_beta_steps(betas_of_steps(out, tables["beta"]), beta0=metadata["beta0"])
     write_report(
         out / "report.html",
         table=tables.get("beta"),
         history=tables["history"],
         summary=found.get("summary"),
-        config=config | {name: value for name, value in metadata.items() if name != "baseline"},
+        config=config | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
         figures=figures,
         reading=sentences,
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
+        log_ratios=reading_of_log_ratios(shown, log_ratio_tasks(shown)),
+        notes=[*([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])), *_font_note(tables)],
     )
     return Report(found, sentences)
+
+
+def betas_of_steps(out: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """Return beta_steps.parquet with the prompts of beta.csv: form, step, task, prompt, ref_entropy, beta."""
+    kept = pd.read_parquet(out / "beta_steps.parquet").rename(columns={"prompt": "row"})
+    known = table[["form", "task", "prompt", "ref_entropy"]].assign(row=table.groupby("form").cumcount())
+    found = kept.merge(known, on=["form", "row"]).sort_values(["form", "step", "row"], kind="stable", ignore_index=True)
+    return found[["form", "step", "task", "prompt", "ref_entropy", "beta"]].astype({"beta": float})
+
+
+def _font_note(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Return a sentence on the characters that the figures cannot draw; none if they can draw all."""
+    texts = {task for table in tables.values() if "task" in table for task in table["task"]}
+    if "entropy" in tables:
+        texts |= set(tables["entropy"][tables["entropy"]["example"]]["prompt"])
+    lost = without_font(texts)
+    if not lost:
+        return []
+    return [f"No installed font has {lost}: the figures show boxes there. To draw them, {FONT_ADVICE}; then redraw."]
 
 
 def _with_beta(answers: pd.DataFrame | None, table: pd.DataFrame | None) -> pd.DataFrame | None:

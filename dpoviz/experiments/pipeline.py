@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,20 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.analysis.tables import beta_table
-from dpoviz.beta import Beta
+from dpoviz.beta import Beta, MadeFor
 from dpoviz.data.tokens import end_id
-from dpoviz.experiments.folder import environment, write_tables
+from dpoviz.experiments.folder import environment, write_parquet, write_tables
+from dpoviz.experiments.kept import frozen_rows, frozen_table, pairs_table, reference_record, save_if_small
 from dpoviz.forms import Form
 from dpoviz.lm.models import add_lora
 from dpoviz.lm.processes import processes
 from dpoviz.lm.sampling import sample_answers
+from dpoviz.lm.scoring import FEATURES
+from dpoviz.rules import PromptRule
 from dpoviz.training.config import TrainConfig
+from dpoviz.training.probes import log_ratios, pulls_at
 from dpoviz.training.stages import TrainedVariant, Variant, betas_at, run_variants
+from dpoviz.training.state import regularization_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class Results:
         answers: a row per variant and displayed prompt: variant ("reference" before training), task, prompt, answer.
         alpha: beta per nat of entropy, by form.
         entropy: as in `ScoredPairs`.
+        betas: beta at each held-out prompt after each logged step: form, step, prompt (its row among those of the form
+            in `table`), beta.
+        pulls: the pull of each term on beta at each held-out prompt after the last step: form, task, prompt, and a
+            column per term (`pulls_at`).
     """
 
     table: pd.DataFrame
@@ -71,6 +80,8 @@ class Results:
     answers: pd.DataFrame
     alpha: Mapping[Form, float]
     entropy: pd.DataFrame | None
+    betas: pd.DataFrame
+    pulls: pd.DataFrame
 
 
 def run(
@@ -99,6 +110,10 @@ def run(
     """
     began = time.monotonic()
     seed = next(iter(variants.values())).config.seed
+    record = reference_record(scored.model, scored.held_out)
+    if processes().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        save_if_small(scored.model, scored.tokenizer, out / "reference")
     policy: Any  # a model, or PEFT's around it
     reference: Any
     if lora_rank:
@@ -121,18 +136,26 @@ def run(
         workers=workers,
         progress=progress and processes().is_main_process,
     )
+    some = scored.train.select(frozen_rows(len(scored.train), seed))
     for variant in trained:
-        _save(variant, policy, scored.tokenizer, out, adapters=lora_rank > 0)
+        _save(variant, policy, scored.tokenizer, out, record, adapters=lora_rank > 0)
         parts.add(variant, scored.held_out, drawn=variant.name != baseline)
         parts.answers.append(_answers(policy, scored.tokenizer, shown, variant.name, variant.config))
+        if variant.name != baseline:
+            size, pad_id = variant.config.eval_batch_size, scored.tokenizer.pad_token_id
+            ratios = log_ratios(policy, some, pad_id=pad_id, batch_size=size, progress=False)
+            parts.h[variant.config.form] = ratios[:, 0] - ratios[:, 1]
     results = parts.results(scored.entropy)
     if processes().is_main_process:
         configs = {own.config.form: own.config for name, own in variants.items() if name != baseline}
         lines = {name: {form: getattr(c, name) for form, c in configs.items()} for name in _LINES}
         seconds = {**scored.seconds, "training": time.monotonic() - began}
         metadata = {**lines, "alpha": dict(results.alpha), "baseline": baseline, **scored.metadata}
+        metadata |= {"reference": record, "training": {form: asdict(config) for form, config in configs.items()}}
         metadata |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}, **environment()}
-        tables = {"beta": results.table, "history": results.history, "held_out": results.scores}
+        frozen, pairs = frozen_table(some, parts.h), pairs_table(scored.held_out)
+        write_parquet(out, beta_steps=results.betas, frozen=frozen, pairs=pairs)
+        tables = {"beta": results.table, "history": results.history, "held_out": results.scores, "pulls": results.pulls}
         if scored.entropy is not None:
             tables["entropy"] = scored.entropy
         write_tables(out, metadata=metadata, **tables, answers=results.answers)
@@ -152,6 +175,9 @@ class _Parts:
     scores: list[pd.DataFrame] = field(default_factory=list)
     answers: list[pd.DataFrame] = field(default_factory=list)
     alpha: dict[Form, float] = field(default_factory=dict)
+    betas: list[pd.DataFrame] = field(default_factory=list)
+    pulls: list[pd.DataFrame] = field(default_factory=list)
+    h: dict[Form, np.ndarray] = field(default_factory=dict)
 
     def add(self, variant: TrainedVariant, held_out: Dataset, *, drawn: bool) -> None:
         form, result = variant.config.form, variant.result
@@ -164,16 +190,31 @@ class _Parts:
             self.alpha[form] = result.alpha
             columns = betas_at(variant.beta, held_out).to_dict("list")
             self.tables.append(beta_table(form=form, seed=variant.config.seed, **columns))
+            betas = result.betas
+            self.betas.append(betas.assign(form=form)[["form", *betas.columns]])
+            weights = None
+            if any(p.requires_grad for p in variant.beta.parameters()):
+                weights = regularization_of(PromptRule(variant.beta), variant.config, result.alpha)
+            pulls = pulls_at(variant.beta, held_out, np.asarray(result.held_out), form, weights)
+            self.pulls.append(pulls.assign(form=form)[["form", *pulls.columns]])
 
     def results(self, entropy: pd.DataFrame | None) -> Results:
-        table = pd.concat(self.tables, ignore_index=True) if self.tables else pd.DataFrame()
-        parts = (self.histories, self.scores, self.answers)
-        history, scores, answers = (pd.concat(part, ignore_index=True) for part in parts)
-        return Results(table, history, scores, answers, self.alpha, entropy)
+        def joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+            return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+        table, betas, pulls = joined(self.tables), joined(self.betas), joined(self.pulls)
+        history, scores, answers = joined(self.histories), joined(self.scores), joined(self.answers)
+        return Results(table, history, scores, answers, self.alpha, entropy, betas, pulls)
 
 
 def _save(
-    variant: TrainedVariant, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, *, adapters: bool
+    variant: TrainedVariant,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    reference: Mapping[str, Any],
+    *,
+    adapters: bool,
 ) -> None:
     """Save a variant's policy and beta in its folder; a rule that is not a `Beta` is not saved."""
     if not processes().is_main_process:
@@ -183,6 +224,7 @@ def _save(
     policy.save_pretrained(out / variant.name / "policy", **more)
     tokenizer.save_pretrained(out / variant.name / "policy")
     if isinstance(variant.beta, Beta):
+        variant.beta.made_for = MadeFor(variant.config.form, reference["name"], reference["fingerprint"], FEATURES)
         variant.beta.save_pretrained(out / variant.name / "beta")
 
 

@@ -18,6 +18,7 @@ from dpoviz.analysis.tables import write_table
 from dpoviz.data.records import as_chat, load_pairs, split_by_group
 from dpoviz.data.tokens import answer_end, digest, encode_prompts, tokenize_pairs
 from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.folder import write_config
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
@@ -209,7 +210,12 @@ def run_real(config: RealConfig, scored: ScoredPairs, *, out: Path, progress: bo
             without adapters a copy of it is trained.
         out: the folder of results and checkpoints; a run that was killed resumes from it.
         progress: show bars.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
     """
+    if processes().is_main_process:
+        write_config(out, {"command": "train", **asdict(config)})
     return run(
         scored,
         variants(config, len(scored.train)),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dpoviz.data.tokens import end_id, token_counts
 from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.kept import MOST_FROZEN
 from dpoviz.experiments.real import Loaded
 from dpoviz.lm.processes import processes
 from dpoviz.lm.sampling import sample_answers
@@ -41,6 +42,7 @@ def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> di
         steps=stage1 + variants * stage2 if variants else 0,
         batch_size=batch_size,
         evaluations=1 + variants if variants else 0,  # at the end of each stage
+        scored_again=min(len(loaded.train), MOST_FROZEN) * len(config.forms) if variants else 0,
         eos_id=end_id(loaded.train),
         pad_id=loaded.tokenizer.pad_token_id,
     )
@@ -57,6 +59,7 @@ def time_parts(
     steps: int,
     batch_size: int,
     evaluations: int,
+    scored_again: int = 0,
     eos_id: int,
     pad_id: int,
 ) -> dict[str, float]:
@@ -76,6 +79,7 @@ def time_parts(
         steps: training steps, over all runs.
         batch_size: pairs per step.
         evaluations: number of times that the held-out pairs are scored.
+        scored_again: training pairs whose h is kept after the last step, over all runs.
         eos_id: id of the token that ends an answer.
         pad_id: id of the padding token.
 
@@ -108,7 +112,7 @@ def time_parts(
     return {
         "reference": forward * (sum(length) + sum(held)),
         "entropy": prompts * (few + token * samples * max_new_tokens),
-        "training": training * mean * batch_size * steps + forward * sum(held) * evaluations,
+        "training": training * mean * batch_size * steps + forward * (sum(held) * evaluations + mean * scored_again),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -444,6 +445,18 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     rows = embeddings.num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model {rows}; they do not belong together")
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return a hash of a model's weights, the same on every machine and in every floating-point type.
+
+    The weights are rounded to bfloat16, as a model loaded in it would have them.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def require_peft() -> None:

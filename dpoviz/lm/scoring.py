@@ -28,6 +28,10 @@ backward pass, or 4 and 5 with entropies; a bfloat16 head adds half a chunk.
 """
 
 
+FEATURES = "mean of the last hidden states over the prompt's tokens"
+"""How the features of a prompt are made."""
+
+
 class AnswerScores(NamedTuple):
     """Scores of B prompts' K answers.
 

@@ -5,14 +5,40 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from dpoviz.lm.cache import move, read_json, seal, verify, writing
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Log:
+    """What a stage has logged so far.
+
+    Attributes:
+        rows: the rows of its history.
+        betas: (P,) beta at each held-out prompt, by step; without a step where beta is not a function of the prompt.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    betas: dict[int, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, rows: list[dict[str, Any]]) -> Log:
+        """Return the rows with the betas saved in a folder; none in that of an older version."""
+        if not (folder / _BETAS).is_file():
+            return cls(rows)
+        with np.load(folder / _BETAS) as saved:
+            return cls(rows, {int(step): saved[step] for step in saved.files})
+
+
+_BETAS = "betas.npz"
 
 
 class Checkpoint:
@@ -28,8 +54,8 @@ class Checkpoint:
         self.accelerator, self.folder = accelerator, folder
         self.identity = json.loads(json.dumps(identity))
 
-    def load(self) -> tuple[int, list[dict[str, Any]]]:
-        """Return the step to resume from and the history so far; (0, []) if there is no checkpoint.
+    def load(self) -> tuple[int, Log]:
+        """Return the step to resume from and what was logged; 0 and an empty log if there is no checkpoint.
 
         A damaged checkpoint is renamed, with a warning that names the damaged file, and the one before it is used.
 
@@ -37,13 +63,13 @@ class Checkpoint:
             ValueError: the run in the folder has another configuration or other data.
         """
         if self.folder is None:
-            return 0, []
+            return 0, Log()
         if self.accelerator.is_main_process:
             _set_damaged_aside(self.folder)
         self.accelerator.wait_for_everyone()
         found = _found(self.folder)
         if not found:
-            return 0, []
+            return 0, Log()
         saved = read_json(found[-1] / "run.json")
         if saved["identity"] != self.identity:
             raise ValueError(
@@ -54,9 +80,9 @@ class Checkpoint:
         if not (found[-1] / f"random_states_{self.accelerator.process_index}.pkl").is_file():
             logger.warning("%s was saved by fewer processes: the random state of this one starts anew", found[-1])
         self.accelerator.load_state(str(found[-1]))
-        return saved["step"], saved["history"]
+        return saved["step"], Log.read(found[-1], saved["history"])
 
-    def save(self, step: int, history: list[dict[str, Any]]) -> None:
+    def save(self, step: int, log: Log) -> None:
         """Save the state after a step, then delete all but the last two checkpoints.
 
         Raises:
@@ -74,8 +100,10 @@ class Checkpoint:
             self.accelerator.wait_for_everyone()
             with writing(self.folder):
                 if main:
-                    run = {"identity": self.identity, "step": step, "history": history}
+                    run = {"identity": self.identity, "step": step, "history": log.rows}
                     (new / "run.json").write_text(json.dumps(run))
+                    betas: dict[str, Any] = {str(logged): values for logged, values in log.betas.items()}
+                    np.savez(new / _BETAS, **betas)
                     seal(new)
                     move(new, self.folder / f"checkpoint-{step}")
         except OSError:

@@ -29,7 +29,7 @@ from dpoviz.rules import PromptRule, Rule, RuleOutput
 from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, Batch, shuffled_rows
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig
-from dpoviz.training.probes import Models, correctly_ranked, means_by_task
+from dpoviz.training.probes import Models, betas_by_step, correctly_ranked, means_by_task, quartiles_by_task
 from dpoviz.training.state import State, prepare, training_mode
 from dpoviz.validation import require, rows_where
 
@@ -42,17 +42,23 @@ class TrainResult:
         history: a row per logged step. Measured on the batch before its update: form, seed, stage, step (counted
             across the stages), loss, loss/<term>, accuracy (fraction of the batch with h > 0, ties half), margin (mean
             s·h), grad/<term>/<task> (mean pull of the term on one prompt's beta; see `gradients_on_beta`),
-            grad_norm/policy and grad_norm/beta (before clipping). Measured on the held-out prompts after the update:
-            beta/<task> (mean, evaluation mode), held_out_accuracy and held_out_accuracy/<task> (fraction of pairs with
-            h > 0), kl and kl_se (nats, sampled), kl/<task>.
+            logratio/chosen/<task> and logratio/rejected/<task> (mean log π/π_ref of the answers, nats; quartiles
+            with the suffixes /q25 and /q75), grad_norm/policy and grad_norm/beta (before clipping). Measured on the
+            held-out prompts after the update: beta/<task> (mean, evaluation mode), held_out_accuracy and
+            held_out_accuracy/<task> (fraction of pairs with h > 0), held_out_logratio/<answer>/<task> with its
+            quartiles, kl and kl_se (nats, sampled), kl/<task>.
         alpha: beta per nat of entropy.
         held_out: (N, 2) log π/π_ref of chosen and rejected of each held-out pair after the last step, in nats; None
             without held-out pairs.
+        betas: beta at each distinct held-out prompt after the update of each logged step, evaluation mode: step,
+            prompt (its number, in order of first appearance), beta; no rows where beta is not a function of the
+            prompt.
     """
 
     history: pd.DataFrame
     alpha: float
     held_out: np.ndarray | None
+    betas: pd.DataFrame
 
 
 def train(
@@ -110,7 +116,7 @@ def train(
         beta_rows = shuffled_rows(len(beta_pairs), config.batch_size, steps, seed=config.seed + stage)
     identity = {} if out is None else _identity(config, stage, rule, pairs, beta_pairs)
     checkpoint = Checkpoint(state.accelerator, None if out is None else Path(out), identity)
-    first, history = checkpoint.load()
+    first, logged = checkpoint.load()
     bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden(progress))
     ratios = None
 
@@ -136,6 +142,7 @@ def train(
             last = step == steps - 1
             log = last or step % config.log_every == 0
             row = {name: value for loss in losses for name, value in _measure(loss).items()} if log else {}
+            row |= quartiles_by_task("logratio", logps.detach() - batch.ref_logps, batch.task) if log else {}
 
             first_loss, *others = (loss.objective.total for loss in losses)
             norms = state.update(sum(others, first_loss))
@@ -145,16 +152,17 @@ def train(
                 ratios = state.held_out_ratios() if probe else None
                 place = {"form": config.form, "seed": config.seed, "stage": stage, "step": offset + step}
                 row |= {f"grad_norm/{name}": float(norm) for name, norm in norms.items()}
-                history.append(place | row | state.measure(ratios))
+                logged.rows.append(place | row | state.measure(ratios))
+                logged.betas |= state.betas(offset + step)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.2f}", refresh=False)
             bar.update()
             if last or (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(step + 1, history)
+                checkpoint.save(step + 1, logged)
         if ratios is None:  # the run had already finished, or has no steps
             ratios = state.held_out_ratios()
     policy.eval()
     rule.eval()
-    return TrainResult(pd.DataFrame(history), state.alpha, ratios)
+    return TrainResult(pd.DataFrame(logged.rows), state.alpha, ratios, betas_by_step(logged.betas))
 
 
 def _check(
@@ -175,6 +183,8 @@ def _check(
     for name, data in (("pairs", pairs), ("beta_pairs", beta_pairs)):
         if data is not None and len(data) < config.batch_size:
             raise ValueError(f"{name}: got {len(data)}, expected at least batch_size = {config.batch_size}")
+    if isinstance(rule, PromptRule) and rule.beta.made_for is not None:
+        rule.beta.require_made_for(form=config.form)
     if rule.form not in (None, config.form):
         raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, got {config.form!r}")
     lacking = [column for column in ANSWER_ENTROPY if column not in pairs.column_names]

@@ -144,7 +144,10 @@ def _joined(stage1: TrainResult, stage2: TrainResult, config: TrainConfig) -> Tr
     """Put the history of stage 1, in a variant's form and beta, before that of stage 2."""
     fixed = {column: config.beta0 for column in stage1.history if column.startswith("beta/")}
     first = stage1.history.assign(form=config.form, **fixed)
-    return TrainResult(pd.concat([first, stage2.history], ignore_index=True), stage2.alpha, stage2.held_out)
+    # a rule that is not a function of the prompt has no betas in stage 2
+    before = [stage1.betas.assign(beta=np.float32(config.beta0))] if len(stage2.betas) else []
+    betas = pd.concat([*before, stage2.betas], ignore_index=True)
+    return TrainResult(pd.concat([first, stage2.history], ignore_index=True), stage2.alpha, stage2.held_out, betas)
 
 
 @torch.no_grad()

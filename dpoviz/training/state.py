@@ -24,7 +24,15 @@ from dpoviz.rules import Observation, PromptRule, Rule
 from dpoviz.training.batch import Batch, read_batch
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import observe
-from dpoviz.training.probes import HeldOut, Models, accuracy, log_ratios, mean_betas, sampled_kl
+from dpoviz.training.probes import (
+    HeldOut,
+    Models,
+    held_out_measurements,
+    log_ratios,
+    mean_betas,
+    prompt_betas,
+    sampled_kl,
+)
 from dpoviz.validation import require
 
 
@@ -191,10 +199,15 @@ class State:
             return {}
         row = mean_betas(self.rule, self.held_out)
         if ratios is not None:
-            row |= accuracy(ratios, self.held_out.task)
+            row |= held_out_measurements(ratios, self.held_out.task)
             if self.models.reference is not None and self.held_out.prompts:
                 row |= self._kl(self.held_out, 0)
         return row
+
+    def betas(self, step: int) -> dict[int, np.ndarray]:
+        """Return (P,) beta at each held-out prompt, by the step; empty if there is none."""
+        found = None if self.held_out is None else prompt_betas(self.rule, self.held_out)
+        return {} if found is None else {step: found}
 
     def _kl(self, data: HeldOut | None, seed_shift: int) -> Mapping[str, float]:
         assert data is not None
@@ -221,7 +234,7 @@ def prepare(
     if models.reference is not None:
         models.reference.to(accelerator.device).eval()
     alpha = config.alpha_for(pairs["ref_entropy"])
-    weights = _weights(rule, config, alpha) if stage == 2 and rule.trainable else None
+    weights = regularization_of(rule, config, alpha) if stage == 2 and rule.trainable else None
     held_out, kl_prompts = (
         None if data is None else HeldOut.of(data, config.probe_prompts, accelerator.device)
         for data in (held_out, pairs if "kl" in rule.needs else None)
@@ -266,7 +279,7 @@ def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
     )
 
 
-def _weights(rule: Rule, config: TrainConfig, alpha: float) -> Regularization:
+def regularization_of(rule: Rule, config: TrainConfig, alpha: float) -> Regularization:
     """Return the weights of the penalties; the gradient penalty applies only to a beta that reads x."""
     weights = config.regularization(alpha)
     reads_x = isinstance(rule, PromptRule) and isinstance(rule.beta, BetaNetwork)
