@@ -499,7 +499,9 @@ class BetaDPOTrainer(DPOTrainer):
                 self._longest = min(self._longest, context_length(own) or math.inf)
                 if self._longest == math.inf:
                     return "the length of a stream's rows is unknown (args.max_length says it)"
-                if not supports_shared_prefix(own, int(self._longest), 2 * int(self._longest)):
+                with _without_autocast(own):
+                    right = supports_shared_prefix(own, int(self._longest), 2 * int(self._longest))
+                if not right:
                     return f"{type(own).__name__} gives other scores there than by itself"
             except ValueError as error:  # an adapter of prompts, or no causal language model
                 return str(error)
@@ -612,3 +614,16 @@ policy, beta = AutoModelForCausalLM.from_pretrained("{name}"), load_beta("{name}
 def _fields(outputs) -> dict[str, Any]:
     """Return the fields of a model's output, TRL's or ours, by name."""
     return dict(outputs) if isinstance(outputs, dict) else outputs._asdict()
+
+
+@contextmanager
+def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """Take away the half precision that accelerate puts around a model's forward, in which no trial is exact."""
+    wrapped, own = model.forward, getattr(model, "_original_forward", None)
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = wrapped

@@ -659,6 +659,17 @@ class TestSharedPrefix:
     def test_settings_of_trl(self, both, changed):
         self.same(*both(**changed))
 
+    def test_in_mixed_precision(self, world, tmp_path):
+        """TRL's default; two ways to round, of log-probabilities of about 20 nats."""
+        found = [
+            trained(world, tmp_path, ConstantBeta(0.1), CONFIG, cls=cls, bf16=True, learning_rate=1e-4)
+            for cls in (BetaDPOTrainer, functools.partial(BetaDPOTrainer, shared_prefix=True))
+        ]
+        assert found[1]._sharing and found[1]._shared_prefix
+        assert found[1].accelerator.mixed_precision == "bf16"
+        assert losses(found[1]) == pytest.approx(losses(found[0]), abs=0.02)
+        assert losses(found[1], "logps/chosen") == pytest.approx(losses(found[0], "logps/chosen"), rel=0.01)
+
     def test_equal_prompts_are_laid_out_once(self, both):
         _, ours = both()
         batch = ours._prepare_inputs(ours.data_collator([ours.train_dataset[i] for i in (0, 1, 0)]))
