@@ -29,6 +29,8 @@ _HOMES = {
 }
 """The public names, by the module that defines each. A module is imported when one of its names is first used."""
 
+__version__: str
+
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME)
@@ -50,8 +52,6 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # what editors and type checkers read
-    __version__: str
-
     from dpoviz.allocation import allocate, gain_bound, reward_per_nat, reward_per_nat_of_pairs
     from dpoviz.analysis.plots import plot_beta_by_task, plot_beta_gradients, plot_beta_vs_entropy, plot_training
     from dpoviz.analysis.tables import beta_table, summarize

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
-from dpoviz.validation import require_features, require_positive, rows_where, task_index
+from dpoviz.validation import refused, require_features, require_positive, rows_where, task_index
 
 logger = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class EntropyBeta(Beta):
         if ref_entropy is None or ref_entropy.shape != (len(x),):
             got = None if ref_entropy is None else f"shape {tuple(ref_entropy.shape)}"
             raise ValueError(f"ref_entropy: got {got}, expected shape ({len(x)},), one per row of x")
-        if not torch.isfinite(ref_entropy).all():
+        if refused(~torch.isfinite(ref_entropy)):
             rows = rows_where(~torch.isfinite(ref_entropy))
             raise ValueError(f"ref_entropy: not finite in rows {rows}, expected finite entropies")
         return (self.alpha * ref_entropy.detach()).clamp(self.beta_min, self.beta_max)

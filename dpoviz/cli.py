@@ -220,6 +220,7 @@ def _train(given: _Train) -> None:
     with locked_run(given.out, "train", config):
         loaded = load(config)
         _say_loaded(config, loaded)
+        _say_memory(config, loaded)
         _say_time(config, loaded, variants=len(config.forms) + 1)
         scored = score(config, loaded, cache_dir=default_cache_dir())
         results = run_real(config, scored, out=given.out)
@@ -321,6 +322,13 @@ def _say_time(config: RealConfig, loaded: Loaded, *, variants: int) -> None:
     parts = estimate_seconds(config, loaded, variants=variants)
     shown = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items())
     print(f"about {_minutes(sum(parts.values()))} if nothing is cached from an earlier run: {shown}", flush=True)
+
+
+def _say_memory(config: RealConfig, loaded: Loaded) -> None:
+    from dpoviz.experiments.memory_estimate import require_memory
+
+    needed = require_memory(config, loaded)
+    print(f"about {needed.total / 1e9:.1f} GB of memory for a training step", flush=True)
 
 
 def _minutes(seconds: float) -> str:

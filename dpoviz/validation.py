@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+_TRUSTED: ContextVar[bool] = ContextVar("values are trusted", default=False)
+
+
+@contextmanager
+def trusted_values() -> Iterator[None]:
+    """Check shapes and types of tensors but not their values, for which the CPU would wait for a GPU.
+
+    For a caller that has checked the values itself.
+    """
+    token = _TRUSTED.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+def refused(wrong: Tensor) -> bool:
+    """Return whether any value of a boolean tensor is True; False without a look inside `trusted_values`."""
+    return not _TRUSTED.get() and bool(wrong.any())
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
@@ -46,14 +68,14 @@ def require_rows(name: str, values: Tensor, batch: int | None = None) -> None:
         # a linear layer returns (B, 1), which would silently broadcast to (B, B) when combined with (B,)
         hint = "; drop the last axis with .squeeze(-1)" if values.ndim == 2 and values.shape[1] == 1 else ""
         raise ValueError(f"{name}: got shape {tuple(values.shape)}, expected {expected}{hint}")
-    if not torch.isfinite(values).all():
+    if refused(~torch.isfinite(values)):
         raise ValueError(f"{name}: not finite in rows {rows_where(~torch.isfinite(values))}, expected finite numbers")
 
 
 def require_positive_rows(name: str, values: Tensor) -> None:
     """Refuse anything but one positive finite floating number per row."""
     require_rows(name, values)
-    if not (values > 0).all():
+    if refused(~(values > 0)):
         raise ValueError(f"{name}: not positive in rows {rows_where(values <= 0)}, expected > 0")
 
 
@@ -62,7 +84,7 @@ def require_features(x: Tensor, width: int | None = None) -> None:
     if x.ndim != 2 or len(x) == 0 or not x.is_floating_point() or (width is not None and x.shape[1] != width):
         expected = "(B, D)" if width is None else f"(B, {width})"
         raise ValueError(f"x: got a {x.dtype} tensor of shape {tuple(x.shape)}, expected floating {expected}, B ≥ 1")
-    if not torch.isfinite(x).all():
+    if refused(~torch.isfinite(x)):
         raise ValueError(f"x: not finite in rows {rows_where(~torch.isfinite(x))}, expected finite features")
 
 

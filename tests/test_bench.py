@@ -18,8 +18,9 @@ from dpoviz.experiments.bench import (
     PEER,
     PLAIN,
     bench,
-    bench_batches,
+    bench_lengths,
     bench_pairs,
+    bench_shared_prompts,
     bench_steps,
     bench_vocabulary,
     forward_operations,
@@ -114,7 +115,13 @@ def test_all_of_it(world, monkeypatch):
     monkeypatch.setattr(module, "bench_vocabulary", partial(bench_vocabulary, (500, 900)))
     found = dict(bench(*world, batch_size=3, repeats=1, max_length=32, samples=2, new_tokens=4, progress=False))
     of_model = ["steps", "reference", "sampling", "lengths", "shared prompts"]
-    assert list(found) == [*of_model, "pairs", "vocabulary"]
+    assert list(found) == ["steps", "profile", *of_model[1:], "pairs", "vocabulary"]
+    profiled = found["profile"].set_index("who")
+    assert list(profiled.index) == list(found["steps"]["who"][:5])
+    parts = profiled[["matrix", "attention", "optimizer", "other"]]
+    assert (parts >= 0).all(axis=None) and parts.sum(axis=1).to_numpy() == pytest.approx(1)
+    assert (parts.loc[OURS] > 0).all() and parts.loc[ALONE, "attention"] == 0  # no model runs there
+    assert (profiled[["gpu", "copies", "gpu_share", "kernels"]].max() > 0).all() == torch.cuda.is_available()
     assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())
     for name in of_model:
         shares = found[name][found[name]["who"] != ALONE if name == "steps" else slice(None)]["share_of_matrix_rate"]
@@ -132,7 +139,10 @@ def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):
         return score_answers(*args, **more)
 
     monkeypatch.setattr(module, "score_answers", seen)
-    lengths, shared = bench_batches(model, 0, repeats=1, longest=40, progress=False)  # the context has 64
+    lengths, shared = (
+        call(model, 0, repeats=1, longest=40, progress=False)  # the context has 64
+        for call in (bench_lengths, bench_shared_prompts)
+    )
     assert lengths["length"].tolist() == [4, 8, 16, 32]
     # two prompts, and four answers whose last token is not fed in
     assert lengths["tokens"].tolist() == [2 * n + 4 * (n - 1) for n in (4, 8, 16, 32)]

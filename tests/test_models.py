@@ -416,6 +416,8 @@ def _add_tokenizer(writer, tokenizer):
     writer.add_tokenizer_pre("smollm")  # digits one by one
     writer.add_token_list(sorted(core["vocab"], key=core["vocab"].get))
     writer.add_token_merges([" ".join(merge) for merge in core["merges"]])
+    # transformers 5.17 reads no Llama without a first token, and takes it for the end token
+    writer.add_bos_token_id(tokenizer.pad_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_unk_token_id(tokenizer.eos_token_id)  # a missing one would be added to the vocabulary

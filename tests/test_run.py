@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -14,12 +13,13 @@ from datasets import Dataset
 from helpers.readme import blocks
 from helpers.worlds import CONFIG, Killed, dies_at, network, run, small_model, small_pairs
 
+from dpoviz.analysis.tables import read_table, write_table
 from dpoviz.beta import BetaNetwork, ConstantBeta, MadeFor, TaskBeta, read_beta
 from dpoviz.data import tasks
 from dpoviz.data.records import as_chat
-from dpoviz.experiments import kept, pipeline
+from dpoviz.experiments import kept, real
 from dpoviz.experiments.config import RealConfig
-from dpoviz.experiments.folder import report, write_config
+from dpoviz.experiments.folder import report
 from dpoviz.experiments.pipeline import ScoredPairs
 from dpoviz.experiments.real import variants
 from dpoviz.forms import FORMS
@@ -40,7 +40,7 @@ def config(**changed):
     settings = RealConfig(data=("pairs.jsonl",), entropy_samples=2, max_length=96, lora_rank=0, answers=1)
     training = dataclasses.replace(
         settings.training, stage1_steps=2, stage2_steps=5, batch_size=6, log_every=2, checkpoint_every=2,
-        max_new_tokens=4, policy_learning_rate=1e-3, eval_batch_size=8, lambda_entropy=changed.pop("entropy", 0.1),
+        max_new_tokens=4, policy_learning_rate=1e-3, eval_batch_size=8,
     )  # fmt: skip
     return dataclasses.replace(settings, training=training, **changed)
 
@@ -73,13 +73,9 @@ def scored(place, *, chat=False):
     return ScoredPairs(model, tokenizer, *parts)
 
 
-def train(data, settings, out, change=lambda variants: variants):
-    write_config(out, {"command": "train", **asdict(settings)})
+def train(data, settings, out):
     data = dataclasses.replace(data, model=copy.deepcopy(data.model))  # adapters would stay in it
-    found = change(variants(settings, len(data.train)))
-    pipeline.run(
-        data, found, out=out, baseline="fixed", lora_rank=settings.lora_rank, answers=settings.answers, progress=False
-    )
+    real.run_real(settings, data, out=out, progress=False)
     return out
 
 
@@ -177,13 +173,15 @@ class TestKept:
         of_one = found.scores[found.scores["variant"] == "fixed"]
         assert of_one["prompt"].tolist() == found.pairs["prompt"].tolist()
 
-    def test_killed_and_started_again_it_keeps_the_same_bytes(self, folder, data, tmp_path):
-        def dying(found):
+    def test_killed_and_started_again_it_keeps_the_same_bytes(self, folder, data, tmp_path, monkeypatch):
+        def dying(*given):
+            found = variants(*given)
             own = found["standard"]
             return found | {"standard": Variant(own.config, lambda *a, **k: dies_at(own.make(*a, **k), 3))}
 
-        with pytest.raises(Killed):
-            train(data, config(), tmp_path / "run", dying)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(real, "variants", dying)
+            train(data, config(), tmp_path / "run")
         assert not (tmp_path / "run" / "beta_steps.parquet").exists()
         assert (tmp_path / "run" / "standard" / "checkpoint-2").is_dir()  # it resumes in the middle
         train(data, config(), tmp_path / "run")
@@ -405,8 +403,15 @@ def test_pulls_of_every_term_by_hand():
 
 
 @pytest.fixture(scope="module")
-def other(data, folder):
-    return train(data, config(entropy=0.0), folder.with_name("without-entropy"))
+def other(folder):
+    """The folder as a run of another setting might have left it."""
+    out = shutil.copytree(folder, folder.with_name("without-entropy"))
+    settings = json.loads((out / "config.json").read_text())
+    settings["training"]["lambda_entropy"] = 0.0
+    (out / "config.json").write_text(json.dumps(settings))
+    table = read_table(out / "beta.csv")
+    write_table(table.assign(beta=table["beta"] * 2, scale=table["scale"] / 2), out / "beta.csv")
+    return out
 
 
 class TestCompareRuns:

@@ -99,20 +99,10 @@ def evaluate_policy(
             rows = [share[place] for place in places]
             own = [drawn[row] for row in rows]
             sums = score_both(policy, reference, [prompts[row] for row in rows], own, _token_statistics, pad_id=pad_id)
-            k1, step_kl, entropy, length = sums.unbind(dim=-1)  # (rows, samples) each
-            k3 = torch.expm1(-k1) + k1
-            for i, row in enumerate(rows):
-                texts = tokenizer.batch_decode(own[i], skip_special_tokens=True)
-                found[row] = {
-                    "task": problems[row].task,
-                    "prompt": problems[row].prompt,
-                    "reward": float(np.mean([reward(problems[row], text) for text in texts])),
-                    "kl": step_kl[i].mean().item(),
-                    "kl_k1": k1[i].mean().item(),
-                    "kl_k3": k3[i].mean().item(),
-                    "entropy": (entropy[i].sum() / length[i].sum()).item(),
-                    "length": length[i].mean().item(),
-                }
+            for row, answers_of_row, own_sums in zip(rows, own, sums, strict=True):
+                texts = tokenizer.batch_decode(answers_of_row, skip_special_tokens=True)
+                rewards = [reward(problems[row], text) for text in texts]
+                found[row] = _measurements(problems[row], rewards, own_sums)
             bar.update(len(rows))
         return found
 
@@ -121,6 +111,21 @@ def evaluate_policy(
         shares = [range(first, len(problems), state.num_processes) for first in range(state.num_processes)]
         found = {row: numbers for part in map_over_processes(shares, measure) for row, numbers in part.items()}
     return pd.DataFrame([found[row] for row in range(len(problems))])
+
+
+def _measurements(problem: Problem, rewards: Sequence[float], sums: Tensor) -> dict[str, object]:
+    """Return the measurements at one prompt, from (samples, 4) sums of `_token_statistics` over its answers."""
+    k1, step_kl, entropy, length = sums.unbind(dim=-1)
+    return {
+        "task": problem.task,
+        "prompt": problem.prompt,
+        "reward": float(np.mean(rewards)),
+        "kl": step_kl.mean().item(),
+        "kl_k1": k1.mean().item(),
+        "kl_k3": (torch.expm1(-k1) + k1).mean().item(),
+        "entropy": (entropy.sum() / length.sum()).item(),
+        "length": length.mean().item(),
+    }
 
 
 def _token_statistics(logits: Tensor, ref_logits: Tensor, targets: Tensor) -> Tensor:

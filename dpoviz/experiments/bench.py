@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,21 +22,23 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.data.records import load_pairs
 from dpoviz.data.tokens import IDS, token_counts, tokenize_pairs
-from dpoviz.experiments.config import BenchConfig, WorldConfig
+from dpoviz.experiments.config import TABLES, BenchConfig, WorldConfig
 from dpoviz.experiments.real import load, score
 from dpoviz.experiments.small import small_world
-from dpoviz.lm.forward import predict_shared
+from dpoviz.lm.forward import CompiledLayers, predict_shared
 from dpoviz.lm.models import tiny_tokenizer
-from dpoviz.lm.packing import by_length, prefix_batch
-from dpoviz.lm.processes import hidden
+from dpoviz.lm.packing import PrefixBatch, by_length, prefix_batch
+from dpoviz.lm.processes import hidden, map_ahead, processes
 from dpoviz.lm.sampling import sampling
-from dpoviz.lm.scoring import context_length, score_answers
+from dpoviz.lm.scoring import context_length, lay_out_ahead, score_answers
 from dpoviz.losses import Logps, dpo_loss, total_loss
 from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.state import adamw
@@ -44,6 +46,9 @@ from dpoviz.training.state import adamw
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
 INSIDE = "TRL, shared prefix"
 """The methods whose training step is timed."""
+
+COMPILED = ", compiled"
+"""End of the name of a method whose layers are compiled."""
 
 ALONE = "β(x) and its terms alone"
 """What a step adds to that of a fixed β: timed alone, because it is smaller than the noise of whole steps."""
@@ -57,6 +62,7 @@ def bench_steps(
     batch_size: int,
     repeats: int,
     max_length: int,
+    compiled: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Time a DPO training step on the pairs of each task: forward, backward, clipping and AdamW on all weights.
@@ -71,6 +77,7 @@ def bench_steps(
         batch_size: pairs per step, sampled from those of each task.
         repeats: timed steps of each method, in turn, after an untimed one; memory is measured in one more.
         max_length: length at which TRL truncates, in tokens; no pair is longer.
+        compiled: also time TRL's step and ours with compiled layers.
         progress: show a bar.
 
     Returns:
@@ -87,17 +94,19 @@ def bench_steps(
     rows = []
     for task in sorted(set(scored["task"])):
         pairs = scored.filter(lambda row, task=task: row["task"] == task).shuffle(seed=0).select(range(batch_size))
-        steps = _contestants(model, tokenizer, pairs, max_length)
+        steps = _contestants(model, tokenizer, pairs, max_length, compiled)
         taken = _in_turn(steps, repeats, model.device, f"training steps, {task}" if progress else None)
         tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
-        same = {who: measured.result for who, measured in taken.items() if who not in (LEARNED, ALONE)}
+        other = (LEARNED, LEARNED + COMPILED, ALONE)
+        same = {who: measured.result for who, measured in taken.items() if who not in other}
         if max(same.values()) - min(same.values()) > tolerance:
             raise FloatingPointError(f"{task}: the losses differ, {same}; expected the same work")
         prompts, answers = pairs["prompt_ids"][:], _answers(pairs[:])
         needed = 3 * forward_operations(model, prompts, answers)
         for who, measured in taken.items():
             seconds = measured.seconds
-            peer = taken[PEER].seconds if PEER in taken else []
+            rival = PEER + COMPILED * who.endswith(COMPILED)
+            peer = taken[rival].seconds if rival in taken else []
             ratios = [a / b for a, b in zip(peer, seconds, strict=False)] if who != ALONE else []
             whole = 1 / statistics.median(seconds) if who != ALONE else float("nan")  # steps per second
             over = [b / a for a, b in zip(taken[OURS].seconds, seconds, strict=True)]
@@ -124,7 +133,7 @@ def bench_steps(
 
 
 def _contestants(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int, compiled: bool = False
 ) -> dict[str, Callable[[], float]]:
     rows = pairs[:]
     prompts, answers, device = rows["prompt_ids"], _answers(rows), model.device
@@ -141,10 +150,18 @@ def _contestants(
     if len(x) > 1:
         network.fit_running_statistics(x)
 
+    pad_id = tokenizer.pad_token_id
+
+    def lay_out(_: None) -> PrefixBatch:
+        rows = lay_out_ahead(model, prompts, answers, pad_id)
+        return rows.pinned() if device.type == "cuda" else rows
+
+    laid_out = map_ahead(lay_out, repeat(None))  # by another thread, as in training
+
     def scored(shared: bool) -> Sequence[Tensor]:
-        return score_answers(model, prompts, answers, pad_id=tokenizer.pad_token_id, shared_prefix=shared).logps.unbind(
-            dim=1
-        )
+        ahead = next(laid_out) if shared else None
+        scores = score_answers(model, prompts, answers, pad_id=pad_id, shared_prefix=shared, laid_out=ahead)
+        return scores.logps.unbind(dim=1)
 
     def fixed(shared: bool) -> Callable[[], Tensor]:
         beta = torch.full_like(ref[0], 0.1)
@@ -183,12 +200,24 @@ def _contestants(
         INSIDE: partial(_trl, shared_prefix=True),
     }
     peers = {who: make(model, tokenizer, pairs, max_length) for who, make in trainers.items()}
-    return {who: step for who, step in peers.items() if step is not None} | {
+    calls = {who: step for who, step in peers.items() if step is not None} | {
         PLAIN: stepping(fixed(False), model),
         OURS: stepping(fixed(True), model),
         LEARNED: stepping(lambda: learned(scored(True)), model, network),
         ALONE: stepping(lambda: learned(ref), network),
     }
+    if compiled:
+        layers = CompiledLayers(model)
+        calls |= {who + COMPILED: _inside(layers, calls[who]) for who in (PEER, OURS, LEARNED) if who in calls}
+    return calls
+
+
+def _inside(layers: CompiledLayers, call: Callable[[], float]) -> Callable[[], float]:
+    def inside() -> float:
+        with layers:
+            return call()
+
+    return inside
 
 
 def _trl(
@@ -233,6 +262,68 @@ def _trl(
         return loss.item()
 
     return step
+
+
+_KINDS = {
+    "matrix": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"),
+    "attention": ("attention",),
+    "optimizer": ("_fused_adamw", "_foreach", "linalg_vector_norm"),
+}
+"""Parts of the names of operators, by the kind of work."""
+
+
+def profile_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Dataset,
+    *,
+    batch_size: int,
+    max_length: int,
+    compiled: bool = False,
+    steps: int = 3,
+) -> pd.DataFrame:
+    """Profile the training steps of `bench_steps` on pairs of all tasks together.
+
+    Returns:
+        A row per method: who, seconds (per step, under the profiler, which slows down a CPU), gpu (seconds that the GPU
+        computed), copies (seconds that it copied between itself and the CPU), gpu_share (gpu over seconds), host
+        (seconds in which the GPU did neither), kernels (launched per step); and the shares of the operators' own time,
+        on a GPU that of its kernels: matrix, attention, optimizer, other. On a CPU gpu, copies and kernels are 0.
+    """
+    pairs = scored.shuffle(seed=0).select(range(batch_size))
+    calls = _contestants(model, tokenizer, pairs, max_length, compiled)
+    on_gpu = model.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    rows = []
+    for who, call in calls.items():
+        for _ in range(2):
+            call()
+        _wait(model.device)
+        with profile(activities=activities) as found:
+            began = time.perf_counter()
+            for _ in range(steps):
+                call()
+            _wait(model.device)
+            seconds = (time.perf_counter() - began) / steps
+        rows.append({"who": who, "seconds": seconds, **_profiled(found, seconds, steps, on_gpu)})
+    return pd.DataFrame(rows)
+
+
+def _profiled(found: profile, seconds: float, steps: int, on_gpu: bool) -> dict[str, float]:
+    kernels = [event for event in found.events() or [] if event.device_type == DeviceType.CUDA]
+    copied = [event for event in kernels if "memcpy" in event.name.lower()]
+    took, copies = (1e-6 * sum(e.time_range.elapsed_us() for e in some) / steps for some in (kernels, copied))
+    own: Counter[str] = Counter()
+    for event in found.key_averages():
+        if event.device_type == DeviceType.CPU:  # operators; a GPU's kernels are counted where they were launched
+            kind = next((k for k, parts in _KINDS.items() if any(part in event.key for part in parts)), "other")
+            own[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    whole = sum(own.values()) or 1
+    shares = {kind: own[kind] / whole for kind in (*_KINDS, "other")}
+    gpu = took - copies
+    host = max(0.0, seconds - took)
+    launched = (len(kernels) - len(copied)) / steps
+    return {"gpu": gpu, "copies": copies, "gpu_share": gpu / seconds, "host": host, "kernels": launched, **shares}
 
 
 @torch.no_grad()
@@ -375,10 +466,10 @@ def bench_pairs(
     return pd.DataFrame(rows)
 
 
-def bench_batches(
+def bench_lengths(
     model: PreTrainedModel, pad_id: int, *, repeats: int, longest: int = 256, seed: int = 0, progress: bool = True
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Time forward and backward passes of random pairs, by length and by the number of pairs that share a prompt.
+) -> pd.DataFrame:
+    """Time forward and backward passes of two random pairs whose prompts and answers have equal lengths, by length.
 
     Args:
         model: a causal language model.
@@ -386,13 +477,43 @@ def bench_batches(
         repeats: timed calls of each, after an untimed one.
         longest: tokens of the longest prompt, and of each of its answers.
         seed: random seed of the tokens.
+        progress: show a bar.
 
     Returns:
-        Two tables. For two pairs whose prompts and answers have equal lengths, a row per length: length, tokens
-        (computed), seconds (median), low, high, microseconds_per_token, operations (per second), memory (MiB). For
-        eight pairs whose answers are a quarter as long as their prompts, a row per number of different prompts:
-        prompts, tokens and the same columns, with ratio (time over that of eight prompts, median over repeats).
+        A row per length: length, tokens (computed), seconds (median), low, high, microseconds_per_token, operations
+        (per second), memory (MiB).
     """
+    some, longest = _random_tokens(model, longest, seed)
+    lengths = [longest // 8, longest // 4, longest // 2, longest]
+    growing = {n: (some(2, n), some(2, 2, n)) for n in lengths}
+    return _growth(model, pad_id, "length", growing, repeats, progress).drop(columns="ratio")
+
+
+def bench_shared_prompts(
+    model: PreTrainedModel, pad_id: int, *, repeats: int, longest: int = 256, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """Time forward and backward passes of eight random pairs by the number of different prompts.
+
+    Args:
+        model: a causal language model.
+        pad_id: id of the padding token.
+        repeats: timed calls of each, after an untimed one.
+        longest: twice the tokens of a prompt, and eight times those of an answer.
+        seed: random seed of the tokens.
+        progress: show a bar.
+
+    Returns:
+        A row per number of different prompts: prompts, tokens and the columns of `bench_lengths`, with ratio (time over
+        that of eight prompts, median over repeats).
+    """
+    some, longest = _random_tokens(model, longest, seed)
+    prompts, answers = some(8, longest // 2), some(8, 2, longest // 8)
+    sharing = {n: ([prompts[i % n] for i in range(8)], answers) for n in (8, 4, 2, 1)}
+    return _growth(model, pad_id, "prompts", sharing, repeats, progress)
+
+
+def _random_tokens(model: PreTrainedModel, longest: int, seed: int) -> tuple[Callable[..., list], int]:
+    """Return a function that draws tokens of a shape, and the longest length of which twice fits the context."""
     draw = torch.Generator().manual_seed(seed)
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.num_embeddings
@@ -400,27 +521,24 @@ def bench_batches(
     def some(*shape: int) -> list:
         return torch.randint(vocabulary, shape, generator=draw).tolist()
 
-    longest = min(longest, (context_length(model) or 2 * longest) // 2)
-    lengths = [longest // 8, longest // 4, longest // 2, longest]
-    growing = {n: (some(2, n), some(2, 2, n)) for n in lengths}
-    prompts, answers = some(8, longest // 2), some(8, 2, longest // 8)
-    sharing = {n: ([prompts[i % n] for i in range(8)], answers) for n in (8, 4, 2, 1)}
+    return some, min(longest, (context_length(model) or 2 * longest) // 2)
 
+
+def _growth(
+    model: PreTrainedModel, pad_id: int, name: str, batches: dict[int, tuple], repeats: int, progress: bool
+) -> pd.DataFrame:
     def step(batch: tuple) -> None:
         score_answers(model, *batch, pad_id=pad_id).logps.sum().backward()
         model.zero_grad()
 
-    tables = []
-    for name, batches in (("length", growing), ("prompts", sharing)):
-        calls = {n: partial(step, batch) for n, batch in batches.items()}
-        taken = _in_turn(calls, repeats, model.device, f"growth with {name}" if progress else None)
-        table = _rows(taken, next(iter(calls)))
-        table.insert(1, "tokens", [_tokens(*batch) for batch in batches.values()])
-        table.insert(5, "microseconds_per_token", 1e6 * table["seconds"] / table["tokens"])
-        needed = [3 * forward_operations(model, *batch) for batch in batches.values()]
-        table.insert(6, "operations", needed / table["seconds"])
-        tables.append(table.rename(columns={"who": name}))
-    return tables[0].drop(columns="ratio"), tables[1]
+    calls = {n: partial(step, batch) for n, batch in batches.items()}
+    taken = _in_turn(calls, repeats, model.device, f"growth with {name}" if progress else None)
+    table = _rows(taken, next(iter(calls)))
+    table.insert(1, "tokens", [_tokens(*batch) for batch in batches.values()])
+    table.insert(5, "microseconds_per_token", 1e6 * table["seconds"] / table["tokens"])
+    needed = [3 * forward_operations(model, *batch) for batch in batches.values()]
+    table.insert(6, "operations", needed / table["seconds"])
+    return table.rename(columns={"who": name})
 
 
 @torch.no_grad()
@@ -472,13 +590,23 @@ def run_bench(config: BenchConfig, out: Path, *, cache_dir: Path) -> Iterator[tu
     if few:
         raise ValueError(f"batch_size: got {config.batch_size}, but there are fewer pairs to train on of {few}")
     out.mkdir(parents=True, exist_ok=True)
+    place: Any = _device(config.device)  # an annotation of transformers hides that a device will do
+    model.to(place)
     model.to(getattr(torch, config.dtype))
     if config.data:
         pairs = score(config.real(), loaded, cache_dir=cache_dir).train
-    sizes: dict[str, Any] = {"batch_size": config.batch_size, "repeats": config.repeats, "max_length": limit}
+    names = ("batch_size", "repeats", "tables")
+    sizes: dict[str, Any] = {"max_length": limit, "compiled": config.compile}
+    sizes |= {name: getattr(config, name) for name in names}
     for name, table in bench(model, tokenizer, pairs, **sizes):
         table.to_csv(out / f"{name.replace(' ', '-')}.csv", index=False)
         yield name, table
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got 'cuda', but PyTorch finds no GPU; expected auto or cpu")
+    return processes().device if name == "auto" else torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
 def bench(
@@ -491,6 +619,8 @@ def bench(
     max_length: int,
     samples: int = 4,
     new_tokens: int = 32,
+    compiled: bool = False,
+    tables: Sequence[str] = TABLES,
     progress: bool = True,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the name and the table of each measurement, on one model and one set of scored pairs.
@@ -500,26 +630,32 @@ def bench(
     """
     mixed = scored.shuffle(seed=0)  # of all tasks
     some = mixed.select(range(min(len(mixed), 4 * batch_size)))
-    prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:8]
+    on_gpu = model.device.type == "cuda"
+    # a GPU samples from hundreds of prompts in the time of a few
+    few, at_once = (512, (32, 512)) if on_gpu else (8, (4, 8))
+    prompts = list({tuple(ids): list(ids) for ids in mixed["prompt_ids"]}.values())[:few]
     often: dict[str, Any] = {"repeats": repeats, "progress": progress}
     seldom = often | {"repeats": min(repeats, 3)}
-    rate = matrix_rate(model.device, model.dtype)
+    size: dict[str, Any] = {"batch_size": batch_size}
+    step: dict[str, Any] = {**size, "max_length": max_length, "compiled": compiled}
+    sampled: dict[str, Any] = {"samples": samples, "new_tokens": new_tokens, "at_once": at_once}
+    rate = matrix_rate(model.device, model.dtype, size=8192 if on_gpu else 2048)
 
     def shared(table: pd.DataFrame) -> pd.DataFrame:
         return table.assign(share_of_matrix_rate=table["operations"] / rate).drop(columns="operations")
 
-    yield "steps", shared(bench_steps(model, tokenizer, scored, batch_size=batch_size, max_length=max_length, **often))
-    yield "reference", shared(bench_reference(model, tokenizer, some, batch_size=batch_size, **often))
-    yield (
-        "sampling",
-        shared(bench_sampling(model, tokenizer, prompts, samples=samples, new_tokens=new_tokens, **seldom)),
-    )
-    for name, table in zip(
-        ("lengths", "shared prompts"), bench_batches(model, tokenizer.pad_token_id, **seldom), strict=True
-    ):
-        yield name, shared(table)
-    yield "pairs", bench_pairs(progress=progress)
-    yield "vocabulary", bench_vocabulary(progress=progress)
+    makers: dict[str, Callable[[], pd.DataFrame]] = {
+        "steps": lambda: shared(bench_steps(model, tokenizer, scored, **step, **often)),
+        "profile": lambda: profile_steps(model, tokenizer, scored, **step),
+        "reference": lambda: shared(bench_reference(model, tokenizer, some, **size, **often)),
+        "sampling": lambda: shared(bench_sampling(model, tokenizer, prompts, **sampled, **seldom)),
+        "lengths": lambda: shared(bench_lengths(model, tokenizer.pad_token_id, **seldom)),
+        "shared prompts": lambda: shared(bench_shared_prompts(model, tokenizer.pad_token_id, **seldom)),
+        "pairs": lambda: bench_pairs(progress=progress),
+        "vocabulary": lambda: bench_vocabulary(progress=progress),
+    }
+    for name in tables:
+        yield name, makers[name]()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int = 2048, repeats: int = 5) -> float:

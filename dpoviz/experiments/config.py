@@ -220,6 +220,10 @@ def _require_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a fraction between 0 and 1")
 
 
+TABLES = ("steps", "profile", "reference", "sampling", "lengths", "shared prompts", "pairs", "vocabulary")
+"""The measurements of the benchmark, in order."""
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """Time a training step, scoring by the reference, and sampling, each against a peer.
@@ -229,7 +233,8 @@ class BenchConfig:
 
     Attributes:
         data: files, folders, a hub name or a preset's name; none: pairs and model of the small world of `dpoviz demo`.
-        model: a folder, a GGUF file, a hub name, or smollm2-135m.
+        model: a folder, a GGUF file, a hub name, smollm2-135m, or random:smollm2-135m, random:1.5b or random:tiny, with
+            random weights of that size.
         preset: the layout of a known public set, for a file of it.
         task: the task of all pairs, if they name none.
         columns: columns of the data to rename to ours, such as question=prompt.
@@ -239,6 +244,9 @@ class BenchConfig:
         max_new_tokens: limit of a sampled answer, in tokens.
         batch_size: pairs per step.
         dtype: type of the model's weights.
+        device: where the model is; auto: a GPU if there is one.
+        compile: also time the steps with compiled layers, which takes minutes to compile.
+        tables: the measurements to make.
         repeats: timed calls of each.
         seed: random seed.
     """
@@ -254,11 +262,17 @@ class BenchConfig:
     max_new_tokens: int = 64
     batch_size: int = 4
     dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = False
+    tables: tuple[str, ...] = TABLES
     repeats: int = 5
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require_whole(self, {"batch_size": 1, "repeats": 1, "max_length": 2, "max_new_tokens": 1, "seed": 0})
+        unknown = [name for name in self.tables if name not in TABLES]
+        if unknown or not self.tables:
+            raise ValueError(f"tables: got {list(self.tables)}, expected some of {', '.join(TABLES)}")
 
     def real(self) -> RealConfig:
         """Return the settings under which `experiments.real` loads and scores the pairs."""

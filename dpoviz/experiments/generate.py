@@ -172,9 +172,8 @@ def sample_pairs(
         {"max_new_tokens": max_new_tokens, "eos_id": end, "pad_id": pad, "seed": seed} for end in ends
     ]
     for prompts, own in zip(encoded, settings, strict=True):
-        with sampling(
-            model, prompts, samples, **own
-        ):  # a lack of room in the last task is noticed before the first is sampled
+        # a lack of room in the last task is noticed before the first is sampled
+        with sampling(model, prompts, samples, **own):
             pass
     records, rows = [], []
     for task, questions, prompts, own, end in zip(tasks, asked, encoded, settings, ends, strict=True):
@@ -182,18 +181,23 @@ def sample_pairs(
         finished = [_finished(question, a, tokenizer, end) for question, a in zip(questions, drawn, strict=True)]
         made, rewards = _labelled(questions, finished, pairs_per_prompt, seed, progress)
         records += [record for own in made for record in own]
-        whole = sum(map(len, finished))
-        rows.append(
-            {
-                "task": task,
-                "prompts": len(questions),
-                "whole": whole / (len(questions) * samples),
-                "reward": sum(rewards) / whole if whole else float("nan"),
-                "without_pair": sum(not own for own in made),
-                "pairs": sum(map(len, made)),
-            }
-        )
+        rows.append(_summary(task, samples, finished, made, rewards))
     return records, pd.DataFrame(rows)
+
+
+def _summary(
+    task: str, samples: int, finished: Sequence[Sequence], made: Sequence[Sequence], rewards: Sequence[float]
+) -> dict[str, object]:
+    """Return a task's row of the table, from each prompt's complete answers and pairs."""
+    whole = sum(map(len, finished))
+    return {
+        "task": task,
+        "prompts": len(finished),
+        "whole": whole / (len(finished) * samples),
+        "reward": sum(rewards) / whole if whole else float("nan"),
+        "without_pair": sum(not own for own in made),
+        "pairs": sum(map(len, made)),
+    }
 
 
 def _drawn(

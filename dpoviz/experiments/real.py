@@ -22,7 +22,7 @@ from dpoviz.experiments.folder import write_config
 from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
-from dpoviz.lm.models import load_lm, lora_targets, require_peft
+from dpoviz.lm.models import LanguageModel, load_lm, lora_targets, random_lm, require_peft
 from dpoviz.lm.processes import processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.training.methods import require_rule
@@ -30,6 +30,9 @@ from dpoviz.training.stages import Variant
 
 FIXED = "fixed"
 """The variant that continues with the beta of stage 1."""
+
+RANDOM = "random:"
+"""Beginning of the name of a model with random weights, before its size."""
 
 EXAMPLES = ("1+1=", "讲个笑话", "What is 1+1?", "Tell me a joke.")
 """Further prompts whose entropy is estimated: the derivation's examples (§5.1.3), and English ones."""
@@ -71,8 +74,7 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         ignore_columns=config.ignore_columns,
     )
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
-    # adapters are trained in float32 whatever the model's dtype; all weights in bfloat16 would lose small updates
-    model, tokenizer = load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    model, tokenizer = _language_model(config, pairs)
     if training and config.lora_rank:
         lora_targets(model)  # raises if no adapter fits the model
     model.to(processes().device)
@@ -89,6 +91,15 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
                 f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
             )
     return Loaded(model, tokenizer, train_pairs, held_out)
+
+
+def _language_model(config: RealConfig, pairs: Dataset) -> LanguageModel:
+    if config.model.startswith(RANDOM):
+        texts = [row[name] for row in pairs for name in ("prompt", "chosen", "rejected")]
+        size, dtype = config.model.removeprefix(RANDOM), torch.float32
+        return random_lm(size, texts, dtype=dtype, device=processes().device)
+    # adapters are trained in float32 whatever the model's dtype; all weights in bfloat16 would lose small updates
+    return load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
 
 
 def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:

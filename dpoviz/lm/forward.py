@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.lm.packing import PrefixBatch
 
@@ -70,7 +71,7 @@ def predict_alone(model: PreTrainedModel, batch: PrefixBatch, *, prompts: bool =
         prompts: also return the hidden states of the prompts.
     """
     logits, of_prompts = [], []
-    last = batch.owners.bincount().cumsum(0) - 1  # index in targets of the last token of each answer
+    last = batch.lengths.cumsum(0) - 1  # index in targets of the last token of each answer
     for row in range(len(batch.input_ids)):
         length = int((batch.segments[row] >= 0).sum())
         start = int((batch.segments[row] == 0).sum())
@@ -187,6 +188,32 @@ def _body(model: PreTrainedModel) -> nn.Module:
     body = _BODIES[model]()
     assert body is not None  # it is a part of the model, which is there
     return body
+
+
+class CompiledLayers:
+    """The layers of a model, compiled by `torch.compile`; used inside ``with``, and as they were outside.
+
+    All layers share their code, so that one is compiled for all: few large kernels instead of many small ones, which a
+    CPU launches too slowly for a GPU that computes a small model. The first calls inside compile, for minutes on a CPU.
+
+    Raises:
+        ValueError: the model has no layers that `transformers` marks as such.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(f"compile: got {type(model).__name__}, which has no layers that can be compiled; leave it")
+        # dynamic: the rows of each batch have another shape
+        self._layers = [(layer, torch.compile(layer._call_impl, dynamic=True)) for layer in layers]
+
+    def __enter__(self) -> None:
+        for layer, call in self._layers:
+            layer._compiled_call_impl = call
+
+    def __exit__(self, *_: object) -> None:
+        for layer, _call in self._layers:
+            layer._compiled_call_impl = None
 
 
 _MASKS = threading.RLock()

@@ -114,6 +114,55 @@ def tiny_lm(
         return LlamaForCausalLM(config)
 
 
+_SIZES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49_152, "max_position_embeddings": 8192,
+    },
+    "1.5b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+"""Sizes of models with random weights: those of SmolLM2-135M, of Qwen2.5-1.5B, and a tiny one."""
+
+_CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+_CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def random_lm(size: str, texts: Sequence[str], *, dtype: torch.dtype, device: torch.device) -> LanguageModel:
+    """Return a Llama of a known size with random weights, for measurements without a download.
+
+    Args:
+        size: smollm2-135m, 1.5b or tiny.
+        texts: texts on which its tokenizer is trained.
+        dtype: type of the weights.
+        device: the device on which they are made.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    if size not in _SIZES:
+        raise ValueError(f"model: got random:{size}, expected random: and one of {', '.join(_SIZES)}")
+    tokenizer = tiny_tokenizer(texts, vocab_size=min(_SIZES[size]["vocab_size"], 16_384))
+    tokenizer.chat_template = _CHAT
+    ends: dict[str, Any] = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = LlamaConfig(**_SIZES[size], **ends, tie_word_embeddings=True)
+    config.dtype = dtype
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return LanguageModel(model.eval(), tokenizer)
+
+
 def fit_lm(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -400,11 +449,11 @@ def _scale_rope(config: PreTrainedConfig, path: Path) -> None:
 
 
 def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -> None:
-    """Correct two errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
+    """Correct three errors of `transformers` 5 in a byte-level tokenizer read from a GGUF file."""
     from gguf import GGUFReader
 
-    core = tokenizer.backend_tokenizer
-    split = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    core, reader = tokenizer.backend_tokenizer, GGUFReader(path)
+    split = reader.get_field("tokenizer.ggml.pre")
     if split is not None and split.contents() == "smollm":
         # missing from its table, it becomes GPT-2's, which joins a number with the space before it
         core.pre_tokenizer = _single_digits()
@@ -413,6 +462,11 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -
         state = json.loads(core.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < rows]
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    # 5.17 takes the first token of a Llama for its end token, and the end token for the padding
+    for short, token in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
+        number = reader.get_field(f"tokenizer.ggml.{short}_token_id")
+        if number is not None and int(number.contents()) < rows:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(number.contents())))
 
 
 def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,7 +8,7 @@ the prompt. So the scores equal those of separate sequences, while the shared pr
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import NamedTuple
@@ -42,9 +42,11 @@ class PrefixBatch:
         predictors: (N,) flat index row·T + t of the hidden state that predicts each answer token.
         targets: (N,) the answer tokens.
         owners: (N,) index in U of the answer that each target belongs to, ascending.
+        lengths: (U,) tokens of each answer.
         answers: (B, K) index in U of each answer.
         prompt_tokens: (M,) flat index row·T + t of each prompt token.
         prompt_owners: (M,) index in P of the prompt that each prompt token belongs to, ascending.
+        prompt_lengths: (P,) tokens of each prompt.
         prompts: (B,) index in P of each prompt.
     """
 
@@ -55,14 +57,23 @@ class PrefixBatch:
     predictors: Tensor
     targets: Tensor
     owners: Tensor
+    lengths: Tensor
     answers: Tensor
     prompt_tokens: Tensor
     prompt_owners: Tensor
+    prompt_lengths: Tensor
     prompts: Tensor
 
     def to(self, device: torch.device | str) -> PrefixBatch:
-        """Return the batch on another device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        """Return the batch on another device; from pinned memory, the copies do not wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> PrefixBatch:
+        """Return the batch in pinned memory, from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PrefixBatch:
+        return replace(self, **{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     def related(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return True where two tokens of a row are in the same segment, or `key` is in the prompt of `query`.
@@ -154,12 +165,14 @@ def prefix_batch(
         predictors=torch.from_numpy(np.concatenate(predictors)),
         targets=torch.from_numpy(np.fromiter(chain.from_iterable(answer for _, answer in number_of_answer), np.int64)),
         owners=_owners(predictors),
+        lengths=torch.tensor([len(part) for part in predictors]),
         answers=torch.tensor(
             [[number_of_answer[block.name, tuple(answer)] for answer in own]
              for block, own in zip(single, answers, strict=True)]
         ),
         prompt_tokens=torch.from_numpy(np.concatenate(prompt_tokens)),
         prompt_owners=_owners(prompt_tokens),
+        prompt_lengths=torch.tensor([len(part) for part in prompt_tokens]),
         prompts=torch.tensor([number_of_prompt[block.name] for block in single]),
     )  # fmt: skip
 

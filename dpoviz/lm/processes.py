@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import NoReturn, TypeVar
@@ -38,6 +39,21 @@ def map_over_processes(tasks: Sequence[Task], work: Callable[[Task], Result]) ->
     own = range(state.process_index, len(tasks), state.num_processes)
     done = dict(gather_object([(number, work(tasks[number])) for number in own]))
     return [done[number] for number in range(len(tasks))]
+
+
+def map_ahead(work: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+    """Yield the result of each task in order; another thread works on the next one meanwhile.
+
+    An error of a task is raised where its result is due.
+    """
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        following: Future[Result] | None = None
+        for task in tasks:
+            due, following = following, worker.submit(work, task)
+            if due is not None:
+                yield due.result()
+        if following is not None:
+            yield following.result()
 
 
 def process_seed(seed: int) -> int:

@@ -18,6 +18,7 @@ from dpoviz.lm.cache import Journal, fingerprint, open_entry, require_writable, 
 from dpoviz.lm.entropy import EntropyEstimates, estimate_entropy
 from dpoviz.lm.packing import by_length
 from dpoviz.lm.processes import hidden, map_over_processes, processes
+from dpoviz.lm.sampling import prompts_at_once
 from dpoviz.lm.scoring import context_length, require_tokens_of, score_answers
 from dpoviz.lm.trial import evaluating
 
@@ -45,6 +46,7 @@ def reference_pass(
     max_new_tokens: int,
     entropy_samples: int = 8,
     batch_size: int = 64,
+    sampling_batch_size: int | None = None,
     seed: int = 0,
     too_long: str = "refuse",
     cache_dir: Path | str | None = None,
@@ -61,8 +63,9 @@ def reference_pass(
         max_length: limit of the prompt and one answer together, in tokens.
         max_new_tokens: limit of an answer sampled for the entropy, in tokens.
         entropy_samples: K, answers per prompt sampled for the entropy.
-        batch_size: pairs, or prompts, per batch; sampling holds `batch_size` × K sequences and their KV cache in
-            memory.
+        batch_size: pairs per batch.
+        sampling_batch_size: prompts per batch; K sequences of each, and their KV cache, are in memory. None:
+            `batch_size`, and on a GPU as many as fit its free memory.
         seed: random seed.
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: folder, shared by all processes, that stores the result and every finished batch by a fingerprint of
@@ -91,8 +94,13 @@ def reference_pass(
     """
     pairs = tokenize_pairs(pairs, tokenizer, max_length, too_long=too_long)
     require_room(model, pairs, max_length, max_new_tokens)
+    at_once = sampling_batch_size
+    if at_once is None:
+        longest = int(token_counts(pairs)[:, 0].max())
+        at_once = prompts_at_once(model, longest, entropy_samples, max_new_tokens=max_new_tokens, least=batch_size)
     settings = {
-        "batch_size": batch_size,  # answers are sampled per batch, so they depend on it
+        "batch_size": batch_size,
+        "sampling_batch_size": at_once,  # answers are sampled per batch, so they depend on it
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
@@ -175,7 +183,7 @@ def _compute(
         max_new_tokens=settings["max_new_tokens"],
         **ends,
         seed=settings["seed"],
-        batch_size=settings["batch_size"],
+        batch_size=settings["sampling_batch_size"],
         keep=keep,
         progress=progress,
     )

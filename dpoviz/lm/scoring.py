@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from dpoviz.lm.forward import Predictions, context_length, language_model
-from dpoviz.lm.packing import Tokens, require_tokens
+from dpoviz.lm.packing import PrefixBatch, Tokens, prefix_batch, require_tokens
 from dpoviz.lm.processes import autocast
 from dpoviz.lm.trial import Road, Size, evaluating, is_right, lay_out, predict
 
@@ -59,6 +59,7 @@ def score_answers(
     entropy: bool = False,
     features: bool = False,
     shared_prefix: bool | None = None,
+    laid_out: PrefixBatch | None = None,
 ) -> AnswerScores:
     """Score K answers per prompt on the model's device, with gradients if they are enabled.
 
@@ -72,17 +73,17 @@ def score_answers(
         shared_prefix: None selects the fastest way that agrees with plain forward passes, found by a trial on rows as
             long as these. True shares each prompt among its answers and False gives each answer its own row; both skip
             the trial.
+        laid_out: the result of `lay_out_ahead` for these prompts and answers.
 
     Raises:
         ValueError: as in `prefix_batch`; a token is not in the model's vocabulary; a sequence exceeds its context; the
             adapter is a prompt-tuning one; no way scores the model correctly, as for an encoder.
     """
     model = language_model(model)
-    require_tokens(prompts, answers)
-    require_readable(model, prompts, answers)
-    require_tokens_of(model, "pad_id", [[pad_id]])
+    if laid_out is None:
+        _require_scorable(model, prompts, answers, pad_id)
     road = None if shared_prefix is None else Road.SHARED if shared_prefix else Road.PADDED
-    road, batch = lay_out(model, prompts, answers, pad_id, road)
+    road, batch = lay_out(model, prompts, answers, pad_id, road, laid_out=laid_out)
     with autocast(model.device):
         found = predict(model, batch, road, prompts=features)
         logps, entropies = _token_scores(found, batch.targets, entropy, _vocabulary(model))
@@ -90,9 +91,25 @@ def score_answers(
     means = None
     if features:
         assert found.of_prompts is not None
-        means = _means(found.of_prompts, batch.prompt_owners)[batch.prompts]
+        means = _means(found.of_prompts, batch.prompt_owners, batch.prompt_lengths)[batch.prompts]
         means = means if road.shared else means[::k]
-    return _collect(logps, entropies, batch.owners, batch.answers.view(-1, k), means)
+    return _collect(logps, entropies, batch, k, means)
+
+
+def lay_out_ahead(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], pad_id: int) -> PrefixBatch:
+    """Return prompts and answers as shared-prefix rows on the CPU, for `score_answers`; may run in another thread.
+
+    Raises:
+        ValueError: as in `score_answers`.
+    """
+    _require_scorable(language_model(model), prompts, answers, pad_id)
+    return prefix_batch(prompts, answers, pad_id)
+
+
+def _require_scorable(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], pad_id: int) -> None:
+    require_tokens(prompts, answers)
+    require_readable(model, prompts, answers)
+    require_tokens_of(model, "pad_id", [[pad_id]])
 
 
 def require_readable(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens]) -> None:
@@ -147,9 +164,14 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]
 
 
-def _means(states: Tensor, owners: Tensor) -> Tensor:
-    """Return the mean of (M, D) hidden states per owner, float32, detached; owners ascend from 0."""
-    counts = owners.bincount()
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Return the memory that logits of up to `tokens` answer tokens need at once, with their gradients."""
+    elements = min(_LOGITS_AT_ONCE, tokens * _vocabulary(model))
+    return 14 * elements  # three and a half chunks in float32
+
+
+def _means(states: Tensor, owners: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean of (M, D) hidden states per owner, float32, detached; `counts` has the states of each."""
     sums = states.new_zeros(len(counts), states.shape[1], dtype=torch.float32)
     return sums.index_add(0, owners, states.detach().float()) / counts[:, None]
 
@@ -185,14 +207,14 @@ def token_entropies(logps: Tensor) -> Tensor:
 
 
 def _collect(
-    logps: Tensor, entropies: Tensor | None, owners: Tensor, answers: Tensor, features: Tensor | None
+    logps: Tensor, entropies: Tensor | None, batch: PrefixBatch, k: int, features: Tensor | None
 ) -> AnswerScores:
     """Sum the token scores of each of the U answers and arrange them as (B, K)."""
-    lengths = owners.bincount()  # (U,)
+    lengths, answers = batch.lengths, batch.answers.view(-1, k)  # (U,); counting the owners would wait for the GPU
     first = (lengths.cumsum(0) - lengths)[answers[:, 0]]  # index of the first token of each prompt's first answer
 
     def total(values: Tensor) -> Tensor:
-        return values.new_zeros(len(lengths)).index_add(0, owners, values)[answers]
+        return values.new_zeros(len(lengths)).index_add(0, batch.owners, values)[answers]
 
     return AnswerScores(
         logps=total(logps),
@@ -258,5 +280,5 @@ def score_both(
             dtype = torch.promote_types(logits.dtype, torch.float32)
             parts.append(score(logits.to(dtype), ref_logits.to(dtype), targets))
     of_tokens = torch.cat(parts).double()  # (N, C)
-    sums = of_tokens.new_zeros(int(batch.owners[-1]) + 1, of_tokens.shape[1]).index_add(0, batch.owners, of_tokens)
+    sums = of_tokens.new_zeros(len(batch.lengths), of_tokens.shape[1]).index_add(0, batch.owners, of_tokens)
     return sums[batch.answers].view(-1, len(answers[0]), of_tokens.shape[1])

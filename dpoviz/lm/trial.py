@@ -101,7 +101,13 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def lay_out(
-    model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], pad_id: int, road: Road | None = None
+    model: PreTrainedModel,
+    prompts: Tokens,
+    answers: Sequence[Tokens],
+    pad_id: int,
+    road: Road | None = None,
+    *,
+    laid_out: PrefixBatch | None = None,
 ) -> tuple[Road, PrefixBatch]:
     """Return the fastest road that scores these answers correctly, and the batch laid out for it.
 
@@ -111,6 +117,7 @@ def lay_out(
         answers: K answers per prompt as token ids.
         pad_id: padding token.
         road: use this road without a trial.
+        laid_out: the batch of the first road, if it was laid out ahead.
 
     Raises:
         ValueError: no road scores the model correctly, or as in `prefix_batch`.
@@ -121,7 +128,9 @@ def lay_out(
     for own in [road] if road is not None else Road:
         if own is Road.SHARED_IN_CONTEXT and batch and batch.input_ids.shape[1] <= (context_length(model) or math.inf):
             continue  # SHARED gave the same batch
-        batch = _batch(model, prompts, answers, pad_id, own)
+        first = own is Road.SHARED and laid_out is not None
+        batch = laid_out if first else _batch(model, prompts, answers, pad_id, own)
+        assert batch is not None
         if road is not None or is_right(model, own, Size(longest, max(longest, batch.input_ids.shape[1]))):
             return own, batch.to(model.device)
     raise ValueError(

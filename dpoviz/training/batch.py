@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dpoviz.lm.packing import PrefixBatch
 
 ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
 """Columns read only by rules that need the reference's entropy along the answers."""
@@ -24,6 +27,9 @@ COLUMNS = (
 )
 """Columns that training reads, as `reference_pass` returns them."""
 
+NUMBERS = COLUMNS[4:]
+"""Those that hold numbers."""
+
 
 class Batch(NamedTuple):
     """B scored pairs.
@@ -37,6 +43,7 @@ class Batch(NamedTuple):
         x: (B, D) features of the prompts.
         answer_entropy: (B,) the reference's next-token entropy in nats per token, averaged along each answer and then
             over the two; None where the pairs lack it.
+        laid_out: prompts and answers of each part as rows of tokens, if they were laid out ahead.
     """
 
     prompts: list[list[int]]
@@ -46,13 +53,49 @@ class Batch(NamedTuple):
     ref_entropy: Tensor
     x: Tensor
     answer_entropy: Tensor | None
+    laid_out: tuple[PrefixBatch, ...] | None = None
+
+    def parts(self, count: int) -> Iterator[Part]:
+        """Yield the batch in `count` parts of consecutive pairs, as equal as they can be."""
+        rows_of = part_rows(len(self.prompts), count)
+        for rows, laid_out in zip(rows_of, self.laid_out or [None] * len(rows_of), strict=True):
+            yield Part(self.prompts[rows], self.answers[rows], laid_out)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; a GPU copies pinned memory while it computes."""
+
+        def there(value: object) -> Any:
+            return value.to(device, non_blocking=value.is_pinned()) if isinstance(value, Tensor) else value
+
+        laid_out = None if self.laid_out is None else tuple(part.to(device) for part in self.laid_out)
+        return Batch(*map(there, self))._replace(laid_out=laid_out)
+
+    def pinned(self) -> Batch:
+        """Return the batch in pinned memory."""
+        values: Any = (value.pin_memory() if isinstance(value, Tensor) else value for value in self)
+        laid_out = None if self.laid_out is None else tuple(part.pinned() for part in self.laid_out)
+        return Batch(*values)._replace(laid_out=laid_out)
 
 
-def read_batch(rows: Mapping[str, Any], device: torch.device | str) -> Batch:
-    """Return rows of the data set, such as ``pairs[[3, 1, 4]]``, as a batch."""
+class Part(NamedTuple):
+    """Pairs that pass through the policy together: prompts, answers, and their rows of tokens if laid out ahead."""
+
+    prompts: list[list[int]]
+    answers: list[list[list[int]]]
+    laid_out: PrefixBatch | None
+
+
+def part_rows(pairs: int, count: int) -> list[slice]:
+    """Return the rows of each of `count` parts of a batch; empty parts are left out."""
+    ends = [pairs * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(ends) if b > a]
+
+
+def read_batch(rows: Mapping[str, Any]) -> Batch:
+    """Return rows of the data set, such as ``pairs[[3, 1, 4]]``, as a batch on the CPU."""
 
     def tensor(values: Sequence) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32)
 
     known = all(name in rows for name in ANSWER_ENTROPY)
     return Batch(
@@ -62,7 +105,7 @@ def read_batch(rows: Mapping[str, Any], device: torch.device | str) -> Batch:
         ref_logps=torch.stack([tensor(rows["ref_chosen_logps"]), tensor(rows["ref_rejected_logps"])], dim=1),
         ref_entropy=tensor(rows["ref_entropy"]),
         x=tensor(rows["ref_features"]),
-        answer_entropy=answer_entropy(rows).to(device) if known else None,
+        answer_entropy=answer_entropy(rows) if known else None,
     )
 
 

@@ -70,6 +70,11 @@ class TrainSettings:
         beta_max_norm: norm at which beta's gradient is clipped, separately from the policy's.
         warmup_steps: steps in which both learning rates rise from 0, in each stage; None: a tenth of stage 1.
         dropout: keep the model's dropout on during training; the reference is always scored without it.
+        gradient_accumulation: parts in which a batch passes through the policy, to save memory; the update is that of
+            the whole batch, and a step takes a forward pass more.
+        gradient_checkpointing: keep only the input of each layer for the backward pass, which saves memory and takes a
+            forward pass more.
+        compile: compile the policy's layers, which takes minutes and makes the steps of a small model faster on a GPU.
         rescore_reference: score each batch with the reference again, together with the policy, so that both round alike
             and h is exactly 0 at the start; None: only where the precision is below float32.
         log_every: steps between rows of the history; None: about a hundred rows.
@@ -99,6 +104,9 @@ class TrainSettings:
     beta_max_norm: float = 1.0
     warmup_steps: int | None = 10
     dropout: bool = False
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
     rescore_reference: bool | None = None
     log_every: int | None = 5
     probe_every: int = 30
@@ -129,6 +137,11 @@ class TrainSettings:
             whole = isinstance(value, int) and not isinstance(value, bool)
             self._require(name, whole and least <= value <= _MOST, f"a whole number from {least} to {_MOST}")
         self._require("seed", 0 <= self.seed < 2**31, "a whole number from 0 to below 2**31")
+        if self.gradient_accumulation > 1 and self.dropout:
+            raise ValueError(
+                f"gradient_accumulation: got {self.gradient_accumulation} with dropout, expected 1: each part passes "
+                "through the policy twice, and dropout would differ; leave one of the two out"
+            )
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -170,6 +183,7 @@ class TrainSettings:
 
 _OPEN = ("batch_size", "stage1_steps", "stage2_steps", "warmup_steps", "log_every", "checkpoint_every")
 _LEAST = {name: 1 for name in ("batch_size", "eval_batch_size", "log_every", "checkpoint_every", "max_new_tokens")}
+_LEAST |= {"gradient_accumulation": 1}
 _LEAST |= {name: 0 for name in ("stage1_steps", "stage2_steps", "warmup_steps", "probe_every", "probe_prompts")}
 _MOST = 10**8  # more than a day at a millisecond per step
 

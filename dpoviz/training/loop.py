@@ -7,7 +7,9 @@ Stage 1 trains the policy with a fixed beta; stage 2 continues with β(x) and al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +28,12 @@ from dpoviz.lm.processes import hidden
 from dpoviz.losses import Logps, TotalLoss, gradients_on_beta, total_loss
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import PromptRule, Rule, RuleOutput
-from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, Batch, shuffled_rows
+from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, NUMBERS, Batch, shuffled_rows
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.probes import Models, betas_by_step, correctly_ranked, means_by_task, quartiles_by_task
-from dpoviz.training.state import State, prepare, training_mode
-from dpoviz.validation import require, rows_where
+from dpoviz.training.state import State, layers_as_set, prepare, training_mode
+from dpoviz.validation import require, require_positive_rows, rows_where, trusted_values
 
 
 @dataclass(frozen=True)
@@ -120,20 +122,22 @@ def train(
     bar = tqdm(total=steps, initial=first, desc=f"stage {stage}, {config.form}", unit="step", disable=hidden(progress))
     ratios = None
 
-    with bar, training_mode(policy, dropout=config.dropout):
-        for step in range(first, steps):
+    batches = state.batches(pairs, rows[first:])
+    others = repeat(None) if beta_pairs is None else state.batches(beta_pairs, beta_rows[first:])
+
+    layers = layers_as_set(policy, checkpointing=config.gradient_checkpointing, compiled=config.compile)
+    with bar, layers, training_mode(policy, dropout=config.dropout):
+        for step, batch, other in zip(range(first, steps), batches, others, strict=False):
             rule.train()
-            batch = state.read(pairs[rows[step]])
             logps = state.scores(batch)  # (B, 2)
             _require_finite(logps, offset + step, rows[step])
-            output = rule(state.observe(batch, logps, step))
-            if beta_pairs is None:
+            output = _ask(state, batch, logps, step)
+            if other is None:
                 losses = [_loss(state, batch, logps, output, state.regularization)]
             else:  # beta is trained on other pairs than the policy
-                other = state.read(beta_pairs[beta_rows[step]])
                 with torch.no_grad():
                     other_logps = state.scores(other)
-                of_other = rule(state.observe(other, other_logps, step))
+                of_other = _ask(state, other, other_logps, step)
                 fixed = output._replace(beta=output.beta.detach())
                 losses = [
                     _loss(state, other, other_logps, of_other, state.regularization),
@@ -144,8 +148,8 @@ def train(
             row = {name: value for loss in losses for name, value in _measure(loss).items()} if log else {}
             row |= quartiles_by_task("logratio", logps.detach() - batch.ref_logps, batch.task) if log else {}
 
-            first_loss, *others = (loss.objective.total for loss in losses)
-            norms = state.update(sum(others, first_loss))
+            first_loss, *rest = (loss.objective.total for loss in losses)
+            norms = state.update(sum(rest, first_loss), batch, logps)
 
             if log:
                 probe = last or (config.probe_every > 0 and step % config.probe_every == 0)
@@ -180,6 +184,8 @@ def _check(
         missing = [column for column in COLUMNS if data is not None and column not in data.column_names]
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what reference_pass returns")
+        if data is not None:
+            _require_finite_columns(name, data)
     for name, data in (("pairs", pairs), ("beta_pairs", beta_pairs)):
         if data is not None and len(data) < config.batch_size:
             raise ValueError(f"{name}: got {len(data)}, expected at least batch_size = {config.batch_size}")
@@ -195,6 +201,14 @@ def _check(
         raise ValueError(f"reference: got None, expected the model: {type(rule).__name__} looks at it in training")
 
 
+def _require_finite_columns(name: str, data: Dataset) -> None:
+    for column in NUMBERS:
+        values = np.asarray(data.with_format("numpy")[column][:]).reshape(len(data), -1)
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
+        if bad:
+            raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
+
+
 def _identity(
     config: TrainConfig, stage: int, rule: Rule, pairs: Dataset, beta_pairs: Dataset | None
 ) -> dict[str, object]:
@@ -202,6 +216,14 @@ def _identity(
     read = COLUMNS + (ANSWER_ENTROPY if "answer_entropy" in rule.needs else ())
     identity = {"config": asdict(config), "stage": stage, "pairs": digest(pairs, read), "rule": repr(rule)}
     return identity if beta_pairs is None else identity | {"beta_pairs": digest(beta_pairs, read)}
+
+
+def _ask(state: State, batch: Batch, logps: Tensor, step: int) -> RuleOutput:
+    """Return a rule's output for a batch, checked: with the log-probabilities all that a step waits for on a GPU."""
+    with trusted_values():  # the columns were checked when training began
+        output = state.rule(state.observe(batch, logps, step))
+    require_positive_rows("beta", output.beta)
+    return output
 
 
 def _require_finite(logps: Tensor, step: int, rows: Sequence[int]) -> None:
@@ -225,17 +247,19 @@ class _Loss(NamedTuple):
 def _loss(
     state: State, batch: Batch, logps: Tensor, output: RuleOutput, regularization: Regularization | None
 ) -> _Loss:
-    objective = total_loss(
-        Logps(*logps.unbind(dim=1), *batch.ref_logps.unbind(dim=1)),
-        output.beta,
-        form=state.config.form,
-        regularization=regularization,
-        weight=output.weight,
-        ref_entropy=batch.ref_entropy,
-        beta_fn=state.rule.beta if isinstance(state.rule, PromptRule) else None,
-        x=batch.x,
-        task=batch.task,
-    )
+    # log-probabilities and beta were checked above, the columns when training began; weights are checked here
+    with trusted_values() if output.weight is None else nullcontext():
+        objective = total_loss(
+            Logps(*logps.unbind(dim=1), *batch.ref_logps.unbind(dim=1)),
+            output.beta,
+            form=state.config.form,
+            regularization=regularization,
+            weight=output.weight,
+            ref_entropy=batch.ref_entropy,
+            beta_fn=state.rule.beta if isinstance(state.rule, PromptRule) else None,
+            x=batch.x,
+            task=batch.task,
+        )
     return _Loss(objective, output.beta, batch.task, state.config)
 
 

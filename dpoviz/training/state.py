@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, get_constant_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.beta import BetaNetwork
-from dpoviz.lm.processes import mixed_precision
-from dpoviz.lm.scoring import score_answers
+from dpoviz.lm.forward import CompiledLayers, language_model
+from dpoviz.lm.packing import PrefixBatch
+from dpoviz.lm.processes import map_ahead, mixed_precision
+from dpoviz.lm.scoring import lay_out_ahead, score_answers
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import Observation, PromptRule, Rule
-from dpoviz.training.batch import Batch, read_batch
+from dpoviz.training.batch import Batch, part_rows, read_batch
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import observe
 from dpoviz.training.probes import (
@@ -63,8 +65,10 @@ class Scorer(nn.Module):
         # compared by suffix: a wrapper such as DDP puts its own prefix before the names
         keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(module.left_out)]
 
-    def forward(self, prompts: list[list[int]], answers: list[list[list[int]]]) -> Tensor:
-        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id).logps
+    def forward(
+        self, prompts: list[list[int]], answers: list[list[list[int]]], laid_out: PrefixBatch | None = None
+    ) -> Tensor:
+        return score_answers(self.policy, prompts, answers, pad_id=self.pad_id, laid_out=laid_out).logps
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -74,6 +78,25 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+@contextmanager
+def layers_as_set(policy: PreTrainedModel, *, checkpointing: bool, compiled: bool) -> Iterator[None]:
+    """Turn on gradient checkpointing and compiled layers as asked, and turn off afterwards what was off before."""
+    model: Any = language_model(policy)
+    turned_on = checkpointing and not any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+    # transformers 5.24 warns of the older name
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if turned_on:
+        if not model.supports_gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing: got true, but {type(model).__name__} does not support it")
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        with CompiledLayers(model) if compiled else nullcontext():
+            yield
+    finally:
+        if turned_on:
+            getattr(model, f"{kind}_checkpointing_disable")()
 
 
 @contextmanager
@@ -135,6 +158,10 @@ class State:
     kl_prompts: HeldOut | None
     rescores: bool
 
+    @property
+    def _parts(self) -> int:
+        return self.config.gradient_accumulation
+
     def scores(self, batch: Batch) -> Tensor:
         """Return (B, 2) log-probabilities of the whole batch, on every process; each computes its own rows.
 
@@ -144,7 +171,10 @@ class State:
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         if processes == 1:
-            return self.scorer(batch.prompts, batch.answers)
+            if self._parts == 1:
+                return self.scorer(*next(batch.parts(1)))
+            with torch.no_grad():  # what is kept for the backward pass of all parts together would not fit
+                return torch.cat([self.scorer(*part) for part in batch.parts(self._parts)]).requires_grad_()
         rows = len(batch.prompts) // processes
         own = slice(rank * rows, (rank + 1) * rows)
         mine = self.scorer(batch.prompts[own], batch.answers[own])
@@ -152,30 +182,57 @@ class State:
         mine = mine.detach() + processes * (mine - mine.detach())
         return torch.cat([whole[: own.start], mine, whole[own.stop :]])
 
-    def read(self, rows: Mapping[str, Sequence]) -> Batch:
-        """Return rows of the data set as a batch; in low precision, the reference scores it again.
+    def batches(self, pairs: Dataset, rows: Sequence[list[int]]) -> Iterator[Batch]:
+        """Yield a batch for each list of row numbers; in low precision, the reference scores it again.
 
-        In half precision a score depends on the other rows of the batch: scored in the same batch, policy and reference
-        round alike.
+        The next batch is read and laid out by another thread while this one is trained on. In half precision a score
+        depends on the other rows of the batch: scored in the same batch, policy and reference round alike.
         """
-        batch = read_batch(rows, self.accelerator.device)
-        if not self.rescores:
-            return batch
+        device, policy = self.accelerator.device, self.models.policy
+
+        def read(own: list[int]) -> Batch:
+            batch = read_batch(pairs[own])
+            if self.accelerator.num_processes == 1:  # else each process lays out its own rows
+                laid_out = (lay_out_ahead(policy, p, a, self.models.pad_id) for p, a, _ in batch.parts(self._parts))
+                batch = batch._replace(laid_out=tuple(laid_out))
+            return batch.pinned() if device.type == "cuda" else batch
+
+        for batch in map_ahead(read, rows):
+            batch = batch.to(device)
+            yield self._rescored(batch) if self.rescores else batch
+
+    @torch.no_grad()
+    def _rescored(self, batch: Batch) -> Batch:
         assert self.models.reference is not None
-        with torch.no_grad(), self.models.adapter_off():
-            scores = score_answers(self.models.reference, batch.prompts, batch.answers, pad_id=self.models.pad_id)
-        return batch._replace(ref_logps=scores.logps.float())
+        with self.models.adapter_off():
+            scores = [
+                score_answers(self.models.reference, prompts, answers, pad_id=self.models.pad_id, laid_out=laid_out)
+                for prompts, answers, laid_out in batch.parts(self._parts)
+            ]
+        return batch._replace(ref_logps=torch.cat([part.logps for part in scores]).float())
 
     def observe(self, batch: Batch, logps: Tensor, step: int) -> Observation:
         """Return the rule's observation of the batch."""
         return observe(self.rule, batch, logps, self.models, step, kl=lambda step: self._kl(self.kl_prompts, step))
 
-    def update(self, total: Tensor) -> dict[str, float]:
+    def update(self, total: Tensor, batch: Batch, logps: Tensor) -> dict[str, float]:
         """Update policy and beta; return the norm of each one's gradient before clipping.
 
-        The two are clipped separately: together, the few weights of beta would vanish beside a language model's.
+        The two are clipped separately: together, the few weights of beta would vanish beside a language model's. With
+        several parts, the loss of the whole batch gives the gradient of each log-probability, and then each part passes
+        through the policy again, for the gradients of the weights (Gao et al. 2021, arXiv:2101.06983).
+
+        Args:
+            total: the loss of the batch.
+            batch: the batch on which the policy is trained.
+            logps: (B, 2) its scores, from which the loss was computed.
         """
         self.accelerator.backward(total)
+        if self._parts > 1:
+            assert logps.grad is not None  # the result of `scores`, a leaf
+            rows_of = part_rows(len(logps), self._parts)
+            for part, rows in zip(batch.parts(self._parts), rows_of, strict=True):
+                self.scorer(*part).backward(logps.grad[rows])
         policy = self.models.policy.parameters()
         norms = {"policy": self.accelerator.clip_grad_norm_(policy, self.config.policy_max_norm)}
         if self.rule.trainable:
@@ -276,6 +333,12 @@ def _check_accelerator(accelerator: Accelerator, config: TrainConfig) -> None:
         config.batch_size,
         config.batch_size % accelerator.num_processes == 0,
         f"a multiple of the {accelerator.num_processes} processes",
+    )
+    require(
+        "gradient_accumulation",
+        config.gradient_accumulation,
+        config.gradient_accumulation == 1 or accelerator.num_processes == 1,
+        f"1 with {accelerator.num_processes} processes, each of which scores a part of the batch",
     )
 
 
