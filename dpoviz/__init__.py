@@ -22,6 +22,7 @@ _HOMES = {
     "lm.reference": ("reference_pass",),
     "training.config": ("TrainConfig",),
     "training.loop": ("train",),
+    "training.methods": ("load_beta",),
     "translation": ("language",),
     "analysis.tables": ("beta_table", "summarize"),
     "learn.run": ("compare_runs", "load_run"),
@@ -72,4 +73,5 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from dpoviz.regularizers import entropy_penalty, range_penalty, smoothness_penalty, task_consistency_penalty
     from dpoviz.training.config import TrainConfig
     from dpoviz.training.loop import train
+    from dpoviz.training.methods import load_beta
     from dpoviz.translation import language

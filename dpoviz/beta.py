@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -53,40 +55,38 @@ class MadeFor:
 _RECORD = "made_for.json"
 
 
-class Beta(nn.Module, PyTorchModelHubMixin):
-    """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,).
+_CARD = """---
+{{ card_data }}
+---
+
+A β for Direct Preference Optimization, made with [dpoviz](https://pypi.org/project/dpoviz). `config.json` has its
+arguments{% if rule %}. Rule: {{ rule }}, in the {{ form }} form{% if paper %}
+([arXiv:{{ paper }}](https://arxiv.org/abs/{{ paper }})){% endif %}; reference: {{ reference }}{% endif %}.
+"""
+
+
+class Saved(nn.Module, PyTorchModelHubMixin, library_name="dpoviz", model_card_template=_CARD):
+    """A module that is saved with its arguments.
 
     Save it with `save_pretrained(folder)` (safetensors, config.json, and made_for.json if `made_for` is set) or
     `push_to_hub`. Load it, in evaluation mode, with `from_pretrained(folder or hub name)`; the arguments `form` and
-    `fingerprint` there refuse a beta that was trained for another form or reference.
+    `fingerprint` there refuse a beta that was trained for another form or reference. `dpoviz.load_beta` finds the class
+    by itself.
 
     Attributes:
         made_for: what it was trained for; None if that is not known.
+        reads: the inputs that it reads, of "x", "task" and "ref_entropy".
     """
 
     made_for: MadeFor | None = None
+    reads: frozenset[str] = frozenset({"x", "task", "ref_entropy"})
 
-    def forward(
-        self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
-    ) -> Tensor:
-        """Return beta at each prompt.
-
-        Args:
-            x: (B, D) features of the prompts, from the frozen reference; expected to carry no gradient.
-            task: the task of each row; only `TaskBeta` reads it.
-            ref_entropy: (B,) entropy of the reference at each prompt; only `EntropyBeta` reads it.
-
-        Returns:
-            (B,), positive and finite.
-
-        Raises:
-            ValueError: `x` is not floating (B, D) and finite, or an input that this beta reads is missing or malformed.
-        """
-        raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
-        return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
+    def save(self, folder: Path, **about: str | None) -> None:
+        """Save it to a folder, with further entries in config.json and on its card; `load_beta` reads "rule"."""
+        arguments = self._hub_mixin_config or {}  # collected by the mixin; None without arguments that JSON can hold
+        assert isinstance(arguments, dict)
+        about = {"rule": type(self).__name__, **about}
+        self.save_pretrained(folder, config={**arguments, **about}, model_card_kwargs=about)
 
     def require_made_for(self, *, form: str | None = None, fingerprint: str | None = None) -> None:
         """Refuse another form or reference than beta was trained for; warn if it is not known what that was.
@@ -123,17 +123,43 @@ class Beta(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(
         cls, *, model_id: str, strict: bool = True, form: str | None = None, fingerprint: str | None = None, **kwargs
-    ) -> Beta:
+    ) -> Self:
         # the mixin's default, strict=False, would silently leave weights missing from the file at their initial values
         hub = {name: kwargs[name] for name in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
         arguments = {name: value for name, value in kwargs.items() if name not in hub}
         with redirect_stdout(StringIO()):  # the mixin prints that it loads weights
-            beta = super()._from_pretrained(model_id=model_id, strict=strict, **hub, **arguments)
+            saved = super()._from_pretrained(model_id=model_id, strict=strict, **hub, **arguments)
         record = _record(model_id, **hub)
         if record is not None:
-            beta.made_for = MadeFor(**{name: value for name, value in record.items() if name != "kind"})
-        beta.require_made_for(form=form, fingerprint=fingerprint)
-        return beta
+            saved.made_for = MadeFor(**{name: value for name, value in record.items() if name != "kind"})
+        saved.require_made_for(form=form, fingerprint=fingerprint)
+        return saved
+
+
+class Beta(Saved):
+    """A function of the prompt, called as `beta(x, *, task=None, ref_entropy=None)`; returns (B,)."""
+
+    def forward(
+        self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
+    ) -> Tensor:
+        """Return beta at each prompt.
+
+        Args:
+            x: (B, D) features of the prompts, from the frozen reference; expected to carry no gradient.
+            task: the task of each row; only `TaskBeta` reads it.
+            ref_entropy: (B,) entropy of the reference at each prompt; only `EntropyBeta` reads it.
+
+        Returns:
+            (B,), positive and finite.
+
+        Raises:
+            ValueError: `x` is not floating (B, D) and finite, or an input that this beta reads is missing or malformed.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        assert isinstance(self._hub_mixin_config, dict)  # of the arguments, which the mixin collects
+        return ", ".join(f"{name}={value!r}" for name, value in self._hub_mixin_config.items())
 
 
 def _record(model_id: str, **hub) -> dict[str, str] | None:
@@ -170,6 +196,8 @@ class ConstantBeta(Beta):
         ValueError: `beta0` is not a positive finite number.
     """
 
+    reads = frozenset()
+
     def __init__(self, beta0: float) -> None:
         super().__init__()
         require_positive("beta0", beta0)
@@ -195,6 +223,8 @@ class TaskBeta(Beta):
             number.
     """
 
+    reads = frozenset({"task"})
+
     def __init__(self, tasks: Sequence[str], beta0: float) -> None:
         super().__init__()
         require_positive("beta0", beta0)
@@ -204,6 +234,30 @@ class TaskBeta(Beta):
         self.tasks = tuple(tasks)
         self.beta0 = beta0
         self.log_ratio = nn.Parameter(torch.zeros(len(tasks)))  # (tasks,) log(beta / beta0)
+
+    @classmethod
+    def fixed(cls, betas: Mapping[str, float]) -> TaskBeta:
+        """Return a given beta per task, none of them trainable, such as ``dict(zip(table.task, table.beta))`` of
+        `dpoviz.allocate`.
+
+        Raises:
+            ValueError: a beta is not a positive finite number, or e²⁰ times another or more; `allocate` gives 0 or inf
+                to a task that should stay at the reference: leave its pairs out.
+        """
+        for task, beta in betas.items():
+            if not 0 < beta < math.inf:
+                raise ValueError(
+                    f"betas: got {beta} for {task!r}, expected a positive finite number; leave the task's pairs out if "
+                    "it should stay at the reference"
+                )
+        logs = torch.tensor(list(betas.values()), dtype=torch.float64).log()
+        own = cls(list(betas), logs.mean().exp().item() if betas else 1.0)
+        distance = (logs - logs.mean()) / _LOG_BOUND
+        if distance.abs().max() >= 1:
+            raise ValueError(f"betas: got {dict(betas)}, expected numbers within a factor of e^{_LOG_BOUND:g}")
+        own.log_ratio.data.copy_(_LOG_BOUND * distance.atanh())
+        own.log_ratio.requires_grad_(False)
+        return own
 
     def forward(
         self, x: Tensor, *, task: Sequence[str] | Tensor | None = None, ref_entropy: Tensor | None = None
@@ -228,6 +282,8 @@ class EntropyBeta(Beta):
     Raises:
         ValueError: `alpha` is not a positive finite number, or 0 < beta_min < beta_max < inf does not hold.
     """
+
+    reads = frozenset({"ref_entropy"})
 
     def __init__(self, alpha: float, beta_min: float, beta_max: float) -> None:
         super().__init__()
@@ -287,6 +343,8 @@ class BetaNetwork(Beta):
         ValueError: `in_features` or a width in `hidden` is not a positive integer, or `beta0` is not a positive finite
             number.
     """
+
+    reads = frozenset({"x"})
 
     def __init__(
         self, in_features: int, *, beta0: float, hidden: Sequence[int] = (64,), batch_norm: bool = True

@@ -27,6 +27,7 @@ from dpoviz.translation import in_language
 if TYPE_CHECKING:
     import pandas as pd
 
+    from dpoviz.analysis.diagnose import Finding
     from dpoviz.experiments.pipeline import Results
     from dpoviz.experiments.real import Loaded
 
@@ -276,7 +277,7 @@ def _report(given: _Report) -> None:
     from dpoviz.experiments.folder import report
 
     with in_language(given.lang):
-        report(given.folder)
+        _say_findings(report(given.folder).findings)
     _say_where(given.folder)
 
 
@@ -389,7 +390,7 @@ def _say_memory(config: RealConfig, loaded: Loaded) -> None:
     from dpoviz.experiments.memory_estimate import require_memory
 
     needed = require_memory(config, loaded)
-    print(f"about {needed.total / 1e9:.1f} GB of memory for a training step", flush=True)
+    print(f"about {needed.total / 1e9:.2g} GB of memory for a training step", flush=True)
 
 
 def _minutes(seconds: float) -> str:
@@ -421,7 +422,15 @@ def _say_results(out: Path, results: Results, seed: int) -> None:
     print()
     for line in found.sentences:
         print(f"  {line}")
+    _say_findings(found.findings)
     _say_where(out)
+
+
+def _say_findings(findings: Sequence[Finding] | None) -> None:
+    from dpoviz.analysis.text import findings_as_text
+
+    if findings is not None:
+        print(f"\nwhat looks wrong\n{findings_as_text(findings)}")
 
 
 def _say_where(out: Path) -> None:

@@ -16,13 +16,15 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from dpoviz.beta import Beta
+from dpoviz.beta import Beta, Saved
 from dpoviz.forms import Form
 from dpoviz.validation import require, require_features, require_positive, rows_where, task_index
 
@@ -68,7 +70,7 @@ class RuleOutput(NamedTuple):
     weight: Tensor | None = None
 
 
-class Rule(nn.Module):
+class Rule(Saved):
     """A rule for beta, called as `rule(observation)`; returns a `RuleOutput`.
 
     Its state is in buffers, so that a checkpoint contains it. The state changes only in training mode: in evaluation
@@ -78,11 +80,13 @@ class Rule(nn.Module):
         form: the form in which the rule is defined; None if it is defined in both.
         needs: the extra measurements that the loop must make: "answer_entropy", "direction", "kl".
         settings: names of the attributes that `repr` shows.
+        paper: the arXiv number of the paper that it is from.
     """
 
     form: ClassVar[Form | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     settings: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = "2305.18290"  # of DPO itself
     epsilon: float  # of a rule that needs "direction"
     every: int  # of a rule that needs "kl"
 
@@ -103,7 +107,7 @@ class PromptRule(Rule):
 
     def __init__(self, beta: Beta) -> None:
         super().__init__()
-        self.beta = beta
+        self.beta, self.reads = beta, beta.reads
 
     def forward(self, observation: Observation) -> RuleOutput:
         return RuleOutput(self.beta(observation.x, task=observation.task, ref_entropy=observation.ref_entropy))
@@ -134,6 +138,8 @@ class BetaDPO(Rule):
     """
 
     form = "standard"
+    paper = "2407.08639"
+    reads = frozenset()
     settings = ("beta0", "a", "momentum", "keep", "seed")
     mean: Tensor
     spread: Tensor
@@ -202,6 +208,8 @@ class EpsilonDPO(Rule):
     """
 
     form = "standard"
+    paper = "2502.13177"
+    reads = frozenset()
     needs = frozenset({"direction"})
     settings = ("beta0", "epsilon")
     current: Tensor
@@ -247,6 +255,8 @@ class MallowsPO(Rule):
     """
 
     form = "standard"
+    paper = "2405.14953"
+    reads = frozenset()
     needs = frozenset({"answer_entropy"})
     settings = ("beta0", "c", "sign")
 
@@ -309,6 +319,8 @@ class LSC(Rule):
     """
 
     form = "standard"
+    paper = "2610.07592"
+    reads = frozenset()
     settings = ("beta0", "eta", "target", "start")
     current: Tensor
 
@@ -352,6 +364,7 @@ class DualKL(Rule):
     """
 
     form = "standard"
+    paper = "1909.08593"
     needs = frozenset({"kl"})
     settings = ("beta0", "target", "tasks", "every", "horizon")
     current: Tensor
@@ -374,6 +387,7 @@ class DualKL(Rule):
         require("tasks", tasks, names, "different names, at least one; or None for one beta for all")
         self.beta0, self.target, self.every, self.horizon = beta0, target, every, horizon
         self.tasks = None if tasks is None else tuple(tasks)
+        self.reads = frozenset() if tasks is None else frozenset({"task"})
         self.register_buffer("current", torch.full((1 if tasks is None else len(tasks),), float(beta0)))
 
     def forward(self, observation: Observation) -> RuleOutput:
@@ -420,6 +434,7 @@ class RandomBeta(Rule):
     """
 
     settings = ("mean", "spread", "seed")
+    reads = frozenset({"x"})
 
     def __init__(self, mean: float, *, spread: float, seed: int = 0) -> None:
         super().__init__()
@@ -449,6 +464,7 @@ class LookupBeta(Rule):
     """
 
     settings = ("digest",)
+    reads = frozenset({"x"})
     keys: Tensor
     values: Tensor
 
@@ -458,6 +474,14 @@ class LookupBeta(Rule):
         keys = sorted(table)
         self.register_buffer("keys", torch.tensor(keys))
         self.register_buffer("values", torch.tensor([table[key] for key in keys]))
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs) -> LookupBeta:
+        # config.json has no arguments: the table is in the buffers
+        saved = load_file(Path(kwargs["model_id"]) / "model.safetensors")
+        own = cls(torch.arange(float(len(saved["keys"])))[:, None], saved["values"])
+        own.load_state_dict(saved, strict=strict)
+        return own.eval()
 
     @property
     def digest(self) -> str:

@@ -1,29 +1,49 @@
-"""The objective inside TRL's `DPOTrainer`, for users who already train with it (the extra `trl`)."""
+"""The objective and every rule inside TRL's `DPOTrainer`, for users who already train with it (the extra `trl`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
-from dpoviz.beta import Beta, BetaNetwork, ConstantBeta
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, MadeFor
+from dpoviz.data.tokens import token_counts
 from dpoviz.forms import scale
-from dpoviz.regularizers import Regularization, penalties
+from dpoviz.lm.forward import context_length, language_model
+from dpoviz.lm.scoring import FEATURES, supports_shared_prefix
+from dpoviz.lm.shared import SharedRows, lay_out_rows, share_prefixes
+from dpoviz.losses import gradients_on_beta
+from dpoviz.regularizers import Penalties, Regularization, penalties
+from dpoviz.rules import Observation, PromptRule, Rule, RuleOutput
+from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
 from dpoviz.training.config import TrainConfig
+from dpoviz.training.observe import perturbed_directions
+from dpoviz.training.probes import Models, first_prompts, means_by_task, sampled_kl
 from dpoviz.training.state import adamw
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("task", "ref_entropy", "ref_features")
-"""The columns that beta(x) and its regularisers read in addition to the pair; `reference_pass` computes them."""
+"""The columns that a beta may read in addition to the pair; `reference_pass` computes them."""
+
+OF_ANSWERS = "ref_answer_entropy"
+"""The column that MallowsPO reads: the reference's entropy along the answers, in nats per token."""
+
+_READ = {"task": "task", "ref_entropy": "ref_entropy", "x": "ref_features"}
+"""The column of each input that a rule may read."""
 
 
 def trl_dataset(scored: Dataset) -> Dataset:
@@ -33,10 +53,10 @@ def trl_dataset(scored: Dataset) -> Dataset:
         scored: the return value of `reference_pass`.
 
     Returns:
-        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, and `COLUMNS`.
-        The first three are chat messages if the prompts are chats, and texts otherwise. The reference's
-        log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so `BetaDPOTrainer` computes its
-        own.
+        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`, and
+        `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts are chats, and texts
+        otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so
+        `BetaDPOTrainer` computes its own.
 
     Raises:
         ValueError: the data set mixes texts and chats, which TRL does not accept.
@@ -49,6 +69,9 @@ def trl_dataset(scored: Dataset) -> Dataset:
         )
     texts = ("prompt", "chosen", "rejected")
     kept = scored.select_columns([*texts, *COLUMNS, "ref_chosen_logps", "ref_rejected_logps"])
+    if set(ANSWER_ENTROPY) <= set(scored.column_names):
+        read = scored.select_columns([*ANSWER_ENTROPY, "chosen_ids", "rejected_ids"])[:]
+        kept = kept.add_column(OF_ANSWERS, answer_entropy(read).tolist())
     if not any(chats):
         return kept
 
@@ -67,53 +90,93 @@ class _Collator:
     own: Callable[[list[dict]], Mapping]
 
     def __call__(self, examples: list[dict]) -> dict:
-        numbers = {
-            name: torch.tensor([example[name] for example in examples], dtype=torch.float32) for name in COLUMNS[1:]
+        more: dict[str, Any] = {
+            name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
+            for name in ("ref_entropy", "ref_features", OF_ANSWERS)
+            if name in examples[0]
         }
-        return {**self.own(examples), "task": [example["task"] for example in examples], **numbers}
+        if "task" in examples[0]:
+            more["task"] = [example["task"] for example in examples]
+        return {**self.own(examples), **more}
 
 
-def _require_columns(name: str, data: Dataset | IterableDataset | dict | None) -> None:
+def _require_columns(name: str, data: Dataset | IterableDataset | dict | None, needed: list[str]) -> None:
     if isinstance(data, dict):
         for key, part in data.items():
-            _require_columns(f"{name}[{key!r}]", part)
-    elif data is not None:
+            _require_columns(f"{name}[{key!r}]", part, needed)
+    elif data is not None and needed:
         columns = data.column_names or list(next(iter(data)))  # a stream may not know its column names
-        missing = [column for column in COLUMNS if column not in columns]
+        missing = [column for column in needed if column not in columns]
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what trl_dataset returns")
 
 
+class _Known:
+    """Stands for a model whose scores of a batch are known already."""
+
+    def __init__(self, model, outputs) -> None:
+        self.model, self.outputs = model, outputs
+
+    def __call__(self, *args, fused_lm_head: bool = False, shared_rows: SharedRows | None = None, **kwargs):
+        return self.outputs if fused_lm_head else self.model(*args, **kwargs)
+
+
+class _Alone:
+    """Stands for an accelerator in a computation that the other processes do not share."""
+
+    def __init__(self, accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __getattr__(self, name: str):
+        return getattr(self.accelerator, name)
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+    gather_for_metrics = gather
+
+
 class BetaDPOTrainer(DPOTrainer):
-    """TRL's `DPOTrainer` with a beta that depends on the prompt, in either form, and its regularisers.
+    """TRL's `DPOTrainer` with any beta or rule, in either form, and the regularisers of a beta that is trained.
 
-        L = L_TRL(s(x)·h) + L_range + L_smooth + L_entropy
+        L = L_TRL(s·h) + L_range + L_smooth + L_consistency + L_entropy
 
-    L_TRL is TRL's loss with s(x) in place of its one beta. Rewards, margins and the other loss types
-    follow, except "aot" and "aot_unpaired", which sort the batch before multiplying by beta. The regularisers (the
-    derivation, §5) are added if beta is trainable. Logged in addition to TRL's numbers: beta/<task>, and loss/<term>
-    for each regulariser.
+    L_TRL is TRL's loss with s of each pair in place of its one beta. Rewards, margins and the other loss types follow,
+    except "aot" and "aot_unpaired", which sort the batch before multiplying by beta. The regularisers (the derivation,
+    §5) are added if beta is trainable. A rule sees each micro-batch as a batch.
 
-    Several processes train a single beta, initialised from the main process; batch norm and the regularisers are
-    computed on each process's part of a batch. FSDP and DeepSpeed may shard the policy; every process holds all of
-    beta.
+    Logged in addition to TRL's numbers, as means over the batch: beta/<task>, s/<task>, logratio/chosen/<task> and
+    logratio/rejected/<task> (log π/π_ref, nats), kl/<task> (for a rule that observes it), loss/<term> for each
+    regulariser, and pull/<term>/<task>, the fraction of each term, "dpo" among them, in the pulls on beta (their
+    absolute values; see `gradients_on_beta`).
+
+    Several processes have one beta, initialised from the main process; rules, batch norm and regularisers see the
+    batch of all processes. FSDP and DeepSpeed may shard the policy; every process holds all of beta. A rule that reads
+    both models' logits or samples answers (`EpsilonDPO`, `DualKL`) needs them whole.
 
     Args:
         model: as in `DPOTrainer`. All other arguments of `DPOTrainer` are passed by name.
-        beta: any `Beta`. A trainable one is trained together with the policy by a separate AdamW, with its own learning
-            rate (on the policy's schedule) and its own gradient clipping.
-        config: the form, the range, the weights of the regularisers, beta's learning rate and maximum gradient norm;
-            `args` has the rest. Its `initial_scale` sets the units of the range, of alpha and of the weights, so `beta`
-            should start at `config.beta0`.
-        train_dataset: a data set with the columns `COLUMNS`, as `trl_dataset` returns it. For a stream, `config.alpha`
-            is required if the entropy term is on.
+        beta: any `Beta` or `Rule`; None: a constant, `config.beta0`. A trainable one is trained together with the
+            policy by a separate AdamW, with its own learning rate (on the policy's schedule) and its own gradient
+            clipping.
+        config: the form, the range, the weights of the regularisers, beta's learning rate and maximum gradient norm,
+            and how KL is sampled; `args` has the rest. Its `initial_scale` sets the units of the range, of alpha and of
+            the weights, so `beta` should start at `config.beta0`. None: the standard form, around `args.beta`.
+        shared_prefix: compute each prompt once for both of its answers, with the same results. Falls back to TRL's
+            rows, with a warning, where the model cannot take them.
+        train_dataset: a data set with the columns that beta reads, as `trl_dataset` returns it; a `ConstantBeta`,
+            `BetaDPO`, `EpsilonDPO` and `LSC` read none. For a stream, `config.alpha` is required if the entropy term
+            is on.
 
     Raises:
-        ValueError: a data set lacks those columns; there is no alpha for a stream; a loss type sorts the batch and beta
-            is not constant; float16 is used under DeepSpeed; or several processes precompute the reference of an
-            in-memory data set, for which TRL writes no file that they could share.
+        ValueError: a data set lacks those columns; the rule is not defined in the form; there is no alpha for a stream;
+            a loss type sorts the batch and beta is not constant; a rule that needs the reference in training does not
+            have it, or not whole; float16 is used under DeepSpeed; or several processes precompute the reference of
+            an in-memory data set, for which TRL writes no file that they could share.
     """
 
+    _tag_names = [*DPOTrainer._tag_names, "dpoviz"]  # noqa: RUF012
+    args: DPOConfig
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     _signature_columns: Any  # None until it is first asked for
@@ -122,27 +185,46 @@ class BetaDPOTrainer(DPOTrainer):
         self,
         model,
         *,
-        beta: Beta,
-        config: TrainConfig,
+        beta: Beta | Rule | None = None,
+        config: TrainConfig | None = None,
+        shared_prefix: bool = False,
         train_dataset: Dataset | IterableDataset | None = None,
         **kwargs,
     ) -> None:
-        _require_columns("train_dataset", train_dataset)
-        _require_columns("eval_dataset", kwargs.get("eval_dataset"))
+        if config is None:
+            args = kwargs.get("args")
+            config = TrainConfig.around(0.1 if args is None else args.beta, "standard")
+        if beta is None:
+            beta = ConstantBeta(config.beta0)
         self.config, self.beta_module = config, beta
-        self.learns = any(p.requires_grad for p in beta.parameters())
+        self.rule = rule = beta if isinstance(beta, Rule) else PromptRule(beta)
+        if rule.form not in (None, config.form):
+            raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, got {config.form!r}")
+        if beta.made_for is not None:
+            beta.require_made_for(form=config.form)
+        self.learns = rule.trainable
+        self._needed = self._columns()
+        _require_columns("train_dataset", train_dataset, self._needed)
+        _require_columns("eval_dataset", kwargs.get("eval_dataset"), self._needed)
         self.regularization = self._weights(train_dataset) if self.learns else None
+        self._shared_prefix, self._sharing = shared_prefix, False
+        self._longest: float = 0  # prompt and answer, in tokens; inf if unknown
+        self._measured_kl = -1  # the step in which a rule last observed it
         super().__init__(model, train_dataset=train_dataset, **kwargs)
-        sorting = [name for name in self.loss_types if name.startswith("aot")]
-        if sorting and not isinstance(beta, ConstantBeta):
-            raise ValueError(f"args.loss_type: got {sorting[0]!r}, which sorts pairs apart from their beta; expected "
-                             "another, or a ConstantBeta")  # fmt: skip
-        if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
-            raise ValueError("args.fp16: got float16, expected bf16 or float32: DeepSpeed scales the loss internally")
-        beta.to(self.accelerator.device).load_state_dict(broadcast(beta.state_dict()))  # of the main process
+        self._check_trainer()
+        rule.to(self.accelerator.device).load_state_dict(broadcast(rule.state_dict()))  # of the main process
         if self.learns:
-            self.beta_optimizer = adamw(beta, config.beta_learning_rate)
+            self.beta_optimizer = adamw(rule, config.beta_learning_rate)
         self.data_collator = _Collator(self.data_collator)
+
+    def _columns(self) -> list[str]:
+        """Return the columns that the rule and its regularisers read."""
+        reads = set(self.rule.reads)
+        if self.learns:
+            reads |= {"ref_entropy"} if self.config.lambda_entropy > 0 else set()
+            reads |= {"task"} if self.config.lambda_consistency > 0 else set()
+        answers = [OF_ANSWERS] if "answer_entropy" in self.rule.needs else []
+        return [column for read, column in _READ.items() if read in reads] + answers
 
     def _weights(self, train_dataset: Dataset | IterableDataset | None) -> Regularization:
         """Return the penalties' weights, with alpha computed from the data if the configuration leaves it open."""
@@ -154,45 +236,276 @@ class BetaDPOTrainer(DPOTrainer):
             entropy = train_dataset["ref_entropy"][:]
         known = config.alpha is not None or entropy is not None
         weights = config.regularization(config.alpha_for(entropy) if known else None)
-        reads_x = isinstance(self.beta_module, BetaNetwork)
-        return weights if reads_x else replace(weights, smoothness=0.0)
+        return weights if isinstance(self.beta_module, BetaNetwork) else replace(weights, smoothness=0.0)
+
+    def _check_trainer(self) -> None:
+        """Raise for what TRL's trainer is set to do and this beta cannot."""
+        name = type(self.beta_module).__name__
+        sorting = [own for own in self.loss_types if own.startswith("aot")]
+        if sorting and not isinstance(self.beta_module, ConstantBeta):
+            raise ValueError(f"args.loss_type: got {sorting[0]!r}, which sorts pairs apart from their beta; expected "
+                             "another, or a ConstantBeta")  # fmt: skip
+        if self.learns and self.is_deepspeed_enabled and self.accelerator.mixed_precision == "fp16":
+            raise ValueError("args.fp16: got float16, expected bf16 or float32: DeepSpeed scales the loss internally")
+        if not self.rule.needs & {"direction", "kl"}:
+            return
+        if self._in_pieces():
+            raise ValueError(f"beta: {name} reads both models' logits in training, expected FSDP and ZeRO-3 to be off")
+        peft = is_peft_model(self.model)
+        if self.ref_model is None and not peft:
+            raise ValueError(f"args.precompute_ref_log_probs: got True, but {name} reads the reference in training; "
+                             "expected False, or a ref_model")  # fmt: skip
+        if self.ref_model is None and "ref" in self.accelerator.unwrap_model(self.model).peft_config:
+            raise ValueError(f"model: got an adapter to train on, but {name} reads the reference, which is then an "
+                             "adapter too; expected the model and a peft_config, or a ref_model")  # fmt: skip
+        if self._is_vision_dataset or (self.args.max_length is not None and self.args.truncation_mode == "keep_end"):
+            raise ValueError(f"train_dataset: got images, or prompts to be cut at their start, expected texts cut at "
+                             f"their end: {name} reads each prompt once for both answers")  # fmt: skip
+        if "kl" in self.rule.needs and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(f"train_dataset: got a stream, expected a Dataset: {name} samples answers to its prompts")
+
+    def _in_pieces(self) -> bool:
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [column for column in COLUMNS if column not in self._signature_columns]
+        self._signature_columns += [name for name in (*COLUMNS, OF_ANSWERS) if name not in self._signature_columns]
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        found = super()._prepare_dataset(dataset, *args, **kwargs)
+        if self._shared_prefix:
+            settings = kwargs.get("args") or args[1]  # self.args is not there yet
+            most = math.inf if settings.max_length is None else settings.max_length
+            if isinstance(found, Dataset):
+                counts = token_counts(found)
+                most = min(most, int((counts[:, 0] + counts[:, 1:].max(axis=1)).max())) if len(counts) else 0
+            self._longest = max(self._longest, most)
+        return found
 
     def _compute_loss(self, model, inputs, return_outputs):
-        seen = {name: inputs[name] for name in COLUMNS}
-        inputs = {name: value for name, value in inputs.items() if name not in COLUMNS}
-        self.beta_module.train(self.model.training)
-        beta = self.beta_module(seen["ref_features"], task=seen["task"], ref_entropy=seen["ref_entropy"])  # (B,)
+        columns, inputs = self._split(inputs)
+        outputs = self._scores(model, inputs)
+        if not self.precompute_ref_logps:
+            ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs = {**inputs, "ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1]}
+        ratios = self._log_ratios(model, outputs, inputs)
+        observation = self._observe(columns, inputs, ratios)
+        self.rule.train(self.model.training)
+        output = self.rule(observation)  # of the whole batch, on every process
+        size = len(inputs["ref_chosen_logps"])
+        own = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        s = scale(output.beta, self.config.form)[own]
+        loss, found = self._loss_of_trl(_Known(model, outputs), inputs, s, return_outputs)
+        if output.weight is not None:
+            loss = self._weighted(outputs, inputs, s, output.weight[own], output.weight.sum())
+        added = self._penalties(output, observation)
+        self._log_beta(output, observation, ratios, loss, added)
+        total = loss + sum(added.terms.values())
+        return (total, found) if return_outputs else total
+
+    def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the columns that beta reads, and the rest, laid out in shared-prefix rows if that was asked for."""
+        ours = (*COLUMNS, OF_ANSWERS)
+        rest = {name: value for name, value in inputs.items() if name not in ours}
+        if "shared_rows" not in rest and self._shares():
+            masks = (rest["attention_mask"], rest["completion_mask"])
+            rest["shared_rows"] = lay_out_rows(rest["input_ids"], *masks, room=2 * int(self._longest))
+        return {name: inputs[name] for name in ours if name in inputs}, rest
+
+    def _scores(self, model, inputs: dict[str, Any]) -> Any:
+        """Return the policy's scores of the tokens, from the call that TRL makes."""
+        kept = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+        given = {name: value for name, value in inputs.items() if name not in kept}
+        if self.aux_loss_enabled:
+            given["output_router_logits"] = True
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        return model(**given, use_cache=False, labels=labels, fused_lm_head=True)
+
+    def _log_ratios(self, model, outputs, inputs: dict[str, Any]) -> Tensor:
+        """Return (B, 2) log π/π_ref of chosen and rejected, of all processes, without a gradient."""
+        logps = super().compute_ref_log_probs(_Known(model, outputs), inputs)  # sums over tokens as TRL does
+        ref = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return self.accelerator.gather(torch.stack([a - b for a, b in zip(logps, ref, strict=True)], dim=1).detach())
+
+    def _observe(self, columns: dict[str, Any], inputs: dict[str, Any], ratios: Tensor) -> Observation:
+        """Return the rule's observation of the batch of all processes."""
+        gathered = {name: self.accelerator.gather(v) for name, v in columns.items() if isinstance(v, Tensor)}
+        nothing = ratios.new_zeros(len(ratios))
+        extras: dict[str, Any] = {}
+        if "answer_entropy" in self.rule.needs:
+            vocabulary = self.model.config.get_text_config().vocab_size
+            extras["answer_entropy"] = gathered[OF_ANSWERS] / math.log(vocabulary)
+        if "direction" in self.rule.needs:
+            extras["direction"] = self.accelerator.gather(self._directions(inputs))
+        if "kl" in self.rule.needs and self.model.training:
+            extras["kl"] = self._kl()
+        return Observation(
+            h=ratios[:, 0] - ratios[:, 1],
+            x=gathered.get("ref_features", nothing[:, None]),
+            task=gather_object(list(columns["task"])) if "task" in columns else ["all"] * len(ratios),
+            ref_entropy=gathered.get("ref_entropy", nothing),
+            **extras,
+        )
+
+    def _models(self) -> Models:
+        policy = self.accelerator.unwrap_model(self.model)
+        reference = policy if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        return Models(policy, reference, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+
+    def _directions(self, inputs: dict[str, Any]) -> Tensor:
+        prompts, answers = [], []
+        masks = (inputs[name].bool() for name in ("attention_mask", "completion_mask"))
+        for ids, there, answered in zip(inputs["input_ids"], *masks, strict=True):
+            prompts.append(ids[there & ~answered].tolist())
+            answers.append(ids[there & answered].tolist())
+        models, size = self._models(), len(prompts) // 2
+        pairs = [list(pair) for pair in zip(answers[:size], answers[size:], strict=True)]
+        assert models.reference is not None
+        return perturbed_directions(
+            models.policy, models.reference, prompts[:size], pairs, epsilon=self.rule.epsilon, pad_id=models.pad_id
+        )
+
+    def _kl(self) -> dict[str, float] | None:
+        """Return the KL of each task every `rule.every` steps, in the first micro-batch; None otherwise."""
+        step = self.state.global_step
+        if step % self.rule.every or step == self._measured_kl:
+            return None
+        self._measured_kl = step
+        data, config = self.train_dataset, self.config
+        assert isinstance(data, Dataset)  # others are refused
+        task = data["task"][:] if "task" in data.column_names else ["all"] * len(data)
+        prompts, tasks = first_prompts(data["prompt_ids"], task, config.probe_prompts)
+        found = sampled_kl(
+            self._models(), prompts, tasks, max_new_tokens=config.max_new_tokens, seed=config.seed + step
+        )
+        return {name.removeprefix("kl/"): value for name, value in found.items() if name.startswith("kl/")}
+
+    def _loss_of_trl(
+        self, model, inputs: dict[str, Any], s: Tensor, return_outputs: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Return TRL's loss with a factor s per pair, and the model's outputs if they are asked for."""
         # every loss of the parent class multiplies by self.beta; a (B,) tensor there gives each pair its own factor
-        own, self.beta = self.beta, scale(beta, self.config.form)
+        before, self.beta, self.precompute_ref_logps = (self.beta, self.precompute_ref_logps), s, True  # type: ignore[assignment]
         try:
             found = super()._compute_loss(model, inputs, return_outputs)
         finally:
-            self.beta = own
-        terms: dict[str, Tensor] = {}
-        if self.regularization is not None:
-            terms = penalties(
-                beta,
-                self.regularization,
-                ref_entropy=seen["ref_entropy"],
-                beta_fn=self.beta_module,
-                x=seen["ref_features"],
-                task=seen["task"],
-            ).terms
-        self._log_beta(beta, seen["task"], terms)
-        added = sum(terms.values())
-        return (found[0] + added, found[1]) if return_outputs else found + added
+            self.beta, self.precompute_ref_logps = before
+        return found if return_outputs else (found, None)
 
-    def _log_beta(self, beta: Tensor, task: list[str], terms: dict[str, Tensor]) -> None:
+    def _weighted(self, outputs, inputs: dict[str, Any], s: Tensor, weight: Tensor, total: Tensor) -> Tensor:
+        """Return the process's part of the mean of TRL's losses with a weight per pair; it averages to Σ w·ℓ/Σ w."""
+        found: Tensor = 0.0 * outputs.log_probs.sum()  # of a process whose pairs are all left out
+        fields = {name: value for name, value in _fields(outputs).items() if isinstance(value, Tensor) and value.ndim}
+        kept = ("input_ids", "attention_mask", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+        with self._aside():
+            for value in weight.unique():
+                rows = (weight == value).nonzero().flatten()
+                of = {len(weight): rows, 2 * len(weight): torch.cat([rows, rows + len(weight)])}
+                if value > 0:
+                    known = SimpleNamespace(**{name: v[of[len(v)]] for name, v in fields.items()})
+                    part = {name: inputs[name][of[len(inputs[name])]] for name in kept}
+                    loss, _ = self._loss_of_trl(_Known(None, known), part, s[rows])
+                    found = found + value * len(rows) * loss
+        found = found * self.accelerator.num_processes / total
+        return found + self.router_aux_loss_coef * outputs.aux_loss if self.aux_loss_enabled else found
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Leave TRL's metrics, and the other processes, out of a computation."""
+        kept = (self.accelerator, self._metrics, self._total_train_tokens, self.aux_loss_enabled)
+        self.accelerator, self.aux_loss_enabled = _Alone(self.accelerator), False
+        self._metrics = {mode: type(own)(list) for mode, own in self._metrics.items()}
+        try:
+            yield
+        finally:
+            self.accelerator, self._metrics, self._total_train_tokens, self.aux_loss_enabled = kept
+
+    def _penalties(self, output: RuleOutput, observation: Observation) -> Penalties:
+        if self.regularization is None:
+            return Penalties({}, torch.zeros_like(output.beta))
+        return penalties(
+            output.beta,
+            self.regularization,
+            ref_entropy=observation.ref_entropy,
+            beta_fn=self.beta_module,
+            x=observation.x,
+            task=observation.task,
+        )
+
+    def _log_beta(
+        self, output: RuleOutput, observation: Observation, ratios: Tensor, loss: Tensor, added: Penalties
+    ) -> None:
+        beta, task = output.beta.detach(), observation.task
+        row = {f"loss/{name}": term.item() for name, term in added.terms.items()}
+        for name, values in (
+            ("beta", beta),
+            ("s", scale(beta, self.config.form)),
+            ("logratio/chosen", ratios[:, 0]),
+            ("logratio/rejected", ratios[:, 1]),
+        ):
+            row |= means_by_task(name, values.tolist(), task)
+        row |= {f"kl/{name}": value for name, value in (observation.kl or {}).items()}
+        if output.beta.requires_grad and set(self.loss_types) != {"sft"}:  # which has no beta
+            terms = {"dpo": loss, **added.terms}
+            objective: Any = SimpleNamespace(terms=terms, squared_gradients=added.squared_gradients.detach())
+            pulls = gradients_on_beta(objective, output.beta)
+            row |= self._fractions(pulls, task)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, term in terms.items():
-            metrics[f"loss/{name}"].append(self.accelerator.gather(term.detach()).mean().item())
-        betas = pd.Series(gather_object(beta.tolist()))
-        for name, mean in betas.groupby(gather_object(list(task))).mean().items():
-            metrics[f"beta/{name}"].append(mean)
+        for name, value in row.items():
+            metrics[name].append(value)
+
+    def _fractions(self, pulls: dict[str, Tensor], task: Sequence[str]) -> dict[str, float]:
+        """Return the fraction of each term in the pulls on the betas of each task."""
+        # a process has the gradient of its own pairs' loss, times the number of processes
+        pulls["dpo"] = self.accelerator.reduce(pulls["dpo"], reduction="mean")
+        means = {term: means_by_task("", pull.abs().tolist(), task) for term, pull in pulls.items()}
+        whole = {name: sum(own[name] for own in means.values()) for name in means["dpo"]}
+        return {
+            f"pull/{term}{name}": value / whole[name]
+            for term, own in means.items()
+            for name, value in own.items()
+            if whole[name] > 0
+        }
+
+    def _shares(self) -> bool:
+        """Return whether batches are laid out in shared-prefix rows; say so once where they cannot be."""
+        if not self._shared_prefix:
+            return False
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        why = self._cannot_share(models)
+        if why:
+            self._shared_prefix = False
+            logger.warning("shared_prefix: %s; TRL's own rows are used, one for each answer", why)
+        elif not self._sharing:
+            self._sharing = True
+            fields = ("entropy", "mean_logits", "is_top1", *(["log_sum_sq_probs"] if self.use_weighting else []))
+            for model in models:
+                own = language_model(self.accelerator.unwrap_model(model, keep_fp32_wrapper=True))
+                share_prefixes(own, fields if model is self.model else ())
+        return self._shared_prefix
+
+    def _cannot_share(self, models: list) -> str:
+        """Return why batches cannot be laid out in shared-prefix rows; "" if they can."""
+        if self._in_pieces():
+            return "FSDP or ZeRO-3 has cut up the model"
+        if self._is_vision_dataset:
+            return "the data set has images"
+        if self.aux_loss_enabled:
+            return "the routers' loss is computed on TRL's own rows (args.router_aux_loss_coef=0 turns it off)"
+        for model in models:
+            try:
+                own = language_model(self.accelerator.unwrap_model(model, keep_fp32_wrapper=True))
+                self._longest = min(self._longest, context_length(own) or math.inf)
+                if self._longest == math.inf:
+                    return "the length of a stream's rows is unknown (args.max_length says it)"
+                with _without_autocast(own):
+                    right = supports_shared_prefix(own, int(self._longest), 2 * int(self._longest))
+                if not right:
+                    return f"{type(own).__name__} gives other scores there than by itself"
+            except ValueError as error:  # an adapter of prompts, or no causal language model
+                return str(error)
+        return ""
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL computes these on its own tokens, which in a chat include what the template adds after the end of a turn
@@ -206,11 +519,11 @@ class BetaDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset.remove_columns(ours) if ours else dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in COLUMNS})
+        return super().compute_ref_log_probs(model, self._split(inputs)[1])
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         if not isinstance(eval_dataset, str):
-            _require_columns("eval_dataset", eval_dataset)
+            _require_columns("eval_dataset", eval_dataset, self._needed)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -240,8 +553,41 @@ class BetaDPOTrainer(DPOTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             assert folder is not None  # transformers fills it in
-            self.beta_module.save_pretrained(Path(folder) / "beta")
+            about, known = self._about(), self.beta_module.made_for
+            if known is None:  # else it was trained before, and knows its reference
+                self.beta_module.made_for = MadeFor(self.config.form, str(about["reference"]), None, FEATURES)
+            self.beta_module.save(Path(folder) / "beta", **about)
         super().save_model(output_dir, *args, **kwargs)
+
+    def _about(self) -> dict[str, str | None]:
+        """Return what the card and config.json say of beta besides its arguments."""
+        reference = self.model if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+        return {"form": self.config.form, "paper": self.rule.paper, "reference": reference.config._name_or_path or None}
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(str(self.args.output_dir)) / "README.md"
+            card.write_text(card.read_text(encoding="utf-8") + self._section(), encoding="utf-8")
+
+    def _section(self) -> str:
+        """Return the section of the model card about beta."""
+        about, name = self._about(), self.hub_model_id or self.args.output_dir
+        return f"""
+## β
+
+The loss is scaled per pair by [dpoviz](https://pypi.org/project/dpoviz), whose β is in the folder `beta`.
+
+- Rule: {type(self.beta_module).__name__} ([arXiv:{about["paper"]}](https://arxiv.org/abs/{about["paper"]}))
+- Form: {about["form"]} (h is multiplied by {"1/β" if about["form"] == "inverse" else "β"})
+- Reference: {about["reference"]}
+
+```python
+from transformers import AutoModelForCausalLM
+from dpoviz import load_beta
+policy, beta = AutoModelForCausalLM.from_pretrained("{name}"), load_beta("{name}")
+```
+"""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -250,17 +596,34 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # always called, unlike _load_from_checkpoint
-        if self.learns and checkpoint is not None:
+        if checkpoint is not None:
             self._load_beta(checkpoint)
             saved = Path(checkpoint) / "beta" / "optimizer.pt"
-            if saved.is_file():  # absent with save_only_model
+            if self.learns and saved.is_file():  # absent with save_only_model
                 self.beta_optimizer.load_state_dict(torch.load(saved, weights_only=True))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.learns:
-            assert self.state.best_model_checkpoint is not None
-            self._load_beta(self.state.best_model_checkpoint)
+        assert self.state.best_model_checkpoint is not None
+        self._load_beta(self.state.best_model_checkpoint)
 
     def _load_beta(self, checkpoint: str) -> None:
         self.beta_module.load_state_dict(load_file(Path(checkpoint) / "beta" / "model.safetensors"))
+
+
+def _fields(outputs) -> dict[str, Any]:
+    """Return the fields of a model's output, TRL's or ours, by name."""
+    return dict(outputs) if isinstance(outputs, dict) else outputs._asdict()
+
+
+@contextmanager
+def _without_autocast(model: PreTrainedModel) -> Iterator[None]:
+    """Take away the half precision that accelerate puts around a model's forward, in which no trial is exact."""
+    wrapped, own = model.forward, getattr(model, "_original_forward", None)
+    if own is not None:
+        model.forward = own
+    try:
+        yield
+    finally:
+        if own is not None:
+            model.forward = wrapped

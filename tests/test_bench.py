@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from dpoviz.experiments.bench import (
     ALONE,
+    INSIDE,
     LEARNED,
     OURS,
     PEER,
@@ -54,11 +55,11 @@ def test_everybody_does_the_same_work(world):
     model, tokenizer, scored = world
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = bench_steps(model, tokenizer, scored, batch_size=3, repeats=2, max_length=32, progress=False)
-    assert list(found["who"]) == [PEER, PLAIN, OURS, LEARNED, ALONE] * 2
+    assert list(found["who"]) == [PEER, INSIDE, PLAIN, OURS, LEARNED, ALONE] * 2
     for _, rows in found.groupby("task"):
         loss = rows.set_index("who")["loss"]
         # the policy is the reference: h = 0, whatever beta is
-        assert loss[[PEER, PLAIN, OURS]].tolist() == pytest.approx([0.6931472] * 3, abs=1e-5)
+        assert loss[[PEER, INSIDE, PLAIN, OURS]].tolist() == pytest.approx([0.6931472] * 4, abs=1e-5)
         # what the four terms add, at the same network; its running means have moved a little
         assert loss[ALONE] == pytest.approx(loss[LEARNED], abs=1e-5) and loss[LEARNED] > loss[OURS] + 1e-4
     assert (found["low"] <= found["seconds"]).all() and (found["seconds"] <= found["high"]).all()
@@ -82,7 +83,7 @@ def test_in_half_precision(world):
     found = bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=32, progress=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     # the reference was scored in float32: h is the rounding of about 10 tokens' logits, times a beta of 0.1
-    assert found[~found["who"].isin([LEARNED, ALONE])]["loss"].tolist() == pytest.approx([0.6931472] * 6, abs=0.02)
+    assert found[~found["who"].isin([LEARNED, ALONE])]["loss"].tolist() == pytest.approx([0.6931472] * 8, abs=0.02)
 
 
 def test_other_work_is_refused(world, monkeypatch):

@@ -39,6 +39,7 @@ ALLOWED = {
 """What the modules of a room may import beside their own room; a module named here has a row of its own."""
 
 NO_TORCH = (
+    "analysis/diagnose.py",
     "analysis/plots.py",
     "analysis/plots_comparison.py",
     "analysis/plots_runs.py",

@@ -1,36 +1,52 @@
 """The trainer for TRL's users: TRL's own numbers where beta is constant, and beta's own beside them elsewhere."""
 
 import copy
+import functools
 import importlib.util
+import inspect
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from helpers.launch import SCRIPTS, command, finish
 from helpers.readme import blocks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
+from dpoviz.allocation import allocate  # noqa: E402
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import Logps, total_loss  # noqa: E402
+from dpoviz.rules import BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule, RuleOutput  # noqa: E402
 from dpoviz.training.batch import shuffled_rows  # noqa: E402
-from dpoviz.training.config import TrainConfig  # noqa: E402
+from dpoviz.training.config import RULES, TrainConfig  # noqa: E402
 from dpoviz.training.loop import train  # noqa: E402
+from dpoviz.training.methods import build, load_beta  # noqa: E402
 from dpoviz.trl import COLUMNS, BetaDPOTrainer, trl_dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 TASKS = ("math", "code", "dialogue")
 
 
+_WORLD = []
+
+
 @pytest.fixture
 def world(make_model, tokenizer):
-    """A model, its tokenizer, and 24 scored pairs."""
+    """A model, its tokenizer, and 24 scored pairs; a copy for each test, scored once."""
+    if not _WORLD:
+        _WORLD.append(scored_world(make_model, tokenizer))
+    return copy.deepcopy(_WORLD[0][0]), tokenizer, _WORLD[0][1]
+
+
+def scored_world(make_model, tokenizer):
     model = make_model(dtype=torch.float32)
     words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("<")]
     rows = []
@@ -42,7 +58,7 @@ def world(make_model, tokenizer):
         rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 3], "group": None})
     pairs = Dataset.from_list(rows)
     scored = reference_pass(model, tokenizer, pairs, max_length=32, max_new_tokens=4, entropy_samples=2, progress=False)
-    return model, tokenizer, scored
+    return model, scored
 
 
 def arguments(folder, **changed):
@@ -59,7 +75,7 @@ def losses(trainer, name="loss"):
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-def trained(world, folder, beta=None, config=None, cls=None, data=None, **changed):
+def trained(world, folder, beta=None, config=None, cls=None, data=None, callbacks=None, **changed):
     model, tokenizer, scored = world
     own = {} if beta is None else {"beta": beta, "config": config}
     trainer = (cls or (trl.DPOTrainer if beta is None else BetaDPOTrainer))(
@@ -68,6 +84,7 @@ def trained(world, folder, beta=None, config=None, cls=None, data=None, **change
         args=arguments(folder, **changed),
         train_dataset=trl_dataset(scored) if data is None else data,
         processing_class=tokenizer,
+        callbacks=callbacks,
         **own,
     )
     trainer.train()
@@ -222,8 +239,8 @@ class TestBetaThatLearns:
         found = trainer.evaluate(data.select(range(6)))
         assert found["eval_loss"] > 0 and found["eval_beta/math"] > 0
         assert "input_ids" in seen and not seen & set(COLUMNS)  # the model is not given what beta reads
-        with pytest.raises(ValueError, match="eval_dataset: lacks ref_features; expected what trl_dataset returns"):
-            trainer.evaluate(data.remove_columns("ref_features"))
+        with pytest.raises(ValueError, match="eval_dataset: lacks ref_entropy; expected what trl_dataset returns"):
+            trainer.evaluate(data.remove_columns("ref_entropy"))
 
     def test_several_processes_precompute_the_reference_of_a_set_on_disk(self, world, tmp_path, monkeypatch):
         data = trl_dataset(world[2])
@@ -261,6 +278,39 @@ class TestBetaThatLearns:
         assert rows[0]["beta/math"] == pytest.approx(0.1)
         assert all(any(f"beta/{task}" in row for row in rows) for task in TASKS)
 
+    def test_logs_what_pulls_on_beta(self, world, tmp_path):
+        """One batch of all pairs: means by task, against the loop's own measurements of it."""
+        model, tokenizer, scored = world
+        config = TrainConfig.around(
+            0.1, "inverse", stage1_steps=0, stage2_steps=2, batch_size=24, policy_learning_rate=1e-3, warmup_steps=0,
+            log_every=1, probe_every=100, lambda_consistency=1.0,
+        )  # fmt: skip
+        ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+        beta = made("network", scored, config)
+        history = train(copy.deepcopy(model), beta, scored, config, stage=2, progress=False, **ends).history
+        seen = []
+
+        class Tracker(TrainerCallback):
+            """Gets what any service of `report_to` gets."""
+
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                seen.append(dict(logs))
+
+        trainer = trained(world, tmp_path, made("network", scored, config), config, max_steps=2, weight_decay=0.0,
+                          per_device_train_batch_size=24, callbacks=[Tracker()])  # fmt: skip
+        for step, row in enumerate(seen[:2]):
+            for task in TASKS:
+                terms = ("dpo", "range", "smoothness", "consistency", "entropy")
+                pulls = {name: row[f"pull/{name}/{task}"] for name in terms}
+                assert sum(pulls.values()) == pytest.approx(1) and min(pulls.values()) >= 0
+                assert row[f"s/{task}"] == pytest.approx(1 / row[f"beta/{task}"], rel=0.1)  # means of 1/beta and beta
+                chosen, rejected = (row[f"logratio/{name}/{task}"] for name in ("chosen", "rejected"))
+                assert chosen - rejected == 0 if step == 0 else chosen > 0 > rejected
+            assert row["loss/entropy"] == pytest.approx(history["loss/entropy"][step], rel=1e-4)
+        # at h = 0 the loss does not pull on beta
+        assert seen[0]["pull/dpo/math"] == 0 < seen[1]["pull/dpo/math"]
+        assert trainer.state.log_history[0]["pull/dpo/math"] == 0
+
     def test_killed_and_resumed_it_ends_the_same(self, world, tmp_path):
         model, tokenizer, scored = world
         config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2)
@@ -282,8 +332,86 @@ class TestBetaThatLearns:
         assert resumed_losses[-1] == pytest.approx(whole_losses[-1], rel=1e-5)
 
 
+class Halved(Rule):
+    """Weights that are neither 0 nor 1."""
+
+    form = "standard"
+    reads = frozenset()
+
+    def forward(self, observation):
+        beta = torch.full_like(observation.h, 0.1)
+        return RuleOutput(beta, torch.arange(1.0, 1 + len(beta)).to(beta) % 3 / 2)
+
+
+def allocated(scored):
+    table = pd.DataFrame({"task": TASKS, "slope": [0.1, 0.2, 0.4], "variance": [1.0, 2.0, 1.5], "prompts": [8, 8, 8]})
+    found = allocate(table, kl=0.5, beta=0.1, form="standard")
+    beta = TaskBeta.fixed(dict(zip(found["task"], found["beta"], strict=True)))
+    x = torch.tensor(scored["ref_features"][:3])
+    assert beta(x, task=found["task"].tolist()).tolist() == pytest.approx(found["beta"].tolist(), rel=1e-5)
+    return beta
+
+
+def made(name, scored, config):
+    """A beta or a rule by its name, anew at each call."""
+    if name in RULES:
+        return build(name, config, scored, vocabulary=30)
+    x = torch.tensor(scored["ref_features"][:])
+    others = {
+        "allocation": lambda: allocated(scored),
+        "random": lambda: RandomBeta(0.1, spread=0.5),
+        "lookup": lambda: LookupBeta(x, torch.linspace(0.05, 0.4, len(x))),
+        "weights": Halved,
+        "often": lambda: DualKL(0.1, target=0.05, every=3, tasks=TASKS),
+        "far": lambda: EpsilonDPO(0.1, epsilon=0.3),
+        "uncertain": lambda: MallowsPO(0.1, c=0.7, sign=-1),
+        "steep": lambda: BetaDPO(0.1, a=2.0, keep=0.6, momentum=0.5),
+    }
+    return others[name]()
+
+
+def in_order(order, cls=BetaDPOTrainer):
+    class InOrder(cls):
+        def _get_train_sampler(self, *_):
+            return order
+
+    return InOrder
+
+
+OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep")
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name, info in RULES.items() for form in info.forms if name != "constant" or form == "standard"]
+    + [(name, "standard") for name in OTHERS],
+)
+def test_a_rule_is_that_of_our_own_loop(world, tmp_path, name, form):
+    """Ours and TRL's, the same batches in the same order, 20 steps: losses, weights, and the state of the rule."""
+    model, tokenizer, scored = world
+    config = TrainConfig.around(
+        0.1, form, stage1_steps=0, stage2_steps=20, batch_size=4, policy_learning_rate=1e-3, warmup_steps=0,
+        log_every=1, probe_every=100, checkpoint_every=100, max_new_tokens=4, probe_prompts=2, beta_learning_rate=3e-3,
+        rescore_reference=True,  # in the same batch, as TRL does: h is exactly 0 at the start, for filters to see
+    )  # fmt: skip
+    policy, rule = copy.deepcopy(model), made(name, scored, config)
+    ends = {"pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id}
+    result = train(policy, rule, scored, config, stage=2, reference=model, progress=False, **ends)
+    order = [i for rows in shuffled_rows(len(scored), 4, 20, seed=config.seed + 2) for i in rows]
+    own = made(name, scored, config)
+    trainer = trained(world, tmp_path, own, config, cls=in_order(order), max_steps=20, weight_decay=0.0)
+    history = result.history
+    assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
+    assert (history["loss"] - history["loss"].iloc[0]).abs().max() > 0.05  # it went somewhere
+    for a, b in zip(trainer.model.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-4, atol=1e-5)
+    state = rule.state_dict()
+    for key, value in own.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-5)
+
+
 def test_parity_of_both_loops(world, tmp_path):
-    """Ours and TRL's, the same batches in the same order, a fixed beta in the standard form, 20 steps."""
+    """Ours and TRL's own trainer, a fixed beta in the standard form, 20 steps."""
     model, tokenizer, scored = world
     config = TrainConfig.around(
         0.1, "standard", stage1_steps=20, batch_size=4, policy_learning_rate=1e-3, warmup_steps=0, log_every=1,
@@ -293,16 +421,324 @@ def test_parity_of_both_loops(world, tmp_path):
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     result = train(policy, ConstantBeta(0.1), scored, config, stage=1, pad_id=pad, eos_id=eos, progress=False)
     order = [i for rows in shuffled_rows(len(scored), 4, 20, seed=config.seed + 1) for i in rows]
+    trainer = trained(world, tmp_path, cls=in_order(order, trl.DPOTrainer), max_steps=20, weight_decay=0.0)
+    assert result.history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
 
-    class InOrder(trl.DPOTrainer):
-        def _get_train_sampler(self, *_):
-            return order
 
-    trainer = trained(world, tmp_path, cls=InOrder, max_steps=20, adam_epsilon=1e-8, weight_decay=0.0,
-                      data=trl_dataset(scored), learning_rate=1e-3)  # fmt: skip
-    history = result.history
-    assert history["loss"].tolist() == pytest.approx(losses(trainer), abs=1e-5)
-    assert abs(history["loss"].iloc[-1] - history["loss"].iloc[0]) > 0.05  # it went somewhere
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
+@pytest.mark.parametrize("name", ["steep", "far", "lsc-at-once", "often", "lookup"])
+def test_a_rule_goes_on_from_a_checkpoint(world, tmp_path, name):
+    """Killed after two of four steps, it ends the same, and its state is that of the end."""
+    scored = world[2]
+    config = TrainConfig.around(0.1, "standard", max_new_tokens=4, probe_prompts=2)
+    common = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+
+    def run(folder, steps, resume=None):
+        rule = made(name, scored, config)
+
+        class Resumed(BetaDPOTrainer):
+            def train(self):
+                return super().train(resume_from_checkpoint=resume)
+
+        return rule, trained(world, folder, rule, config, cls=Resumed, max_steps=steps, **common)
+
+    whole, all_of_it = run(tmp_path / "whole", 4)
+    run(tmp_path / "part", 2)
+    rule, rest = run(tmp_path / "part", 4, str(tmp_path / "part" / "checkpoint-2"))
+    assert losses(rest)[-1] == pytest.approx(losses(all_of_it)[-1], rel=1e-5)
+    start = made(name, scored, config).state_dict()
+    loaded = load_beta(tmp_path / "part" / "checkpoint-4")
+    assert repr(loaded) == repr(rule) and type(loaded) is type(rule)
+    for key, value in whole.state_dict().items():
+        for own in (rule, loaded):
+            torch.testing.assert_close(own.state_dict()[key], value, rtol=1e-4, atol=1e-6)
+        assert name == "lookup" or not torch.equal(value, start[key]), key
+
+
+class TestRefusals:
+    def refused(self, world, tmp_path, match, name="far", config=None, **changed):
+        with pytest.raises(ValueError, match=match):
+            trained(world, tmp_path, made(name, world[2], CONFIG), config or CONFIG, **changed)
+
+    def test_what_a_rule_cannot_do(self, world, tmp_path):
+        inverse = TrainConfig.around(0.1, "inverse")
+        self.refused(world, tmp_path, "beta: EpsilonDPO is defined in the standard form, got 'inverse'", config=inverse)
+        self.refused(world, tmp_path, "max_length|cut at", truncation_mode="keep_end", max_length=20)
+        bare = trl_dataset(world[2]).remove_columns(["ref_answer_entropy", "task"])
+        self.refused(world, tmp_path, "train_dataset: lacks ref_answer_entropy", name="uncertain", data=bare)
+        self.refused(world, tmp_path, "train_dataset: lacks task", name="often", data=bare)
+        stream = trl_dataset(world[2]).to_iterable_dataset()
+        self.refused(
+            world, tmp_path, "train_dataset: got a stream, expected a Dataset: DualKL", name="often", data=stream
+        )
+
+    def test_a_rule_that_reads_the_reference_needs_it(self, world, tmp_path):
+        peft = pytest.importorskip("peft")
+        model, tokenizer, scored = world
+        common = {"train_dataset": trl_dataset(scored), "processing_class": tokenizer, "beta": EpsilonDPO(0.1)}
+        with pytest.raises(ValueError, match=r"args\.precompute_ref_log_probs: got True, but EpsilonDPO reads"):
+            BetaDPOTrainer(copy.deepcopy(model), args=arguments(tmp_path, precompute_ref_log_probs=True), **common)
+        lora = peft.LoraConfig(target_modules=["q_proj"])
+        with pytest.raises(ValueError, match="model: got an adapter to train on, but EpsilonDPO reads"):
+            BetaDPOTrainer(peft.get_peft_model(copy.deepcopy(model), lora), args=arguments(tmp_path), **common)
+        trainer = BetaDPOTrainer(copy.deepcopy(model), args=arguments(tmp_path), peft_config=lora, **common)
+        trainer.train()
+        assert trainer.rule.current != 0.1  # the adapter was off for the reference
+
+    def test_a_beta_per_task_that_no_task_can_have(self):
+        for bad in (0.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=f"betas: got {bad} for 'b', expected a positive finite number"):
+                TaskBeta.fixed({"a": 1.0, "b": bad})
+        with pytest.raises(ValueError, match="expected numbers within a factor of"):
+            TaskBeta.fixed({"a": 1e-12, "b": 1e12})
+
+
+CONFIG = TrainConfig.around(0.1, "standard")
+
+
+class TestCards:
+    @pytest.mark.parametrize("name", ["network", "steep"])
+    def test_the_lines_of_the_card_load_policy_and_beta(self, world, tmp_path, name):
+        scored = world[2]
+        model = copy.deepcopy(world[0])
+        model.config._name_or_path = "someone/some-model"
+        trainer = trained((model, *world[1:]), tmp_path / "out", made(name, scored, CONFIG), CONFIG)
+        trainer.create_model_card(model_name="mine")
+        trainer.save_model()  # as push_to_hub does, before it uploads the folder
+        card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        kind, paper = {"network": ("BetaNetwork", "2305.18290"), "steep": ("BetaDPO", "2407.08639")}[name]
+        for said in (f"Rule: {kind} ([arXiv:{paper}]", "Form: standard", "Reference: someone/some-model"):
+            assert card.count(said) == 1
+        (block,) = re.findall(r"```python\n(.*?)```", card[card.index("## β") :], flags=re.DOTALL)
+        assert len(block.splitlines()) == 3
+        found = {}
+        exec(block, found)
+        for a, b in zip(found["policy"].parameters(), trainer.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+        state = trainer.beta_module.state_dict()
+        assert type(found["beta"]) is type(trainer.beta_module) and not found["beta"].training
+        assert all(torch.equal(value, state[key]) for key, value in found["beta"].state_dict().items())
+        config = json.loads((tmp_path / "out" / "beta" / "config.json").read_text())
+        about = {"rule": kind, "form": "standard", "paper": paper, "reference": "someone/some-model"}
+        assert about.items() <= config.items()
+        own = (tmp_path / "out" / "beta" / "README.md").read_text(encoding="utf-8")
+        assert f"{kind}, in the standard form" in " ".join(own.split()) and "reference: someone/some-model" in own
+
+    def test_every_rule_comes_back(self, world, tmp_path):
+        for name in (*RULES, *OTHERS):
+            if name == "weights":  # of this file
+                continue
+            own = made(name, world[2], CONFIG)
+            own.save(tmp_path / name / "beta", form="standard")
+            loaded = load_beta(tmp_path / name)
+            assert type(loaded) is type(own)
+            for key, value in own.state_dict().items():
+                assert torch.equal(loaded.state_dict()[key], value)
+        with pytest.raises(ValueError, match=r"folder: .* has no beta/config.json that names a rule"):
+            load_beta(tmp_path)
+        Halved().save(tmp_path / "weights" / "beta")
+        with pytest.raises(ValueError, match=r"folder: .* has a Halved, expected ConstantBeta"):
+            load_beta(tmp_path / "weights")
+
+
+OVERRIDDEN = {
+    "_compute_loss": "self model inputs return_outputs",
+    "_prepare_dataset": "self dataset processing_class args dataset_name",
+    "_precompute_ref_logps": "self dataset name batch_size",
+    "compute_ref_log_probs": "self model inputs",
+    "_set_signature_columns_if_needed": "self",
+    "_save_optimizer_and_scheduler": "self output_dir",
+    "_load_optimizer_and_scheduler": "self checkpoint",
+    "_load_best_model": "self",
+    "evaluate": "self eval_dataset ignore_keys metric_key_prefix",
+    "save_model": "self output_dir _internal_call",
+    "create_model_card": "self model_name dataset_name tags",
+    "log": "self logs start_time",
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_what_is_overridden_is_as_it_was(name):
+    """The methods of TRL's and transformers' trainers that `BetaDPOTrainer` replaces or is called by."""
+    found = " ".join(inspect.signature(getattr(trl.DPOTrainer, name)).parameters)
+    assert found == OVERRIDDEN[name], (
+        f"DPOTrainer.{name} of trl {trl.__version__} takes ({found}), expected ({OVERRIDDEN[name]}): see what has "
+        "changed, adapt dpoviz/trl.py, then the bounds of the extra trl in pyproject.toml"
+    )
+
+
+def test_what_is_read_of_trl_is_there(world, tmp_path):
+    """The attributes, and the fields of a model's output, that `BetaDPOTrainer` reads or replaces."""
+    trainer = trained(world, tmp_path, max_steps=1)
+    for name in ("beta", "precompute_ref_logps", "ref_model", "loss_types", "use_weighting", "aux_loss_enabled",
+                 "router_aux_loss_coef", "ld_alpha", "_metrics", "_total_train_tokens", "_tokenizer", "_tag_names",
+                 "_is_vision_dataset", "_signature_columns"):  # fmt: skip
+        assert hasattr(trainer, name), f"DPOTrainer of trl {trl.__version__} has no attribute {name}"
+    inputs = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    out = trainer.model(inputs["input_ids"], labels=labels, fused_lm_head=True)
+    assert {"log_probs", "entropy", "mean_logits", "is_top1"} <= set(out), f"of trl {trl.__version__}"
+
+
+class TestSharedPrefix:
+    """TRL's step on our rows, against TRL's on its own."""
+
+    @pytest.fixture
+    def both(self, world, tmp_path):
+        def make(**changed):
+            model, tokenizer, scored = world
+            data = trl_dataset(scored).remove_columns(["ref_chosen_logps", "ref_rejected_logps"])  # TRL makes its own
+            common = {"train_dataset": data, "processing_class": tokenizer}
+            found = []
+            for cls, more in ((trl.DPOTrainer, {}), (BetaDPOTrainer, {"shared_prefix": True})):
+                reference = copy.deepcopy(model)
+                with torch.no_grad():  # so that h is not 0
+                    for weight in reference.parameters():
+                        weight += 0.1 * weight.roll(1, 0)
+                args = arguments(tmp_path, label_smoothing=0.1, **changed)
+                own = cls(copy.deepcopy(model), ref_model=reference, args=args, **common, **more)
+                own.model.train()
+                found.append(own)
+            return found
+
+        return make
+
+    @staticmethod
+    def step(trainer, rows):
+        """The loss, the gradients and the metrics of a batch."""
+        examples = [trainer.train_dataset[i] for i in rows]
+        batch = trainer._prepare_inputs(trainer.data_collator(examples))
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        return loss.item(), [p.grad.clone() for p in trainer.model.parameters()], metrics
+
+    def same(self, theirs, ours, rows=range(5)):
+        (loss, gradients, metrics), (own, own_gradients, own_metrics) = (self.step(t, rows) for t in (theirs, ours))
+        assert own == pytest.approx(loss, rel=1e-4, abs=1e-6)
+        largest = max(g.abs().max() for g in gradients)
+        for a, b in zip(own_gradients, gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest.item())
+        assert len(metrics) > 10
+        for name, value in metrics.items():
+            assert own_metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+    def test_every_loss_of_trl(self, both):
+        theirs, ours = both()
+        for loss in LOSSES:
+            theirs.loss_types = ours.loss_types = [loss]
+            self.same(theirs, ours)
+        assert ours._sharing and ours._shared_prefix
+        weights = [0.5, 1.0]
+        theirs.loss_types, theirs.loss_weights = ours.loss_types, ours.loss_weights = ["sigmoid", "sft"], weights
+        self.same(theirs, ours)
+        # it is compared: the control takes another loss
+        ours.loss_types = ["hinge", "sft"]
+        with pytest.raises(AssertionError):
+            self.same(theirs, ours)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"use_weighting": True},
+            {"ld_alpha": 0.4},
+            {"f_divergence_type": "js_divergence"},
+            {"precompute_ref_log_probs": True},
+            {"max_length": 7, "truncation_mode": "keep_end"},  # the two prompts of a pair are cut differently
+            {"max_length": 7, "truncation_mode": "keep_start"},
+            {"gradient_checkpointing": True},
+        ],
+        ids=lambda own: "-".join(map(str, own)),
+    )
+    def test_settings_of_trl(self, both, changed):
+        self.same(*both(**changed))
+
+    def test_in_mixed_precision(self, world, tmp_path):
+        """TRL's default; two ways to round, of log-probabilities of about 20 nats."""
+        found = [
+            trained(world, tmp_path, ConstantBeta(0.1), CONFIG, cls=cls, bf16=True, learning_rate=1e-4)
+            for cls in (BetaDPOTrainer, functools.partial(BetaDPOTrainer, shared_prefix=True))
+        ]
+        assert found[1]._sharing and found[1]._shared_prefix
+        assert found[1].accelerator.mixed_precision == "bf16"
+        assert losses(found[1]) == pytest.approx(losses(found[0]), abs=0.02)
+        assert losses(found[1], "logps/chosen") == pytest.approx(losses(found[0], "logps/chosen"), rel=0.01)
+
+    def test_equal_prompts_are_laid_out_once(self, both):
+        _, ours = both()
+        batch = ours._prepare_inputs(ours.data_collator([ours.train_dataset[i] for i in (0, 1, 0)]))
+        rows = ours._split(batch)[1]["shared_rows"].batch
+        first, second = (ours.train_dataset[i] for i in (0, 1))
+        tokens = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) - 2
+                     for row in (first, second))  # fmt: skip
+        assert (rows.segments >= 0).sum() == tokens
+
+    def test_with_an_adapter(self, world, tmp_path):
+        peft = pytest.importorskip("peft")
+        model, tokenizer, scored = world
+        for given in ("config", "model"):  # the reference is the model without its adapter, or a copy of the adapter
+            found = []
+            for cls, more in ((trl.DPOTrainer, {}), (BetaDPOTrainer, {"shared_prefix": True})):
+                own, lora = copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj", "v_proj"])
+                torch.manual_seed(0)
+                if given == "model":
+                    own = peft.get_peft_model(own, lora)
+                else:
+                    more = {**more, "peft_config": lora}
+                trainer = cls(own, args=arguments(tmp_path), train_dataset=trl_dataset(scored),
+                              processing_class=tokenizer, **more)  # fmt: skip
+                trainer.train()
+                found.append(trainer)
+            theirs, ours = found
+            assert ours._sharing and ours._shared_prefix
+            assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
+            assert losses(ours, "grad_norm") == pytest.approx(losses(theirs, "grad_norm"), rel=1e-3)
+
+    def test_with_a_rule_and_a_beta_that_learns(self, world, tmp_path):
+        scored = world[2]
+        for name in ("beta-dpo", "epsilon-dpo", "network"):
+            config = TrainConfig.around(0.1, "standard")
+            found = [
+                trained(world, tmp_path, made(name, scored, config), config, cls=cls)
+                for cls in (BetaDPOTrainer, functools.partial(BetaDPOTrainer, shared_prefix=True))
+            ]
+            assert found[1]._sharing and not found[0]._sharing
+            assert losses(found[1]) == pytest.approx(losses(found[0]), rel=1e-4), name
+
+    def test_falls_back_and_says_so(self, world, tmp_path, caplog):
+        """A model that adds the number of the row's position to its states, whatever `position_ids` says."""
+        model, tokenizer, scored = world
+
+        def shift(module, args, out):
+            return out + torch.arange(out.shape[1], dtype=out.dtype)[:, None]
+
+        model.model.embed_tokens.register_forward_hook(shift)
+        found = []
+        for cls, more in ((trl.DPOTrainer, {}), (BetaDPOTrainer, {"shared_prefix": True})):
+            trainer = cls(copy.deepcopy(model), ref_model=copy.deepcopy(model), args=arguments(tmp_path),
+                          train_dataset=trl_dataset(scored), processing_class=tokenizer, **more)  # fmt: skip
+            trainer.train()
+            found.append(losses(trainer))
+        assert found[1] == pytest.approx(found[0], rel=1e-6)
+        said = [record.getMessage() for record in caplog.records if record.name == "dpoviz.trl"]
+        assert said == ["shared_prefix: LlamaForCausalLM gives other scores there than by itself; TRL's own rows are "
+                        "used, one for each answer"]  # fmt: skip
+
+    def test_a_stream_is_as_long_as_its_rows_may_be(self, world, tmp_path):
+        model, tokenizer, scored = world
+        for limit, longest in ((None, 64), (20, 20)):  # the model's context
+            trainer = BetaDPOTrainer(
+                copy.deepcopy(model), ref_model=copy.deepcopy(model), args=arguments(tmp_path, max_length=limit),
+                train_dataset=trl_dataset(scored).to_iterable_dataset(), processing_class=tokenizer, shared_prefix=True,
+            )  # fmt: skip
+            trainer.train()
+            assert trainer._sharing and trainer._longest == longest
 
 
 def launched(kind, script, *arguments):
@@ -346,11 +782,15 @@ class TestTwoProcesses:
         assert min(abs(value) for value in alone["beta"]) > 1e-3  # it moved
         assert first["beta"] == pytest.approx(alone["beta"], abs=1e-5)
         assert first["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert first["rule"] == second["rule"] == pytest.approx(alone["rule"], rel=1e-4, abs=1e-5)
+        assert alone["shared"]
         assert len(set(alone["losses"])) == 4
         torch.testing.assert_close(policy, expected, rtol=1e-5, atol=1e-5)
 
     def test_train_one_beta(self, one, tmp_path):
-        self.equal(self.left(tmp_path / "two", 2), one)
+        found = self.left(tmp_path / "two", 2)
+        self.equal(found, one)
+        assert found[0][0]["shared"]
 
     @pytest.mark.parametrize(
         ("kind", "name", "weights"),
@@ -364,11 +804,11 @@ class TestTwoProcesses:
         found = self.left(tmp_path / "whole", kind)
         self.equal(found, one)
         for own in found[0]:
-            assert own["kind"] == name
+            assert own["kind"] == name and own["shared"] == (kind == "zero2")
             assert (own["weights"], own["moments"]) == pytest.approx((weights, 0.5), abs=0.01)
         self.equal(self.left(tmp_path / "resumed", kind, tmp_path / "whole" / "out" / "checkpoint-2"), one)
 
-    @pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=DEEPSPEED)])
+    @pytest.mark.parametrize("kind", [1, "fsdp", pytest.param("zero3", marks=DEEPSPEED)])
     def test_run_the_script_of_the_readme(self, make_model, tokenizer, tmp_path, kind):
         start = make_model(dtype=torch.float32, max_position_embeddings=1024)
         for part in (start, tokenizer):
@@ -379,17 +819,21 @@ class TestTwoProcesses:
         (script,) = blocks("py")
         assert "logging_steps=1" in script
         # three steps of its learning rate would be lost in bfloat16
-        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", "logging_steps=1, learning_rate=1e-2"))
+        settings = "logging_steps=1, learning_rate=1e-2" + (", use_cpu=True, bf16=False" if kind == 1 else "")
+        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", settings))
         line, environment = launched(kind, tmp_path / "dpo.py")
         finish(line, cwd=tmp_path, **environment)
         (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
         steps = [row for row in json.loads((left / "trainer_state.json").read_text())["log_history"] if "loss" in row]
-        assert len(steps) == 3 and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
+        assert (
+            len(steps) == (6 if kind == 1 else 3) and steps[0]["rewards/margins"] == 0 != steps[-1]["rewards/margins"]
+        )
         beta, policy = (
             BetaNetwork.from_pretrained(left / "beta"),
             AutoModelForCausalLM.from_pretrained(left, trust_remote_code=False),
         )
         assert beta.layers[-1].weight.abs().max() > 0
+        assert torch.equal(load_beta(tmp_path / "my-dpo").layers[-1].weight, beta.layers[-1].weight)
         assert (policy.lm_head.weight.float() - start.lm_head.weight).abs().max() > 1e-2
 
 
@@ -408,7 +852,9 @@ class TestData:
     def test_a_set_without_the_columns_is_refused(self, world, tmp_path):
         data = trl_dataset(world[2]).remove_columns("ref_entropy")
         with pytest.raises(ValueError, match="train_dataset: lacks ref_entropy; expected what trl_dataset returns"):
-            trained(world, tmp_path, ConstantBeta(0.1), TrainConfig.around(0.1, "standard"), data=data)
+            trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), data=data)
+        bare = data.remove_columns(["task", "ref_features"])
+        assert len(losses(trained(world, tmp_path, ConstantBeta(0.1), data=bare))) == 3  # it reads none of them
 
     def test_streams_and_several_sets_to_evaluate_on(self, world, tmp_path):
         model, tokenizer, scored = world

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from dpoviz.translation import say
+
+if TYPE_CHECKING:
+    from dpoviz.analysis.diagnose import Finding
 
 MISSING = "–"
 """The text printed in place of NaN."""
@@ -125,6 +129,21 @@ def allocation_as_text(allocation: pd.DataFrame) -> str:
         for row in allocation.itertuples()
     ]
     return pd.DataFrame(rows).to_string(index=False)
+
+
+def findings_as_text(findings: Sequence[Finding]) -> str:
+    """Return what looks wrong in a run as text, for a terminal; what was not checked is listed last, by name."""
+    lines = []
+    for finding in findings:
+        if finding.severity != "not checked":
+            where = "" if finding.task is None else f" ({finding.task})"
+            lines += [
+                f"  {finding.severity}: {finding.name}{where}",
+                f"    {finding.evidence}",
+                f"    {finding.advice}",
+            ]
+    missing = [finding.name for finding in findings if finding.severity == "not checked"]
+    return "\n".join([*(lines or ["  nothing"]), *([f"  not checked: {', '.join(missing)}"] if missing else [])])
 
 
 def _minus(text: str) -> str:

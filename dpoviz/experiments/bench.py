@@ -44,6 +44,7 @@ from dpoviz.training.config import TrainConfig, alpha_for_mean
 from dpoviz.training.state import adamw
 
 PEER, PLAIN, OURS, LEARNED = "TRL DPOTrainer", "concatenated", "dpoviz, fixed β", "dpoviz, β(x) and four terms"
+INSIDE = "TRL, shared prefix"
 """The methods whose training step is timed."""
 
 COMPILED = ", compiled"
@@ -194,8 +195,12 @@ def _contestants(
 
         return step
 
-    peer = _trl(model, tokenizer, pairs, max_length)
-    calls = ({PEER: peer} if peer else {}) | {
+    trainers: dict[str, Callable[..., Callable[[], float] | None]] = {
+        PEER: _trl,
+        INSIDE: partial(_trl, shared_prefix=True),
+    }
+    peers = {who: make(model, tokenizer, pairs, max_length) for who, make in trainers.items()}
+    calls = {who: step for who, step in peers.items() if step is not None} | {
         PLAIN: stepping(fixed(False), model),
         OURS: stepping(fixed(True), model),
         LEARNED: stepping(lambda: learned(scored(True)), model, network),
@@ -216,14 +221,21 @@ def _inside(layers: CompiledLayers, call: Callable[[], float]) -> Callable[[], f
 
 
 def _trl(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, max_length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    max_length: int,
+    shared_prefix: bool = False,
 ) -> Callable[[], float] | None:
-    """Return a step of TRL's trainer, with precomputed reference log-probabilities; None if TRL is not installed."""
+    """Return a step of TRL's trainer, with precomputed reference log-probabilities; None if TRL is not installed.
+
+    With `shared_prefix` it is that of `BetaDPOTrainer`, on shared-prefix rows.
+    """
     try:
         import trl
     except ImportError:
         return None
-    from dpoviz.trl import trl_dataset
+    from dpoviz.trl import BetaDPOTrainer, trl_dataset
 
     settings = trl.DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), learning_rate=0.0, weight_decay=0.0,
@@ -231,8 +243,11 @@ def _trl(
         bf16=model.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, dataloader_num_workers=0,
         use_cpu=model.device.type == "cpu",
     )  # fmt: skip
-    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"]).select([0])
-    trainer = trl.DPOTrainer(model, args=settings, train_dataset=data, processing_class=tokenizer)
+    counts = token_counts(pairs)
+    longest = int((counts[:, 0] + counts[:, 1:].max(axis=1)).argmax())  # its rows are tried at this length
+    data = trl_dataset(pairs).select_columns(["prompt", "chosen", "rejected"]).select([longest])
+    make: Any = partial(BetaDPOTrainer, shared_prefix=True) if shared_prefix else trl.DPOTrainer
+    trainer = make(model, args=settings, train_dataset=data, processing_class=tokenizer)
     optimizer = trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # as trainer.train() sets it
     # our tokens and our reference's scores: the losses agree only if TRL scores exactly these

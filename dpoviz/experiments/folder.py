@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
 
+from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.gain import gain_of_run, reading_of_retilt
 from dpoviz.analysis.plots import (
     figure_beta_by_task,
@@ -31,7 +32,7 @@ from dpoviz.analysis.plots import (
 from dpoviz.analysis.plots_retilt import figure_retilt
 from dpoviz.analysis.report import reading, reading_of_accuracy, reading_of_log_ratios, tiny_note, write_report
 from dpoviz.analysis.style import without_font
-from dpoviz.analysis.tables import read_table, summarize, summarize_accuracy, summarize_estimators, write_table
+from dpoviz.analysis.tables import COLUMNS, read_table, summarize, summarize_accuracy, summarize_estimators, write_table
 from dpoviz.lm.cache import lock_folder, read_json
 from dpoviz.lm.processes import processes
 from dpoviz.translation import FONT_ADVICE, say
@@ -182,10 +183,12 @@ class Report(NamedTuple):
         tables: "summary" (`summarize`), "accuracy" (`summarize_accuracy`), "slopes" (`gain_of_run`) and "entropy"
             (`summarize_estimators`), as far as the run has them.
         sentences: the results in sentences.
+        findings: what looks wrong in the run; None if it has no scores of held-out pairs.
     """
 
     tables: dict[str, pd.DataFrame]
     sentences: list[str]
+    findings: list[Finding] | None
 
 
 def report(out: Path) -> Report:
@@ -235,6 +238,7 @@ def report(out: Path) -> Report:
             figures["log_ratios"] = figure_log_ratios(shown)
     if "beta" in tables and (out / "beta_steps.parquet").is_file():
         figures["beta_steps"] = figure_beta_steps(betas_of_steps(out, tables["beta"]), beta0=metadata["beta0"])
+    findings = _findings(out, tables, config, metadata)
     write_report(
         out / "report.html",
         table=tables.get("beta"),
@@ -243,6 +247,7 @@ def report(out: Path) -> Report:
         config=config | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
         figures=figures,
         reading=sentences,
+        findings=findings,
         accuracy=found.get("accuracy"),
         entropy=found.get("entropy"),
         slopes=found.get("slopes"),
@@ -250,7 +255,26 @@ def report(out: Path) -> Report:
         log_ratios=reading_of_log_ratios(shown, log_ratio_tasks(shown)),
         notes=[*([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])), *_font_note(tables)],
     )
-    return Report(found, sentences)
+    return Report(found, sentences, findings)
+
+
+def _findings(
+    out: Path, tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[Finding] | None:
+    """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
+    if "held_out" not in tables:
+        return None
+    table = tables.get("beta", pd.DataFrame(columns=list(COLUMNS)))
+    kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
+    return diagnose(
+        table=table,
+        history=tables["history"],
+        scores=tables["held_out"],
+        config=config,
+        metadata=metadata,
+        entropies=tables.get("entropy"),
+        betas=betas_of_steps(out, table) if kept else None,
+    )
 
 
 def betas_of_steps(out: Path, table: pd.DataFrame) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import pandas as pd
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpoviz.analysis.diagnose import reference_ranks
 from dpoviz.analysis.tables import beta_table
 from dpoviz.beta import Beta, MadeFor
 from dpoviz.data.tokens import end_id
@@ -64,7 +65,8 @@ class Results:
             of the prompt.
         history: the histories of training; the column `variant` names the variant.
         scores: a row per variant and held-out pair: variant, form, task, group, prompt, chosen, rejected (log π/π_ref
-            of the two answers) and h, their difference; nats.
+            of the two answers) and h, their difference; ref_chosen, ref_rejected (log π_ref of them), all in nats;
+            chosen_tokens, rejected_tokens (their lengths).
         answers: a row per variant and displayed prompt: variant ("reference" before training), task, prompt, answer.
         alpha: beta per nat of entropy, by form.
         entropy: as in `ScoredPairs`.
@@ -151,6 +153,8 @@ def run(
         lines = {name: {form: getattr(c, name) for form, c in configs.items()} for name in _LINES}
         seconds = {**scored.seconds, "training": time.monotonic() - began}
         metadata = {**lines, "alpha": dict(results.alpha), "baseline": baseline, **scored.metadata}
+        metadata |= {"training pairs": len(scored.train), "answers cut": _answers_cut(scored)}
+        metadata |= {"reference on training pairs": reference_ranks(reference_columns(scored.train))}
         metadata |= {"reference": record, "training": {form: asdict(config) for form, config in configs.items()}}
         metadata |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}, **environment()}
         frozen, pairs = frozen_table(some, parts.h), pairs_table(scored.held_out)
@@ -160,6 +164,22 @@ def run(
             tables["entropy"] = scored.entropy
         write_tables(out, metadata=metadata, **tables, answers=results.answers)
     return results
+
+
+def reference_columns(pairs: Dataset) -> pd.DataFrame:
+    """Return task, group and prompt of scored pairs, the reference's log-probability of each answer, and its length."""
+    own = ["ref_chosen_logps", "ref_rejected_logps", "chosen_ids", "rejected_ids"]
+    rows = pairs.select_columns(["task", "group", "prompt", *own]).to_pandas()
+    for answer in ("chosen", "rejected"):
+        rows[f"{answer}_tokens"] = rows.pop(f"{answer}_ids").map(len)
+    return rows.rename(columns={"ref_chosen_logps": "ref_chosen", "ref_rejected_logps": "ref_rejected"})
+
+
+def _answers_cut(scored: ScoredPairs) -> dict[str, float]:
+    """Return the fraction of the answers sampled for the entropy that hit the length limit, by task."""
+    columns = ["task", "prompt", "ref_entropy_truncated"]
+    rows = pd.concat([part.select_columns(columns).to_pandas() for part in (scored.train, scored.held_out)])
+    return rows.drop_duplicates(["task", "prompt"]).groupby("task")["ref_entropy_truncated"].mean().to_dict()
 
 
 _LINES = ("beta0", "beta_min", "beta_max")
@@ -183,8 +203,8 @@ class _Parts:
         form, result = variant.config.form, variant.result
         self.histories.append(result.history.assign(variant=variant.name))
         chosen, rejected = np.asarray(result.held_out).T
-        rows = held_out.to_pandas()[["task", "group", "prompt"]]
         columns = {"chosen": chosen, "rejected": rejected, "h": chosen - rejected}
+        rows = reference_columns(held_out)
         self.scores.append(rows.assign(variant=variant.name, form=form, **columns))
         if drawn and isinstance(variant.beta, Beta):
             self.alpha[form] = result.alpha

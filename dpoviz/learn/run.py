@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots_runs import figure_runs
 from dpoviz.analysis.tables import COLUMNS, read_table, summarize
 from dpoviz.beta import Beta, EntropyBeta, TaskBeta, read_beta
@@ -175,6 +176,18 @@ class Run:
             ValueError: the run is of an older version.
         """
         return self._read("pulls")
+
+    def diagnose(self) -> list[Finding]:
+        """Return what looks wrong in the run, with the evidence and what to try (`dpoviz.analysis.diagnose`)."""
+        return diagnose(
+            table=self.table,
+            history=self.history,
+            scores=self.scores,
+            config=self.config,
+            metadata=self.metadata,
+            entropies=self.entropies,
+            betas=self.betas() if (self.folder / "beta_steps.parquet").is_file() else None,
+        )
 
     def answers(self, prompt: Prompt, *, sample: bool = False) -> pd.DataFrame:
         """Return an answer of the reference and of each trained policy: variant, answer.

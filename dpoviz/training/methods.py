@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
-from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO, Rule
+from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule
 from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
 from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 
@@ -35,6 +38,28 @@ def build(
     if config.form not in info.forms:
         raise ValueError(f"form: got {config.form!r}, expected one of {', '.join(info.forms)}")
     return _BUILDERS[rule](config, pairs, vocabulary, info.default if strength is None else strength)
+
+
+def load_beta(folder: str | Path) -> Beta | Rule:
+    """Return the beta or rule that `dpoviz.trl.BetaDPOTrainer` saved beside its policy, in evaluation mode.
+
+    Args:
+        folder: what the trainer left, its part "beta", or a hub name.
+
+    Raises:
+        ValueError: no beta is there, or one of a class that is not dpoviz's.
+    """
+    own = Path(folder)
+    if not own.is_dir():
+        own = Path(snapshot_download(str(folder), allow_patterns="beta/*"))
+    place = own / "beta" if (own / "beta").is_dir() else own
+    config = place / "config.json"
+    name = json.loads(config.read_text(encoding="utf-8")).get("rule") if config.is_file() else None
+    if name is None:
+        raise ValueError(f"folder: {folder} has no beta/config.json that names a rule, expected what the trainer saved")
+    if name not in _SAVED:
+        raise ValueError(f"folder: {folder} has a {name}, expected {', '.join(_SAVED)}; load another with its class")
+    return _SAVED[name].from_pretrained(place)
 
 
 def require_rule(rule: str, strength: float | None) -> None:
@@ -129,6 +154,14 @@ _BUILDERS: dict[str, Callable[[TrainConfig, Dataset, int, float], Beta | Rule]] 
     "lsc-at-once": _lsc_at_once,
     "dual-kl": _dual_kl,
     "dual-kl-task": _dual_kl_task,
+}
+
+_SAVED: dict[str, type[Beta | Rule]] = {
+    own.__name__: own
+    for own in (
+        *(ConstantBeta, TaskBeta, EntropyBeta, BetaNetwork),
+        *(BetaDPO, EpsilonDPO, MallowsPO, LSC, DualKL, RandomBeta, LookupBeta),
+    )
 }
 
 _TRIALS: dict[str, Callable[[float], object]] = {

@@ -91,13 +91,21 @@ class HeldOut(NamedTuple):
     def of(cls, pairs: Dataset, prompts_per_task: int, device: torch.device) -> HeldOut:
         """Return scored pairs to measure on; KL is sampled at the first `prompts_per_task` prompts of each task."""
         task = pairs["task"][:]
-        table = pd.DataFrame({"task": task, "prompt": map(tuple, pairs["prompt_ids"])})
-        few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
+        prompts, prompt_tasks = first_prompts(pairs["prompt_ids"], task, prompts_per_task)
         x, ref_entropy = (
             torch.tensor(pairs[name][:], dtype=torch.float32, device=device) for name in ("ref_features", "ref_entropy")
         )
         first = first_of_each(pairs["prompt"] if "prompt" in pairs.column_names else map(tuple, pairs["prompt_ids"]))
-        return cls(pairs, task, x, ref_entropy, first, [list(ids) for ids in few["prompt"]], few["task"].tolist())
+        return cls(pairs, task, x, ref_entropy, first, prompts, prompt_tasks)
+
+
+def first_prompts(
+    prompts: Iterable[Sequence[int]], task: Sequence[str], prompts_per_task: int
+) -> tuple[list[list[int]], list[str]]:
+    """Return the first different prompts of each task, as token ids, and the task of each."""
+    table = pd.DataFrame({"task": task, "prompt": map(tuple, prompts)})
+    few = table.drop_duplicates("prompt").groupby("task").head(prompts_per_task)
+    return [list(prompt) for prompt in few["prompt"]], few["task"].tolist()
 
 
 def first_of_each(prompts: Iterable[Hashable]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What each process of `test_trl.py` runs: four steps of the trainer with a beta that learns.
+"""What each process of `test_trl.py` runs: four steps of the trainer with a beta that learns, then with a rule.
 
 Arguments: a folder for what it leaves, and a checkpoint to go on from, if any.
 """
@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpoviz.beta import TaskBeta
 from dpoviz.lm import models
+from dpoviz.rules import BetaDPO
 from dpoviz.training.config import TrainConfig
 from dpoviz.trl import BetaDPOTrainer
 
@@ -45,7 +47,7 @@ def main(folder: Path, checkpoint: str | None = None) -> None:
     beta = TaskBeta(TASKS, 0.1)
     torch.nn.init.constant_(beta.log_ratio, 0.1 * rank)  # as if each process had drawn its own: the first one's counts
     model = LlamaForCausalLM(config)
-    size = model.num_parameters()
+    size, start = model.num_parameters(), copy.deepcopy(model)
     trainer = BetaDPOTrainer(
         model, ref_model=copy.deepcopy(model), beta=beta, args=settings, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer, config=TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2),
@@ -60,6 +62,17 @@ def main(folder: Path, checkpoint: str | None = None) -> None:
         "moments": sum(map(held, moments)) / size,
         "beta": beta.log_ratio.tolist(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    }
+    ruled = BetaDPOTrainer(
+        copy.deepcopy(start), ref_model=copy.deepcopy(start), beta=BetaDPO(0.1, keep=0.7), shared_prefix=True,
+        args=replace(settings, output_dir=str(folder / "rule"), save_strategy="no"), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows).remove_columns(["ref_entropy", "ref_features"]),
+    )  # fmt: skip
+    ruled.train()
+    own = [row for row in ruled.state.log_history if "loss" in row]
+    found |= {
+        "shared": ruled._sharing,
+        "rule": [row[name] for row in own for name in ("loss", "beta/code", "logratio/chosen/math") if name in row],
     }
     (folder / f"{rank}.json").write_text(json.dumps(found))
     if rank == 0:

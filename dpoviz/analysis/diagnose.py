@@ -1,0 +1,593 @@
+"""Look for what went wrong in a run, in the numbers that it kept: the doctor.
+
+`diagnose` looks for the ten symptoms in `SYMPTOMS`. Each has a function below, whose docstring says which number is
+compared with what, and why there. A threshold is an exact relation or a statistical test. All tests of a run are one
+family: Holm's correction keeps the chance of any false alarm by chance alone at 5 %. That covers the choice of held-out
+prompts and of batches, not another seed of training.
+
+A finding is a reason to look, not a verdict: the advice says where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from dpoviz.analysis.report import MIN_PROMPTS
+from dpoviz.analysis.statistics import holm
+from dpoviz.analysis.tables import in_order
+from dpoviz.analysis.text import fixed, number
+from dpoviz.forms import Form
+
+Severity = Literal["warning", "note", "not checked"]
+
+LEVEL = 0.05
+"""The chance of any false alarm in a run, over all tests together."""
+
+
+class Finding(NamedTuple):
+    """One thing that looks wrong.
+
+    Attributes:
+        name: the symptom, one of `SYMPTOMS`.
+        task: the task concerned; None for all.
+        severity: "warning" (conclusions from the run would be wrong), "note" (usual in some settings), or "not checked"
+            (the run lacks the numbers).
+        evidence: a sentence with the numbers.
+        advice: a sentence on what to try.
+    """
+
+    name: str
+    task: str | None
+    severity: Severity
+    evidence: str
+    advice: str
+
+
+class _Suspicion(NamedTuple):
+    """A finding that stands if its p-value is small enough; None: it rests on an exact relation, and stands."""
+
+    finding: Finding
+    p: float | None = None
+
+
+class _Lacking(Exception):
+    """The run lacks the numbers for a check; the text says which."""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The tables of a run, as `diagnose` gets them."""
+
+    table: pd.DataFrame
+    history: pd.DataFrame
+    scores: pd.DataFrame
+    metadata: Mapping[str, Any]
+    config: Mapping[str, Any]
+    entropies: pd.DataFrame | None
+    betas: pd.DataFrame | None
+
+    @property
+    def tasks(self) -> list[str]:
+        return in_order([*self.scores["task"], *self.table["task"]])
+
+    def forms(self) -> list[Form]:
+        """Return the forms with a beta of the prompt."""
+        if self.table.empty:
+            raise _Lacking("beta is not a function of the prompt alone, so there is no table of it")
+        return list(self.table["form"].unique())
+
+    def line(self, name: str, form: Form) -> float:
+        """Return beta0, beta_min, beta_max or alpha of a form."""
+        if form not in self.metadata.get(name, {}):
+            raise _Lacking(f"run.json has no {name} of the {form} form")
+        return float(self.metadata[name][form])
+
+    def setting(self, name: str, form: Form) -> float:
+        """Return a setting of training in a form."""
+        own = self.metadata.get("training", {}).get(form) or self.config.get("training", {})
+        if own.get(name) is None:
+            raise _Lacking(f"the run kept no {name} of the {form} form")
+        return float(own[name])
+
+    def last_rows(self, variant: str, fraction: float) -> pd.DataFrame:
+        """Return the last fraction of the logged rows of stage 2 of a variant, in order."""
+        rows = self.history[(self.history["variant"] == variant) & (self.history["stage"] == 2)].sort_values("step")
+        return rows.tail(math.ceil(fraction * len(rows)))
+
+
+def diagnose(
+    *,
+    table: pd.DataFrame,
+    history: pd.DataFrame,
+    scores: pd.DataFrame,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    entropies: pd.DataFrame | None = None,
+    betas: pd.DataFrame | None = None,
+) -> list[Finding]:
+    """Return what looks wrong in a run: warnings first, then notes, then what could not be checked.
+
+    Args:
+        table: beta at each held-out prompt (beta.csv); empty if beta is not a function of the prompt.
+        history: the histories of all variants (history.csv).
+        scores: a row per variant and held-out pair (held_out.csv).
+        config: the settings of the run (config.json).
+        metadata: the facts of the run (run.json).
+        entropies: the reference's entropy by estimator (entropy.csv), or None.
+        betas: beta at each held-out prompt and logged step: form, step, task, prompt, beta; None for an older run.
+
+    Raises:
+        ValueError: a table lacks the columns that every version of the library wrote.
+    """
+    needed = {"history": {"variant", "form", "stage", "step"}, "scores": {"variant", "form", "task", "prompt", "h"}}
+    for name, given in (("history", history), ("scores", scores)):
+        if missing := sorted(needed[name] - set(given.columns)):
+            raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
+    case = _Case(table, history, scores, metadata, config, entropies, betas)
+    suspicions: list[_Suspicion] = []
+    for name, check in _CHECKS.items():
+        try:
+            for suspicion in check(case):  # what a check found before it lacked something stays
+                suspicions.append(suspicion)
+        except _Lacking as lack:
+            advice = "Run again with this version to have it checked, if beta is a function of the prompt."
+            suspicions.append(_Suspicion(Finding(name, None, "not checked", f"{_start(str(lack))}.", advice)))
+    tested = [s.p for s in suspicions if s.p is not None]
+    adjusted = iter(holm(tested))
+    kept = [s.finding for s in suspicions if s.p is None or next(adjusted) <= LEVEL]
+    order = ("warning", "note", "not checked")
+    return sorted(kept, key=lambda finding: order.index(finding.severity))
+
+
+def _start(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# ------------------------------------------------------------------------------------------ what moves beta
+
+
+def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
+    """More than half of a task's prompts touch the same end of the range in the last quarter of the logged steps.
+
+    Exact, no test: the median of beta that the report prints is then the bound itself, chosen by beta_min or beta_max
+    and not by the data. Touched, not only crossed: at a bound that holds, the range term pushes beta back, and its
+    share of steps outside is the other terms' pull over λ1, which can be small. Without the path of beta, the value
+    after the last step is taken.
+    """
+    for form in case.forms():
+        low, high = case.line("beta_min", form), case.line("beta_max", form)
+        rows = case.table[case.table["form"] == form]
+        if case.betas is not None and len(case.betas):
+            rows = case.betas[case.betas["form"] == form]
+            steps = np.sort(rows["step"].unique())
+            rows = rows[rows["step"].isin(steps[-math.ceil(len(steps) / 4) :])]
+        for task, of_task in rows.groupby("task"):
+            ends = of_task.groupby("prompt")["beta"].agg(["min", "max"])
+            rounding = 1e-6  # relative, of float32
+            for name, bound, touched in (
+                ("lower", low, ends["min"] <= low * (1 + rounding)),
+                ("upper", high, ends["max"] >= high * (1 - rounding)),
+            ):
+                if touched.mean() > 0.5:
+                    evidence = (
+                        f"{form} form: {touched.sum()} of {len(touched)} prompts of {task} have β at the {name} end of "
+                        f"the range, {number(bound)}, at the end of training: the range decides their β."
+                    )
+                    advice = (
+                        "Widen the range (scale_min, scale_max), or ask which term pushes β there (the pulls): with "
+                        "separable pairs the loss alone pushes without end, and λ3 or fewer steps hold it."
+                    )
+                    yield _Suspicion(Finding("beta at a bound", str(task), "warning", evidence, advice))
+
+
+_SAME = 0.01
+
+
+def _constant(case: _Case) -> Iterator[_Suspicion]:
+    """Beta's coefficient of variation over all held-out prompts is below 1 %.
+
+    Exact: what the right beta(x) earns at a given small KL is at most √(1 + CV²) times what the best constant earns
+    (`dpoviz.allocation.gain_bound`). At a CV of 1 % that is a gain of 1 in 20,000, for which no held-out set is large
+    enough: telling two accuracies apart that differ by 5·10⁻⁵ takes more than 10⁸ pairs.
+    """
+    if case.config.get("rule") == "constant":
+        return  # as it was asked to be
+    for form in case.forms():
+        beta = case.table.loc[case.table["form"] == form, "beta"]
+        cv = float(beta.std(ddof=0) / beta.mean())
+        if len(beta) > 1 and cv < _SAME:
+            evidence = (
+                f"{form} form: β varies by {number(100 * cv)} % (coefficient of variation) over {len(beta)} held-out "
+                f"prompts, around {number(beta.mean())}: it is one constant, worth at most {number(50 * cv * cv)} % "
+                "more reward than the best one."
+            )
+            advice = (
+                "Raise beta_learning_rate or stage2_steps, or lower lambda_smoothness and lambda_consistency, whose "
+                "pull flattens β(x)."
+            )
+            yield _Suspicion(Finding("beta constant", None, "warning", evidence, advice))
+
+
+_SHARE = 0.05
+
+
+def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
+    """The loss can account for less than 5 % of the variance of beta, and beta goes with αH.
+
+    Exact: at rest, the pulls of loss and entropy term cancel, so that β = αH − pull/(2λ3) at each prompt, inside the
+    range. The first term varies over prompts with the variance of αH, the second displaces beta by at most its mean
+    square; their shares add up to 1. 5 % is what a correlation of β with αH of √0.95 = 0.975 leaves. Tested: whether
+    beta has followed, by Spearman's rank correlation of beta with αH clipped to the range, one-sided, over prompts.
+    """
+    if case.config.get("rule") == "entropy":
+        return  # as it was asked to do
+    for form in case.forms():
+        rows = case.table[case.table["form"] == form]
+        weight, alpha = case.setting("lambda_entropy", form) / case.line("beta0", form) ** 2, case.line("alpha", form)
+        if weight == 0 or len(rows) < 3:
+            continue
+        target = alpha * rows["ref_entropy"].to_numpy()
+        loss = np.mean((_pull_of_the_loss(case, form, rows) / (2 * weight)) ** 2)
+        entropy = target.var()
+        share = float(loss / (loss + entropy)) if loss + entropy > 0 else 1.0
+        if share >= _SHARE:
+            continue
+        held = np.clip(target, case.line("beta_min", form), case.line("beta_max", form))
+        if np.ptp(rows["beta"]) == 0 or np.ptp(held) == 0:
+            continue
+        followed = stats.spearmanr(rows["beta"], held, alternative="greater")
+        evidence = (
+            f"{form} form: the entropy term explains β: at rest the loss could account for {number(100 * share, 2)} % "
+            f"of its variance over {len(rows)} prompts, and β goes with αH (Spearman’s ρ = "
+            f"{fixed(followed.statistic)})."
+        )
+        advice = (
+            "Do not read the order of the tasks as learned from the labels: it is that of H. Lower lambda_entropy, and "
+            "compare with a run at lambda_entropy = 0."
+        )
+        yield _Suspicion(Finding("beta follows the entropy", None, "warning", evidence, advice), float(followed.pvalue))
+
+
+def _pull_of_the_loss(case: _Case, form: Form, rows: pd.DataFrame) -> np.ndarray:
+    """Return ∂ℓ/∂β = −σ(−s·h)·h·ds/dβ at each prompt of a form's table, the mean over the prompt's pairs."""
+    scores = case.scores[(case.scores["variant"] == form) & (case.scores["form"] == form)]
+    pairs = scores.merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
+    if pairs.empty:
+        raise _Lacking(f"held_out.csv has no pairs of the {form} form")
+    h, s = pairs["h"].to_numpy(), pairs["scale"].to_numpy()
+    slope = np.ones(len(pairs)) if form == "standard" else -1 / pairs["beta"].to_numpy() ** 2
+    pairs = pairs.assign(pull=-h * np.exp(-np.logaddexp(0.0, s * h)) * slope)
+    means = pairs.groupby(["task", "prompt"])["pull"].mean()
+    return means.reindex(pd.MultiIndex.from_frame(rows[["task", "prompt"]])).fillna(0.0).to_numpy()
+
+
+def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
+    """One term's pull on beta is larger than all others together, in the second half of stage 2.
+
+    Exact: where beta rests, the pulls add up to 0, so that no term exceeds the sum of the others (the triangle
+    inequality). Tested: whether the term, in the direction of its own mean, exceeds the sum of the others' sizes, by a
+    one-sided t test over the logged steps, whose batches are other pairs. Noise in a pull counts in both directions
+    alike, so the direction is fixed first; the p-value is doubled for that, and multiplied by the number of terms among
+    which the largest is taken.
+    """
+    for form in case.forms():
+        rows = case.last_rows(form, 1 / 2)
+        for task in case.tasks:
+            names = {f"grad/{term}/{task}": term for term in _SWAMPED}
+            pulls = rows[[name for name in names if name in rows]].rename(columns=names)
+            pulls = pulls.dropna(how="all", axis=1).dropna()
+            if pulls.shape[1] < 2 or pulls.empty:
+                continue
+            largest = pulls.mean().abs().idxmax()
+            signed = pulls[largest] * np.sign(pulls[largest].mean())
+            others = pulls.drop(columns=largest).abs().sum(axis=1)
+            more, n = int((signed > others).sum()), len(pulls)
+            p = min(1.0, 2 * pulls.shape[1] * _t_above(signed - others))
+            direction = "down" if pulls[largest].mean() > 0 else "up"
+            evidence = (
+                f"{form} form: in {more} of the last {n} logged steps the {largest} term pulled β of {task} "
+                f"{direction} with more than all others together (mean {number(signed.mean())} against "
+                f"{number(others.mean())})."
+            )
+            yield _Suspicion(Finding("one term swamps the others", task, "note", evidence, _SWAMPED[largest]), p)
+
+
+_SWAMPED = {
+    "dpo": "β is not at rest, and only the range can stop it: train longer to see where, or raise lambda_entropy.",
+    "entropy": "Lower lambda_entropy: β goes to αH whatever the labels say.",
+    "range": "The start or αH lies outside the range: widen it, or lower lambda_range.",
+    "smoothness": "Lower lambda_smoothness: it flattens β(x) and shrinks it.",
+    "consistency": "Lower lambda_consistency: it makes β the same within each task.",
+}
+
+
+# ---------------------------------------------------------------------------------------------- the policy
+
+
+def _both_fall(case: _Case) -> Iterator[_Suspicion]:
+    """The log-ratios of chosen and of rejected answers are below 0, and h above 0, on held-out pairs of a task.
+
+    Both log-ratios are exactly 0 before training, so their sign is the direction in which they went. Tested: three
+    one-sided t tests over groups of pairs, all of which must hold; the largest p-value counts.
+    """
+    if not {"chosen", "rejected"} <= set(case.scores):
+        raise _Lacking("held_out.csv has no log-ratios of chosen and rejected answers")
+    for (variant, task), rows in case.scores.groupby(["variant", "task"]):
+        means = _by_group(rows, ["chosen", "rejected", "h"])
+        p = max(_t_above(-means["chosen"]), _t_above(-means["rejected"]), _t_above(means["h"]))
+        evidence = (
+            f"{variant}: on held-out pairs of {task} log π/π_ref fell for both answers, to "
+            f"{number(means['chosen'].mean())} (chosen) and {number(means['rejected'].mean())} nats (rejected), while "
+            f"the margin h rose to {number(means['h'].mean())} ({len(means)} groups of pairs)."
+        )
+        advice = (
+            "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
+            "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
+            "steps, with a lower policy_learning_rate or a larger initial_scale."
+        )
+        yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, advice), p)
+
+
+def _memorised(case: _Case) -> Iterator[_Suspicion]:
+    """Less than half of what training gained in accuracy is seen on held-out pairs.
+
+    Before training every h is 0, a tie, and both accuracies are exactly ½. So held out − ½ < ½·(training − ½) says
+    that most of the gain is memory of the training pairs. Tested: one-sided z test of that contrast, with the held-out
+    standard error over groups of pairs, and the training accuracy over the distinct pairs of the last quarter of the
+    logged steps.
+    """
+    for variant, rows in case.scores.groupby("variant"):
+        last = case.last_rows(str(variant), 1 / 4)
+        if "accuracy" not in last or last["accuracy"].isna().all():
+            raise _Lacking("history.csv has no accuracy of the training batches")
+        form = rows["form"].iloc[0]
+        batch = case.setting("batch_size", form)
+        n = min(len(last) * batch, float(case.metadata.get("training pairs", math.inf)))
+        right = _by_group(rows.assign(right=_correct(rows["h"])), ["right"])["right"]
+        training = float(last["accuracy"].mean())
+        contrast = (right.mean() - 0.5) - (training - 0.5) / 2
+        smoothed = (training * n + 0.5) / (n + 1)  # not a standard error of 0 where every pair is ranked correctly
+        error = math.hypot(_standard_error(right), 0.5 * math.sqrt(smoothed * (1 - smoothed) / n))
+        evidence = (
+            f"{variant}: training accuracy is {number(training)} in the last {len(last)} logged steps, held-out "
+            f"accuracy {number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ "
+            "carries over."
+        )
+        advice = (
+            "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
+            "lora_rank; β then reads margins that mean nothing on new prompts."
+        )
+        p = float(stats.norm.cdf(contrast / error)) if error > 0 else 1.0
+        yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, advice), p)
+
+
+def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
+    """The sampled KL exceeds E[h²]/4, the KL that belongs to the margins of the held-out pairs.
+
+    With u = log π/π_ref and π_a ∝ π_ref·exp(a·u), ∂KL(π_a‖π_ref)/∂a = a·Var_{π_a}(u), so that KL = Var(u)/2 where the
+    variance does not change along the way: exactly for u that are normal over the reference's answers, else to second
+    order. h is the difference of two u; of two answers sampled from the reference, E[h²] = 2·Var(u). Answers that
+    were made otherwise differ more, and raise the limit. Tested: one-sided z test of the difference, with the standard
+    errors of the KL over prompts and of E[h²]/4 over groups of pairs.
+    """
+    if not {"kl", "kl_se"} <= set(case.history):
+        raise _Lacking("history.csv has no sampled KL: the run had probe_prompts = 0")
+    for variant, rows in case.scores.groupby("variant"):
+        measured = case.last_rows(str(variant), 1).dropna(subset=["kl", "kl_se"])
+        if measured.empty:
+            continue
+        kl, error = (float(measured[name].iloc[-1]) for name in ("kl", "kl_se"))
+        explained = _by_group(rows.assign(explained=rows["h"] ** 2 / 4), ["explained"])["explained"]
+        own = _standard_error(explained)
+        evidence = (
+            f"{variant}: KL(π‖π_ref) is {number(kl)} ± {number(error)} nats on sampled answers; the margins of the "
+            f"{len(rows)} held-out pairs explain E[h²]/4 = {number(explained.mean())} ± {number(own)}."
+        )
+        advice = (
+            "The policy moved in directions that the pairs do not measure: read its answers (length, repetition), and "
+            "lower policy_learning_rate."
+        )
+        p = float(stats.norm.sf((kl - explained.mean()) / math.hypot(error, own))) if error > 0 else 1.0
+        yield _Suspicion(Finding("KL beyond the margins", None, "warning", evidence, advice), p)
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+
+def _few_prompts(case: _Case) -> Iterator[_Suspicion]:
+    """A task has fewer than `MIN_PROMPTS` held-out prompts: its median has no 95 % interval inside the extremes."""
+    prompts = case.table if len(case.table) else case.scores
+    counts = prompts.drop_duplicates(["task", "prompt"])["task"].value_counts()
+    few = [task for task in in_order(counts.index) if counts[task] < MIN_PROMPTS]
+    if len(counts) > 1 and few:
+        listed = ", ".join(f"{counts[task]} of {task}" for task in few)
+        evidence = f"Too few held-out prompts to order the tasks: {listed}; expected at least {MIN_PROMPTS} per task."
+        advice = "Add pairs of other prompts to these tasks, or raise held_out, before comparing their β."
+        yield _Suspicion(Finding("few prompts", None, "note", evidence, advice))
+
+
+def _cut_entropies(case: _Case) -> Iterator[_Suspicion]:
+    """So many sampled answers hit the length limit that the bias exceeds the error of the task's mean entropy.
+
+    Exact for answers that end at a constant rate: if a fraction f of them is cut, a fraction f of all tokens, and of
+    the entropy of the whole answer, is missing. A bias beyond 1.96 standard errors leaves a 95 % interval with a
+    coverage below 50 %. The error is that of the mean over the task's prompts: of the estimator `sequence` if the run
+    compared estimators, else of the entropies in the table.
+    """
+    cut = case.metadata.get("answers cut")
+    if cut is None:
+        raise _Lacking("run.json does not say how many sampled answers hit the length limit")
+    if case.entropies is not None:
+        known = case.entropies[~case.entropies["example"] & (case.entropies["estimator"] == "sequence")]
+    else:
+        known = case.table.drop_duplicates(["task", "prompt"]).rename(columns={"ref_entropy": "entropy"})
+    if known.empty:
+        raise _Lacking("the run kept no entropies of the reference")
+    for task, values in known.groupby("task")["entropy"]:
+        fraction, mean = float(cut.get(task, 0.0)), float(values.mean())
+        error = _standard_error(values) / mean if mean > 0 else 0.0
+        if fraction > 1.96 * error and fraction > 0:
+            evidence = (
+                f"{number(100 * fraction)} % of the answers sampled for the entropy of {task} hit the length limit; "
+                f"that hides about as large a part of the entropy, whose standard error is {number(100 * error)} % "
+                f"over {len(values)} prompts."
+            )
+            advice = "Raise max_new_tokens until few answers are cut, or read H as that of the answers’ first tokens."
+            yield _Suspicion(Finding("entropies cut", str(task), "warning", evidence, advice))
+
+
+def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
+    """In one task, the policy or the reference ranks held-out pairs the wrong way round.
+
+    Three signs. The policy ranks the held-out pairs of the task wrongly more often than not, after training. The
+    reference ranks the training pairs otherwise than the held-out ones, though both are a random split of the same. Or
+    it gives the rejected answers of this task more probability, unlike in the other tasks. Length moves a sum of
+    log-probabilities one way and their mean per token the other, so both must agree. Tested, over groups of pairs: sign
+    test, Fisher's exact test, and for the comparison with the other tasks a Mann-Whitney test; all parts of a statement
+    must hold, and the largest p-value counts.
+
+    Labels that are flipped alike in all pairs of a task, training and held-out, are a preference like any other: only
+    the reference speaks against them, and only where it has a preference of its own.
+    """
+    advice = (
+        "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
+        "columns?"
+    )
+    right = case.scores.assign(right=_correct(case.scores["h"]))
+    for task, rows in right.groupby("task"):
+        wrong = 0.5 - _by_group(rows, ["right"])["right"]
+        share = (wrong > 0).sum(), (wrong != 0).sum()
+        evidence = (
+            f"After training, {share[0]} of {share[1]} groups of held-out pairs of {task} are ranked the wrong way "
+            "round more often than not, over all variants."
+        )
+        yield _Suspicion(Finding("labels look flipped", str(task), "warning", evidence, advice), _sign_test(wrong))
+    if "ref_chosen" not in case.scores:
+        raise _Lacking("held_out.csv has no log-probabilities of the reference; the policy’s ranking was looked at")
+    first = case.scores[case.scores["variant"] == case.scores["variant"].iloc[0]]
+    groups = _preferences(first)
+    for task, p in _other_in_training(case, groups):
+        evidence = (
+            f"The reference ranks the training pairs of {task} otherwise than the held-out ones: it gives the chosen "
+            f"answer more probability in {_share(case.metadata[_TRAINING][task]['total'])} and in "
+            f"{_share(_counts(groups[task]['total']))} of the groups of pairs, also per token."
+        )
+        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, advice), p)
+    for task, own in groups.items():
+        if len(groups) < 2:
+            continue
+        others = pd.concat([of_task for name, of_task in groups.items() if name != task])
+        p = max(max(_sign_test(-own[name]), _lower(own[name], others[name])) for name in own)
+        shares = [f"{int((part['total'] < 0).sum())} of {len(part)}" for part in (own, others)]
+        evidence = (
+            f"The reference gives the rejected answer more probability in {shares[0]} groups of held-out pairs of "
+            f"{task}, also per token, against {shares[1]} in the other tasks."
+        )
+        yield _Suspicion(Finding("labels look flipped", task, "note", evidence, advice), p)
+
+
+_TRAINING = "reference on training pairs"
+
+
+def reference_ranks(pairs: pd.DataFrame) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return in how many groups of pairs the reference gives the chosen answer more probability, by task.
+
+    Args:
+        pairs: a row per pair: task, group, prompt, ref_chosen, ref_rejected (nats), chosen_tokens, rejected_tokens.
+
+    Returns:
+        For each task, "total" (log-probability of the whole answer) and "mean" (per token), each with the number of
+        groups that favour the chosen answer and of those that favour either.
+    """
+    return {task: {name: _counts(own[name]) for name in own} for task, own in _preferences(pairs).items()}
+
+
+def _preferences(pairs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return, by task, how much more the reference prefers the chosen answer, in total and per token, by group."""
+    total = pairs["ref_chosen"] - pairs["ref_rejected"]
+    mean = pairs["ref_chosen"] / pairs["chosen_tokens"] - pairs["ref_rejected"] / pairs["rejected_tokens"]
+    preferred = pairs.assign(total=total, mean=mean)
+    return {str(task): _by_group(rows, ["total", "mean"]) for task, rows in preferred.groupby("task")}
+
+
+def _counts(values: pd.Series) -> tuple[int, int]:
+    return int((values > 0).sum()), int((values != 0).sum())
+
+
+def _share(counts: tuple[int, int]) -> str:
+    return f"{counts[0]} of {counts[1]}"
+
+
+def _other_in_training(case: _Case, groups: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float]]:
+    """Yield each task with the p-value for the reference ranking its training pairs as it does the held-out ones."""
+    for task, ranks in case.metadata.get(_TRAINING, {}).items():
+        if task in groups:
+            tables = [[_split(ranks[name]), _split(_counts(groups[task][name]))] for name in ("total", "mean")]
+            yield task, max(float(stats.fisher_exact(table).pvalue) for table in tables)
+
+
+def _split(counts: tuple[int, int]) -> list[int]:
+    return [counts[0], counts[1] - counts[0]]
+
+
+# ------------------------------------------------------------------------------------------------ the tests
+
+
+def _by_group(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return the means over the pairs of each group, or of each prompt where a pair has no group."""
+    group = rows["group"] if "group" in rows else pd.Series(None, index=rows.index, dtype=object)
+    keys = [group.notna().rename("grouped"), group.where(group.notna(), rows["prompt"]).rename("cluster")]
+    return rows.groupby(keys, sort=False)[columns].mean()
+
+
+def _correct(h: pd.Series) -> np.ndarray:
+    """Return 1 where a pair is ranked correctly, 0 where not, ½ for a tie of at most 1e-4."""
+    return (np.sign(h) * (h.abs() > 1e-4) + 1).to_numpy() / 2
+
+
+def _standard_error(values: pd.Series) -> float:
+    """Return the standard error of the mean; 0 for a single value."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _t_above(values: pd.Series | np.ndarray) -> float:
+    """Return the p-value of a one-sided t test for a mean above 0; 1 where it is undefined."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return 1.0
+    return float(stats.ttest_1samp(values, 0.0, alternative="greater").pvalue)
+
+
+def _sign_test(values: pd.Series) -> float:
+    """Return the p-value of a one-sided sign test for values above 0; ties are left out."""
+    above, n = int((values > 0).sum()), int((values != 0).sum())
+    return float(stats.binom.sf(above - 1, n, 0.5)) if n else 1.0
+
+
+def _lower(values: pd.Series, others: pd.Series) -> float:
+    """Return the p-value of a one-sided Mann-Whitney test for the signs of `values` below those of `others`."""
+    return float(stats.mannwhitneyu(np.sign(values), np.sign(others), alternative="less", method="asymptotic").pvalue)
+
+
+_CHECKS: dict[str, Callable[[_Case], Iterator[_Suspicion]]] = {
+    "beta at a bound": _at_a_bound,
+    "beta constant": _constant,
+    "beta follows the entropy": _follows_the_entropy,
+    "one term swamps the others": _one_term_swamps,
+    "both log-ratios fall": _both_fall,
+    "training pairs memorised": _memorised,
+    "KL beyond the margins": _kl_beyond_margins,
+    "few prompts": _few_prompts,
+    "entropies cut": _cut_entropies,
+    "labels look flipped": _look_flipped,
+}
+
+SYMPTOMS = tuple(_CHECKS)
+"""The names of what `diagnose` looks for."""
