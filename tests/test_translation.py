@@ -38,14 +38,8 @@ SAYING = {"say", "label", "key", "_wrong", "Mistake"}
 needs_font = pytest.mark.skipif(translation.chinese_font() is None, reason="no font with Chinese characters")
 
 
-ENGLISH_ONLY = {f"{start}{name}{end}" for name in ("slope", "allocation", "bound")
-                for start, end in (("", "_answers"), ("check_", ""))}  # fmt: skip
-"""The functions of notebook 08's exercises, which has no Chinese version yet."""
-
-
 def keys_of_code(source: str) -> set[str]:
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ENGLISH_ONLY]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id in SAYING]
     return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -133,7 +127,7 @@ class TestSpoken:
         assert any("参考策略的熵" in text for text in texts_of(figure))
 
     @needs_font
-    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves])
+    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves, sliders.which_beta])
     def test_sliders(self, make):
         english = make()
         with in_language("zh"):
@@ -162,6 +156,7 @@ class TestSpoken:
         answers = [
             checks.completion_logps_answers, checks.optimal_policy_answers, checks.reward_difference_answers,
             checks.entropy_penalty_answers, checks.smoothness_penalty_answers, checks.kl_estimate_answers,
+            checks.slope_answers, checks.allocation_answers, checks.bound_answers,
             *(lambda f=f, form=form: f(form) for form in FORMS
               for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
         ]  # fmt: skip
