@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 import dpoviz
 from dpoviz import translation
+from dpoviz.analysis.diagnose import Finding
 from dpoviz.analysis.plots import figure_beta_by_task
 from dpoviz.analysis.report import reading, write_report
 from dpoviz.analysis.tables import summarize
@@ -171,12 +172,17 @@ class TestSpoken:
         history = pd.DataFrame(
             {"variant": ["inverse"], "form": ["inverse"], "seed": [0], "step": [0], "stage": [2], "loss/dpo": [0.7]}
         )
+        slopes = pd.DataFrame({"variant": ["fixed"], "task": ["math"], "answers": [4], "prompts": [2], "slope": [0.1],
+                               "low": [0.0], "high": [0.2], "variance": [1.0]})  # fmt: skip
+        findings = [Finding("few prompts", "math", "note", "证据。", "建议。"),
+                    Finding("entropies cut", None, "not checked", "证据。", "建议。")]  # fmt: skip
         with in_language("zh"):
             summary = summarize(table)
             sentences = reading(summary)
             path = write_report(
                 tmp_path / "report.html", table=table, history=history, summary=summary, config={"fast": True},
-                figures={"beta_by_task": figure_beta_by_task(table)}, reading=sentences,
+                figures={"beta_by_task": figure_beta_by_task(table), "retilt": Figure()}, reading=sentences,
+                slopes=slopes, findings=findings,
             )  # fmt: skip
         page = path.read_text(encoding="utf-8")
         assert (
@@ -187,6 +193,8 @@ class TestSpoken:
         shown = re.sub(r"<style>.*?</style>|<pre>.*?</pre>|src=\"[^\"]*\"", "", page, flags=re.DOTALL)
         left = [key for key in keys() if len(key.split()) > 3 and key in shown]
         assert left == []
+        assert all(text in page for text in ("说明：提示太少", "未检查：", "每 nat 的奖励", "训练之后的 β"))
+        assert not re.search(r"note|few prompts|not checked|>run<|>fixed<", shown.replace('class="note"', ""))
 
 
 def _escaped(text: str) -> str:
