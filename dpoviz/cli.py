@@ -428,9 +428,10 @@ def _say_results(out: Path, results: Results, seed: int) -> None:
 
 def _say_findings(findings: Sequence[Finding] | None) -> None:
     from dpoviz.analysis.text import findings_as_text
+    from dpoviz.translation import say
 
     if findings is not None:
-        print(f"\nwhat looks wrong\n{findings_as_text(findings)}")
+        print(f"\n{say('what looks wrong')}\n{findings_as_text(findings)}")
 
 
 def _say_where(out: Path) -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
     "losses": {"forms", "regularizers", "validation"},
     "rules": {"forms", "losses", "beta", "validation"},
     "tabular": {"forms", "losses", "validation"},
-    "allocation": {"forms", "losses", "validation"},
+    "allocation": {"forms", "losses", "validation", "translation"},
     "data": {"validation"},
     "lm": {"data", "validation"},
     "training": {*MATHEMATICS, "data", "lm"},
