@@ -429,7 +429,7 @@ class TestCompareRuns:
         assert compare_runs({"a": runs[0], "b": runs[1]}).table["run"].unique().tolist() == ["a", "b"]
 
     def test_the_readme_runs(self, folder, other):
-        (block,) = blocks("python3")
+        block, _ = blocks("python3")  # the other shows the widgets
         block = block.replace('"dpoviz-run"', repr(str(folder))).replace('"without-entropy"', repr(str(other)))
         names = {}
         exec(block, names)

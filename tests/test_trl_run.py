@@ -80,7 +80,7 @@ class TestLog:
     def test_lines_of_llama_factory(self, tmp_path):
         lines = [{"current_steps": i, "total_steps": 3, "loss": 0.7 - i / 10, "accuracy": 0.5, "lr": 1e-5, "epoch": i,
                   "percentage": 33.3, "elapsed_time": "0:00:01"} for i in (1, 2, 3)]  # fmt: skip
-        more = [{"current_steps": 3, "total_steps": 3, "eval_loss": 0.5}, {"current_steps": 3, "percentage": 100}]
+        more = [{"current_steps": 3, "total_steps": 3, "eval_loss": 0.5}, {"current_steps": 5, "percentage": 100}]
         (tmp_path / "trainer_log.jsonl").write_text("\n".join(map(json.dumps, [*lines, *more])) + "\n")
         run = load_run(tmp_path)
         assert run.history["loss"].tolist() == pytest.approx([0.6, 0.5, 0.4]) and len(run.history) == 3
