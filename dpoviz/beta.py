@@ -173,17 +173,14 @@ def _record(model_id: str, **hub) -> dict[str, str] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def read_beta(folder: Path | str, *, form: str | None = None, fingerprint: str | None = None) -> Beta:
-    """Return the beta saved in a folder, of whichever kind; `form` and `fingerprint` as in `Beta.require_made_for`.
-
-    Raises:
-        ValueError: there is no beta in the folder, or it was trained for another form or reference.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"beta: {folder} holds no config.json; expected a folder that save_pretrained wrote")
-    kinds = {kind.__name__: kind for kind in (BetaNetwork, ConstantBeta, TaskBeta, EntropyBeta)}
-    kind = kinds[(_record(str(folder)) or {}).get("kind", "BetaNetwork")]
-    return kind.from_pretrained(str(folder), form=form, fingerprint=fingerprint)
+def saved_kind(folder: Path) -> str | None:
+    """Return the name of the class that was saved in a folder; None if the folder does not say."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    own = config.get("rule") or (_record(str(folder)) or {}).get("kind")
+    return own or ("BetaNetwork" if "in_features" in config else None)  # only that class was saved without its name
 
 
 class ConstantBeta(Beta):

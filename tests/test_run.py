@@ -14,7 +14,7 @@ from helpers.readme import blocks
 from helpers.worlds import CONFIG, Killed, dies_at, network, run, small_model, small_pairs
 
 from dpoviz.analysis.tables import read_table, write_table
-from dpoviz.beta import BetaNetwork, ConstantBeta, MadeFor, TaskBeta, read_beta
+from dpoviz.beta import BetaNetwork, ConstantBeta, MadeFor, TaskBeta
 from dpoviz.data import tasks
 from dpoviz.data.records import as_chat
 from dpoviz.experiments import kept, real
@@ -26,6 +26,7 @@ from dpoviz.forms import FORMS
 from dpoviz.learn.run import compare_runs, load_run
 from dpoviz.lm.models import LanguageModel, load_lm, tiny_lm, tiny_tokenizer, weights_fingerprint
 from dpoviz.lm.reference import reference_pass
+from dpoviz.training.methods import load_beta
 from dpoviz.training.probes import pulls_at, quartiles_by_task
 from dpoviz.training.stages import Variant
 
@@ -337,20 +338,20 @@ class TestSavedBeta:
     def test_of_any_kind_it_is_read_with_its_record(self, tmp_path, beta):
         beta.made_for = self.RECORD
         beta.save_pretrained(tmp_path)
-        again = read_beta(tmp_path, form="inverse", fingerprint="abc")
+        again = load_beta(tmp_path, form="inverse", fingerprint="abc")
         assert type(again) is type(beta) and again.made_for == self.RECORD
         with pytest.raises(ValueError, match="form: got 'standard', expected 'inverse'"):
-            read_beta(tmp_path, form="standard")
+            load_beta(tmp_path, form="standard")
         with pytest.raises(ValueError, match=r"reference: got .* xyz, expected a model \(abc\)"):
             type(beta).from_pretrained(str(tmp_path), fingerprint="xyz")
 
     def test_without_a_record_it_is_read_as_before(self, tmp_path, caplog):
         network().save_pretrained(tmp_path)
-        assert read_beta(tmp_path).made_for is None and not caplog.text
-        assert read_beta(tmp_path, form="standard").made_for is None and "cannot be checked" in caplog.text
+        assert load_beta(tmp_path).made_for is None and not caplog.text
+        assert load_beta(tmp_path, form="standard").made_for is None and "cannot be checked" in caplog.text
 
     def test_folders_of_a_run_say_what_they_are_for(self, folder, data):
-        record = read_beta(folder / "standard" / "beta").made_for
+        record = load_beta(folder / "standard" / "beta").made_for
         assert record.form == "standard" and record.fingerprint == weights_fingerprint(data.model)
 
     def test_the_loop_refuses_the_other_form(self):
@@ -428,7 +429,7 @@ class TestCompareRuns:
         assert compare_runs({"a": runs[0], "b": runs[1]}).table["run"].unique().tolist() == ["a", "b"]
 
     def test_the_readme_runs(self, folder, other):
-        (block,) = blocks("python3")
+        block, _ = blocks("python3")  # the other shows the widgets
         block = block.replace('"dpoviz-run"', repr(str(folder))).replace('"without-entropy"', repr(str(other)))
         names = {}
         exec(block, names)

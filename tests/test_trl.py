@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
 from dpoviz.allocation import allocate  # noqa: E402
+from dpoviz.analysis.diagnose import SYMPTOMS  # noqa: E402
 from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
+from dpoviz.learn.run import load_run  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import Logps, total_loss  # noqa: E402
 from dpoviz.rules import BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule, RuleOutput  # noqa: E402
@@ -544,6 +546,70 @@ class TestCards:
         Halved().save(tmp_path / "weights" / "beta")
         with pytest.raises(ValueError, match=r"folder: .* has a Halved, expected ConstantBeta"):
             load_beta(tmp_path / "weights")
+
+
+class TestLoadRun:
+    """The output folders of two steps on all pairs at once, as `load_run` reads them."""
+
+    @pytest.fixture
+    def trainers(self, world, tmp_path):
+        model, tokenizer, scored = world
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "model")
+        model.config._name_or_path = str(tmp_path / "model")
+        data = trl_dataset(scored)
+
+        def run(name, cls, **own):
+            trainer = cls(
+                copy.deepcopy(model), ref_model=copy.deepcopy(model), train_dataset=data, processing_class=tokenizer,
+                args=arguments(tmp_path / name, max_steps=2, per_device_train_batch_size=24, save_strategy="steps",
+                               save_steps=2, save_only_model=True, eval_strategy="steps", eval_steps=2),
+                eval_dataset=data.select(range(6)), **own,
+            )  # fmt: skip
+            trainer.train()
+            return trainer
+
+        config = TrainConfig.around(0.1, "inverse", beta_learning_rate=1e-2)
+        return run("ours", BetaDPOTrainer, beta=made("network", scored, config), config=config), run(
+            "plain", trl.DPOTrainer
+        )
+
+    def test_reads_what_they_logged_and_the_beta_that_was_saved(self, world, trainers, tmp_path):
+        ours, scored = trainers[0], world[2]
+        run = load_run(tmp_path / "ours")
+        assert run.metadata["log"] == "checkpoint-2/trainer_state.json" and run.forms == ["inverse"]
+        logged = [row for row in ours.state.log_history if "loss" in row]
+        assert run.history["step"].tolist() == [1, 2] and set(run.history["variant"]) == {"inverse"}
+        assert run.history["loss"].tolist() == [row["loss"] for row in logged]
+        assert run.history["accuracy"].tolist() == [row["rewards/accuracies"] for row in logged]
+        for name in ("beta/math", "s/code", "logratio/chosen/math", "logratio/rejected/dialogue", "pull/dpo/code"):
+            assert run.history[name].tolist() == [row[name] for row in logged], name
+        (evaluated,) = [row for row in ours.state.log_history if "eval_loss" in row]
+        assert run.history["held_out_accuracy"].iloc[1] == evaluated["eval_rewards/accuracies"]
+        assert run.history["held_out_logratio/chosen/math"].iloc[1] == evaluated["eval_logratio/chosen/math"]
+        x = torch.tensor(scored["ref_features"][:3])
+        expected = ours.beta_module.eval()(x).tolist()
+        assert expected[0] != pytest.approx(10.0, rel=1e-3)  # it was trained
+        assert [run.beta(prompt) for prompt in scored["prompt"][:3]] == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(ValueError, match="form: got 'standard', expected 'inverse'"):
+            run.beta("a", form="standard")
+        with pytest.raises(ValueError, match=r"beta: got 0\.1, expected None: .* has log-ratios"):
+            load_run(tmp_path / "ours", beta=0.1)
+        ours.save_model()  # the folder's own β comes first
+        assert load_run(tmp_path / "ours").beta(scored["prompt"][0]) == pytest.approx(expected[0], rel=1e-5)
+
+        # a plain trainer's log-ratios, against the log-probabilities that it logged beside its rewards
+        run = load_run(tmp_path / "plain", beta=0.1)
+        for answer in ("chosen", "rejected"):
+            ratio = run.history[f"logps/{answer}"] - sum(scored[f"ref_{answer}_logps"]) / 24
+            assert run.history[f"logratio/{answer}/all"].tolist() == pytest.approx(ratio.tolist(), abs=2e-5)
+            assert abs(ratio.iloc[1]) > 1e-3
+        assert set(run.history["variant"]) == {"fixed"} and run.history["beta/all"].tolist() == [0.1, 0.1]
+        names = {finding.name for finding in run.diagnose() if finding.severity == "not checked"}
+        assert names == set(SYMPTOMS) - {"both log-ratios fall", "training pairs memorised"}
+        with pytest.raises(ValueError, match=r"beta: .*plain and its checkpoints have no folder beta"):
+            run.beta("a")
+        assert not [name for name in load_run(tmp_path / "plain").history if name.startswith("logratio/")]
 
 
 OVERRIDDEN = {

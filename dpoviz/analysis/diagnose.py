@@ -132,15 +132,21 @@ def diagnose(
         if missing := sorted(needed[name] - set(given.columns)):
             raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
     case = _Case(table, history, scores, metadata, config, entropies, betas)
+    return _examine(
+        _CHECKS, case, key("Run again with this version to have it checked, if beta is a function of the prompt.")
+    )
+
+
+def _examine(checks: Mapping[str, Callable[[Any], Iterator[_Suspicion]]], case: Any, remedy: str) -> list[Finding]:
+    """Return the findings that stand, in order; `remedy` is the advice on what could not be checked."""
     suspicions: list[_Suspicion] = []
-    for name, check in _CHECKS.items():
+    for name, check in checks.items():
         try:
             for suspicion in check(case):  # what a check found before it lacked something stays
                 suspicions.append(suspicion)
         except _Lacking as lack:
-            advice = say("Run again with this version to have it checked, if beta is a function of the prompt.")
             evidence = say("{text}.", text=_start(str(lack)))
-            suspicions.append(_Suspicion(Finding(name, None, "not checked", evidence, advice)))
+            suspicions.append(_Suspicion(Finding(name, None, "not checked", evidence, translate(remedy))))
     tested = [s.p for s in suspicions if s.p is not None]
     adjusted = iter(holm(tested))
     kept = [s.finding for s in suspicions if s.p is None or next(adjusted) <= LEVEL]
@@ -318,6 +324,23 @@ _SWAMPED = {
 # ---------------------------------------------------------------------------------------------- the policy
 
 
+_FALL = key(
+    "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
+    "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
+    "steps, with a lower policy_learning_rate or a larger initial_scale."
+)
+
+_MEMORY = key(
+    "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
+    "lora_rank; β then reads margins that mean nothing on new prompts."
+)
+
+_READ_PAIRS = key(
+    "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
+    "columns?"
+)
+
+
 def _both_fall(case: _Case) -> Iterator[_Suspicion]:
     """The log-ratios of chosen and of rejected answers are below 0, and h above 0, on held-out pairs of a task.
 
@@ -335,12 +358,7 @@ def _both_fall(case: _Case) -> Iterator[_Suspicion]:
             variant=say(str(variant)), task=task, n=len(means),
             **{name: number(means[name].mean()) for name in ("chosen", "rejected", "h")},
         )  # fmt: skip
-        advice = say(
-            "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
-            "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
-            "steps, with a lower policy_learning_rate or a larger initial_scale."
-        )
-        yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, advice), p)
+        yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, translate(_FALL)), p)
 
 
 def _memorised(case: _Case) -> Iterator[_Suspicion]:
@@ -369,12 +387,8 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
             variant=say(str(variant)), training=number(training), steps=len(last), held_out=number(right.mean()),
             n=len(right),
         )  # fmt: skip
-        advice = say(
-            "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
-            "lora_rank; β then reads margins that mean nothing on new prompts."
-        )
         p = float(stats.norm.cdf(contrast / error)) if error > 0 else 1.0
-        yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, advice), p)
+        yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, translate(_MEMORY)), p)
 
 
 def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
@@ -472,10 +486,6 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     Labels that are flipped alike in all pairs of a task, training and held-out, are a preference like any other: only
     the reference speaks against them, and only where it has a preference of its own.
     """
-    advice = say(
-        "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
-        "columns?"
-    )
     right = case.scores.assign(right=_correct(case.scores["h"]))
     for task, rows in right.groupby("task"):
         wrong = 0.5 - _by_group(rows, ["right"])["right"]
@@ -485,7 +495,9 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
             "often than not, over all variants.",
             wrong=share[0], n=share[1], task=task,
         )  # fmt: skip
-        yield _Suspicion(Finding("labels look flipped", str(task), "warning", evidence, advice), _sign_test(wrong))
+        yield _Suspicion(
+            Finding("labels look flipped", str(task), "warning", evidence, translate(_READ_PAIRS)), _sign_test(wrong)
+        )
     if "ref_chosen" not in case.scores:
         raise _Lacking(
             say("held_out.csv has no log-probabilities of the reference; the policy’s ranking was looked at")
@@ -499,7 +511,7 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
             task=task, training=_share(case.metadata[_TRAINING][task]["total"]),
             held_out=_share(_counts(groups[task]["total"])),
         )  # fmt: skip
-        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, advice), p)
+        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, translate(_READ_PAIRS)), p)
     for task, own in groups.items():
         if len(groups) < 2:
             continue
@@ -511,7 +523,7 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
             "also per token, against {others} in the other tasks.",
             own=shares[0], task=task, others=shares[1],
         )  # fmt: skip
-        yield _Suspicion(Finding("labels look flipped", task, "note", evidence, advice), p)
+        yield _Suspicion(Finding("labels look flipped", task, "note", evidence, translate(_READ_PAIRS)), p)
 
 
 _TRAINING = "reference on training pairs"
@@ -612,3 +624,134 @@ _CHECKS: dict[str, Callable[[_Case], Iterator[_Suspicion]]] = {
 
 SYMPTOMS = tuple(_CHECKS)
 """The names of what `diagnose` looks for."""
+
+
+# ------------------------------------------------------------------------------------- a log of batches alone
+
+
+def diagnose_log(history: pd.DataFrame, *, row_pairs: int = 1, has_reference: bool = True) -> list[Finding]:
+    """Return what looks wrong in the log of a trainer, which has means over batches and no row per pair.
+
+    Args:
+        history: a row per logged step: step, and what the log has of accuracy, logratio/<answer>/<task> (nats) or
+            rewards/<answer>, held_out_accuracy, eval_rewards/margins, eval_runtime and eval_samples_per_second.
+        row_pairs: the pairs of a logged row, at least.
+        has_reference: whether rewards are β·log π/π_ref; False: β·log π, as in SimPO and ORPO.
+
+    Returns:
+        As `diagnose`. Only the log-ratios and the accuracies are looked at; all other symptoms are "not checked".
+    """
+    return _examine(
+        {name: _LOG_CHECKS.get(name, _not_in_a_log) for name in SYMPTOMS},
+        _Log(history.sort_values("step"), row_pairs, has_reference),
+        key("Train with `dpoviz train`, which keeps what this check needs."),
+    )
+
+
+@dataclass(frozen=True)
+class _Log:
+    history: pd.DataFrame
+    row_pairs: int
+    has_reference: bool
+
+    def last(self, column: str, fraction: float) -> pd.Series:
+        """Return the last fraction of the logged values of a column, in order; none if the log lacks it."""
+        values = self.history[column].dropna() if column in self.history else pd.Series(dtype=float)
+        return values.tail(math.ceil(fraction * len(values)))
+
+    def held_out(self) -> tuple[float, float, int]:
+        """Return the last accuracy and mean margin on held-out pairs, and how many these are."""
+        needed = ["held_out_accuracy", "eval_rewards/margins", "eval_runtime", "eval_samples_per_second"]
+        if not set(needed) <= set(self.history) or self.history[needed].dropna().empty:
+            raise _Lacking(say("the log has no accuracy on held-out pairs (one eval_dataset, and eval_strategy)"))
+        accuracy, margin, seconds, speed = self.history[needed].dropna().iloc[-1]
+        return float(accuracy), float(margin), max(1, round(seconds * speed))
+
+
+def _not_in_a_log(_log: _Log) -> Iterator[_Suspicion]:
+    """Raise: the check reads single prompts or pairs, or signed pulls."""
+    raise _Lacking(say("a trainer's log has means over batches, this check reads single prompts or pairs"))
+
+
+def _both_fall_in_log(log: _Log) -> Iterator[_Suspicion]:
+    """As `_both_fall`, on training batches: the t tests are over the last half of the logged rows.
+
+    Rewards stand in for log-ratios where the log has no β: their signs are the same.
+    """
+    if not log.has_reference:
+        raise _Lacking(say("the log's rewards are β·log π, without a reference, so it has no log-ratios"))
+    tasks = [name.split("/", 2)[2] for name in log.history if name.startswith("logratio/chosen/")]
+    names = {task: (f"logratio/chosen/{task}", f"logratio/rejected/{task}") for task in tasks}
+    unit = say("log π/π_ref fell for both answers (means in nats)")
+    if not names:
+        names = {"all": ("rewards/chosen", "rewards/rejected")}
+        unit = say("β·log π/π_ref fell for both answers (means)")
+    if not any(set(pair) <= set(log.history) for pair in names.values()):
+        raise _Lacking(say("the log has neither log-ratios nor rewards of chosen and rejected answers"))
+    for task, pair in names.items():
+        chosen, rejected = (log.last(name, 1 / 2) for name in pair)
+        h = chosen - rejected
+        p = max(_t_above(-chosen), _t_above(-rejected), _t_above(h))
+        evidence = say(
+            "In the last {n} logged rows of training {fell}, to {chosen} (chosen) and {rejected} (rejected), while "
+            "their difference rose to {h}; task: {task}.",
+            n=len(h), fell=unit, chosen=number(chosen.mean()), rejected=number(rejected.mean()), h=number(h.mean()),
+            task=task,
+        )  # fmt: skip
+        yield _Suspicion(Finding("both log-ratios fall", task, "note", evidence, translate(_FALL)), p)
+
+
+def _memorised_in_log(log: _Log) -> Iterator[_Suspicion]:
+    """As `_memorised`, of the log's accuracies; pairs count as independent, because the log does not group them.
+
+    TRL counts a tie as wrong. A policy that has not moved has only ties, hence nothing is said unless the training
+    accuracy is above ½. The training pairs counted are at most those of an epoch.
+    """
+    accuracy, _, pairs = log.held_out()
+    last = log.last("accuracy", 1 / 4)
+    if last.empty:
+        raise _Lacking(say("the log has no accuracy of the training batches"))
+    training, n = float(last.mean()), float(len(last) * log.row_pairs)
+    if training <= 0.5:
+        return
+    if "epoch" in log.history:
+        n = min(n, len(log.last("accuracy", 1)) * log.row_pairs / float(log.history["epoch"].max()))
+    contrast = (accuracy - 0.5) - (training - 0.5) / 2
+    errors = [math.sqrt(q * (1 - q) / k) for q, k in ((_smoothed(accuracy, pairs), pairs), (_smoothed(training, n), n))]
+    evidence = say(
+        "Training accuracy is {training} in the last {n} logged rows, held-out accuracy {accuracy} on {pairs} pairs: "
+        "less than half of the gain over ½ carries over.",
+        training=number(training), n=len(last), accuracy=number(accuracy), pairs=pairs,
+    )  # fmt: skip
+    p = float(stats.norm.cdf(contrast / math.hypot(errors[0], errors[1] / 2)))
+    yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, translate(_MEMORY)), p)
+
+
+def _smoothed(fraction: float, n: float) -> float:
+    """Return a fraction of n that is never 0 or 1, for its standard error."""
+    return (fraction * n + 0.5) / (n + 1)
+
+
+def _look_flipped_in_log(log: _Log) -> Iterator[_Suspicion]:
+    """As the first sign of `_look_flipped`: held-out pairs are ranked the wrong way round more often than not.
+
+    A binomial test. TRL counts a tie as wrong, so that the mean margin must be below 0 as well.
+    """
+    accuracy, margin, pairs = log.held_out()
+    if margin < 0:
+        right = round(accuracy * pairs)
+        evidence = say(
+            "After training, {wrong} of {pairs} held-out pairs are ranked the wrong way round, with a mean margin of "
+            "{margin}.",
+            wrong=pairs - right, pairs=pairs, margin=number(margin),
+        )  # fmt: skip
+        p = float(stats.binom.cdf(right, pairs, 0.5))
+        yield _Suspicion(Finding("labels look flipped", None, "warning", evidence, translate(_READ_PAIRS)), p)
+    raise _Lacking(say("a log does not show tasks or the reference's ranking; the held-out accuracy was looked at"))
+
+
+_LOG_CHECKS: dict[str, Callable[[_Log], Iterator[_Suspicion]]] = {
+    "both log-ratios fall": _both_fall_in_log,
+    "training pairs memorised": _memorised_in_log,
+    "labels look flipped": _look_flipped_in_log,
+}

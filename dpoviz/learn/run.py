@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.plots_runs import figure_runs
 from dpoviz.analysis.tables import COLUMNS, read_table, summarize
-from dpoviz.beta import Beta, EntropyBeta, TaskBeta, read_beta
+from dpoviz.beta import Beta, EntropyBeta, TaskBeta
 from dpoviz.data.tokens import answer_end, encode_prompts
 from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.forms import Form
@@ -31,6 +31,7 @@ from dpoviz.lm.processes import no_bars
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 from dpoviz.training.config import TrainConfig
+from dpoviz.training.methods import load_beta
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +62,38 @@ class Frozen(NamedTuple):
     config: TrainConfig
 
 
-def load_run(folder: Path | str, *, reference: Path | str | LanguageModel | None = None) -> Run:
-    """Open the folder of a finished run of `dpoviz demo` or `dpoviz train`, wherever it lies now.
+def load_run(
+    folder: Path | str, *, reference: Path | str | LanguageModel | None = None, beta: float | None = None
+) -> Run:
+    """Open a run, wherever its folder lies now: of `dpoviz demo` or `dpoviz train`, or the output folder of a trainer.
 
     Args:
-        folder: the run's --out.
+        folder: the run's --out; or what TRL or LLaMA-Factory wrote (`dpoviz.learn.trl_run.TrlRun`): their logs, and the
+            β that `BetaDPOTrainer` leaves.
         reference: the model that the run started from, or where it is; needed only for new prompts, and only if the
             folder does not hold it and it is no longer where the run found it.
+        beta: the β of TRL's own `DPOTrainer` or of LLaMA-Factory, which their logs do not name; turns the rewards of
+            the log, β·log π/π_ref, into log-ratios.
 
     Raises:
-        ValueError: the folder holds no finished run.
+        ValueError: the folder holds no run; or `beta` is given for a run that knows it, or whose rewards are not
+            β·log π/π_ref.
     """
+    from dpoviz.learn.trl_run import TrlRun, find_log  # which builds on Run
+
     folder = Path(folder)
     missing = [name for name in _NEEDED if not (folder / name).is_file()]
+    log = find_log(folder) if missing else None
+    if log is not None:
+        return TrlRun(folder, log, reference, beta)
     if missing:
-        raise ValueError(f"folder: {folder} holds no finished run, {', '.join(missing)} is missing; give a run's --out")
+        raise ValueError(
+            f"folder: {folder} holds no finished run, {', '.join(missing)} is missing; give a run's --out, or a "
+            "trainer's output folder with trainer_log.jsonl or trainer_state.json (each checkpoint has one; "
+            "trainer.save_state() writes it too)"
+        )
+    if beta is not None:
+        raise ValueError(f"beta: got {beta!r}, expected None: a run of dpoviz knows its β")
     return Run(folder, reference)
 
 
@@ -90,13 +108,16 @@ class Run:
 
     def __init__(self, folder: Path, reference: Path | str | LanguageModel | None = None) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json")
-        self.metadata: dict[str, Any] = read_json(folder / "run.json")
+        self.config, self.metadata = self._facts()
         self._given = reference
         self._features: dict[tuple[int, ...], torch.Tensor] = {}
         self._entropies: dict[tuple[int, ...], tuple[float, float]] = {}
         self._betas: dict[str, Beta] = {}
         self._sampled: dict[tuple[int, ...], pd.DataFrame] = {}
+
+    def _facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the settings and the metadata."""
+        return read_json(self.folder / "config.json"), read_json(self.folder / "run.json")
 
     def __repr__(self) -> str:
         prompts = self.table["prompt"].nunique()
@@ -340,7 +361,8 @@ class Run:
             raise ValueError(f"form: got {form!r}, expected one of the run's: {', '.join(self.forms) or 'none'}")
         if form not in self._betas:
             fingerprint = self.metadata.get("reference", {}).get("fingerprint")
-            beta = read_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
+            beta = load_beta(self.folder / form / "beta", form=form, fingerprint=fingerprint)
+            assert isinstance(beta, Beta)  # a form of the table has one
             self._betas[form] = beta.to(self._reference.model.device)
         return self._betas[form]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta
+from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta, saved_kind
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule
 from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
 from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
@@ -40,26 +39,27 @@ def build(
     return _BUILDERS[rule](config, pairs, vocabulary, info.default if strength is None else strength)
 
 
-def load_beta(folder: str | Path) -> Beta | Rule:
-    """Return the beta or rule that `dpoviz.trl.BetaDPOTrainer` saved beside its policy, in evaluation mode.
+def load_beta(folder: str | Path, *, form: str | None = None, fingerprint: str | None = None) -> Beta | Rule:
+    """Return a saved beta or rule, in evaluation mode.
 
     Args:
-        folder: what the trainer left, its part "beta", or a hub name.
+        folder: what `dpoviz.trl.BetaDPOTrainer` left, its part "beta", that of a run, or a hub name.
+        form: as in `Beta.require_made_for`.
+        fingerprint: as in `Beta.require_made_for`.
 
     Raises:
-        ValueError: no beta is there, or one of a class that is not dpoviz's.
+        ValueError: no beta is there, one of a class that is not dpoviz's, or one trained for another form or reference.
     """
     own = Path(folder)
     if not own.is_dir():
         own = Path(snapshot_download(str(folder), allow_patterns="beta/*"))
     place = own / "beta" if (own / "beta").is_dir() else own
-    config = place / "config.json"
-    name = json.loads(config.read_text(encoding="utf-8")).get("rule") if config.is_file() else None
+    name = saved_kind(place)
     if name is None:
         raise ValueError(f"folder: {folder} has no beta/config.json that names a rule, expected what the trainer saved")
     if name not in _SAVED:
         raise ValueError(f"folder: {folder} has a {name}, expected {', '.join(_SAVED)}; load another with its class")
-    return _SAVED[name].from_pretrained(place)
+    return _SAVED[name].from_pretrained(str(place), form=form, fingerprint=fingerprint)
 
 
 def require_rule(rule: str, strength: float | None) -> None:
