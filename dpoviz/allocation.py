@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from dpoviz.forms import Form, scale
+from dpoviz.translation import say
 
 POOLED = "all"
 """The name, in the column `task`, of the row that pools all tasks."""
@@ -217,13 +218,16 @@ class GainBound(NamedTuple):
     plain: float
 
     def __str__(self) -> str:
-        low, high = f"{100 * self.low:.1f} %", f"{100 * self.high:.1f} %" if self.high < 10 else "no limit"
+        low, high = f"{100 * self.low:.1f} %", f"{100 * self.high:.1f} %" if self.high < 10 else say("no limit")
         if self.bound >= 10:
-            return f"one constant gains next to nothing here, so beta(x) by task has no bound (95 % from {low})"
-        return (
-            f"no beta(x) by task could gain more than {100 * self.bound:.1f} % over one constant "
-            f"(95 % interval {low} to {high})"
-        )
+            return say(
+                "one constant gains next to nothing here, so beta(x) by task has no bound (95 % from {low})", low=low
+            )
+        return say(
+            "no beta(x) by task could gain more than {bound:.1f} % over one constant "
+            "(95 % interval {low} to {high})",
+            bound=100 * self.bound, low=low, high=high,
+        )  # fmt: skip
 
 
 def gain_bound(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from dpoviz.cli import main
 from dpoviz.experiments.small import small_world
 from dpoviz.learn.run import load_run
 from dpoviz.losses import dpo_loss
+from dpoviz.translation import chinese_font, in_language
 
 TASKS = ("math", "code", "dialogue")
 FORMS = ("inverse", "standard")
@@ -212,6 +214,23 @@ def test_findings_come_in_the_order_of_their_weight_and_read_as_sentences():
     text = findings_as_text(findings)
     assert "warning: entropies cut (code)" in text and text.endswith("not checked: beta at a bound")
     assert findings_as_text([]).strip() == "nothing"
+
+
+@pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
+def test_findings_read_as_chinese_sentences_under_the_same_names():
+    lacking = healthy()
+    del lacking["metadata"]["beta_min"]
+    lacking["scores"] = lacking["scores"].drop(columns=["chosen", "ref_chosen"])
+    with in_language("zh"):
+        findings = diagnose(**lacking)
+        for plant, *_ in PLANTED:
+            run = healthy()
+            plant(run)
+            findings += diagnose(**run)
+        lines = findings_as_text(findings).splitlines()
+    assert {finding.name for finding in findings} == set(SYMPTOMS)
+    for line in [*lines, *(finding.evidence for finding in findings), *(finding.advice for finding in findings)]:
+        assert re.search(r"[\u4e00-\u9fff]", line) and not re.search(r"[A-Za-z]+ [a-z]+ [a-z]+", line), line
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
 from dpoviz import tabular
 from dpoviz.allocation import gain_bound
@@ -17,6 +19,7 @@ from dpoviz.analysis.plots_retilt import figure_retilt
 from dpoviz.experiments.retilt_config import RetiltConfig
 from dpoviz.experiments.retilt_report import allocations_on, analyse
 from dpoviz.lm.retilt import Line, reach
+from dpoviz.translation import chinese_font, in_language
 
 
 class TestFormula:
@@ -199,6 +202,26 @@ class TestAllocations:
         assert [label.get_text() for label in right.get_yticklabels()] == [
             BY_SLOPE, SHUFFLED, BEST_ONE, BEST
         ]  # fmt: skip
+
+    @pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
+    def test_sentences_and_picture_are_chinese_in_chinese(self):
+        rows = sweep_rows(0.1)
+        pairs = rows[rows["a"] == 0][["variant", "task", "prompt", "h"]].assign(group=None)
+        given = scores({"standard": 0.3, "fixed": 1.0})
+        table = given.drop_duplicates("prompt")[["task", "prompt"]].assign(form="standard", scale=1.0)
+        nothing = given.assign(h=given["h"] * np.tile([1.0, -1.0], len(given) // 2))
+        found = analyse(rows, pairs, RetiltConfig(kl=0.5), scored=True)
+        with in_language("zh"):
+            said = reading_of_retilt(found.slopes, found.allocation)
+            said += [line for own, baseline in itertools.product((given, nothing), ("fixed", None))
+                     for line in gain_of_run(own, table, baseline=baseline).sentences]  # fmt: skip
+            figure = figure_retilt(found.curves, found.allocation, found.slopes)
+            shown = [text.get_text() for text in figure.findobj(Text)]
+        for text in said:
+            assert re.search(r"[\u4e00-\u9fff]", text)
+        for text in [*said, *shown]:
+            assert not re.search(r"[A-Za-z]+ [a-z]+ [a-z]+", text.replace("dpoviz retilt", ""))
+        assert {"按斜率", "打乱"} <= set(shown)
 
     def test_where_a_curve_bends_the_best_of_the_curves_is_not_that_of_the_slopes(self):
         """Math earns most at once and loses later: its slope is the largest, its best factor small."""

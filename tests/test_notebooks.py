@@ -45,6 +45,12 @@ class TestCommitted:
         assert "widgets" not in notebook.metadata
         assert not [cell for cell in code_cells(notebook) if "execution" in cell.metadata]
 
+    def test_shows_every_figure_as_a_picture(self, notebook):
+        shown = [
+            output.data for output in outputs(notebook) if "<Figure" in output.get("data", {}).get("text/plain", "")
+        ]
+        assert [data for data in shown if "image/png" not in data] == []
+
     def test_begins_with_a_question_and_has_short_cells(self, notebook):
         first = notebook.cells[0].source.splitlines()[0]
         assert first.startswith("# ") and first.endswith("?")

@@ -13,6 +13,7 @@ TRANSLATED = (
     "01_from_constraint_to_loss.ipynb",
     "02_two_readings_of_beta.ipynb",
     "03_beta_network.ipynb",
+    "08_which_beta_is_right.ipynb",
 )
 
 

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 
 import dpoviz
 from dpoviz import translation
+from dpoviz.analysis.diagnose import Finding
 from dpoviz.analysis.plots import figure_beta_by_task
 from dpoviz.analysis.report import reading, write_report
 from dpoviz.analysis.tables import summarize
@@ -38,14 +39,8 @@ SAYING = {"say", "label", "key", "_wrong", "Mistake"}
 needs_font = pytest.mark.skipif(translation.chinese_font() is None, reason="no font with Chinese characters")
 
 
-ENGLISH_ONLY = {f"{start}{name}{end}" for name in ("slope", "allocation", "bound")
-                for start, end in (("", "_answers"), ("check_", ""))}  # fmt: skip
-"""The functions of notebook 08's exercises, which has no Chinese version yet."""
-
-
 def keys_of_code(source: str) -> set[str]:
     tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in ENGLISH_ONLY]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
     first = [call.args[0] for call in calls if isinstance(call.func, ast.Name) and call.func.id in SAYING]
     return {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
@@ -133,7 +128,7 @@ class TestSpoken:
         assert any("参考策略的熵" in text for text in texts_of(figure))
 
     @needs_font
-    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves])
+    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves, sliders.which_beta])
     def test_sliders(self, make):
         english = make()
         with in_language("zh"):
@@ -162,6 +157,7 @@ class TestSpoken:
         answers = [
             checks.completion_logps_answers, checks.optimal_policy_answers, checks.reward_difference_answers,
             checks.entropy_penalty_answers, checks.smoothness_penalty_answers, checks.kl_estimate_answers,
+            checks.slope_answers, checks.allocation_answers, checks.bound_answers,
             *(lambda f=f, form=form: f(form) for form in FORMS
               for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
         ]  # fmt: skip
@@ -176,12 +172,17 @@ class TestSpoken:
         history = pd.DataFrame(
             {"variant": ["inverse"], "form": ["inverse"], "seed": [0], "step": [0], "stage": [2], "loss/dpo": [0.7]}
         )
+        slopes = pd.DataFrame({"variant": ["fixed"], "task": ["math"], "answers": [4], "prompts": [2], "slope": [0.1],
+                               "low": [0.0], "high": [0.2], "variance": [1.0]})  # fmt: skip
+        findings = [Finding("few prompts", "math", "note", "证据。", "建议。"),
+                    Finding("entropies cut", None, "not checked", "证据。", "建议。")]  # fmt: skip
         with in_language("zh"):
             summary = summarize(table)
             sentences = reading(summary)
             path = write_report(
                 tmp_path / "report.html", table=table, history=history, summary=summary, config={"fast": True},
-                figures={"beta_by_task": figure_beta_by_task(table)}, reading=sentences,
+                figures={"beta_by_task": figure_beta_by_task(table), "retilt": Figure()}, reading=sentences,
+                slopes=slopes, findings=findings,
             )  # fmt: skip
         page = path.read_text(encoding="utf-8")
         assert (
@@ -192,6 +193,8 @@ class TestSpoken:
         shown = re.sub(r"<style>.*?</style>|<pre>.*?</pre>|src=\"[^\"]*\"", "", page, flags=re.DOTALL)
         left = [key for key in keys() if len(key.split()) > 3 and key in shown]
         assert left == []
+        assert all(text in page for text in ("说明：提示太少", "未检查：", "每 nat 的奖励", "训练之后的 β"))
+        assert not re.search(r"note|few prompts|not checked|>run<|>fixed<", shown.replace('class="note"', ""))
 
 
 def _escaped(text: str) -> str:

@@ -24,6 +24,7 @@ from dpoviz.analysis.statistics import holm
 from dpoviz.analysis.tables import in_order
 from dpoviz.analysis.text import fixed, number
 from dpoviz.forms import Form
+from dpoviz.translation import key, say, translate
 
 Severity = Literal["warning", "note", "not checked"]
 
@@ -80,20 +81,20 @@ class _Case:
     def forms(self) -> list[Form]:
         """Return the forms with a beta of the prompt."""
         if self.table.empty:
-            raise _Lacking("beta is not a function of the prompt alone, so there is no table of it")
+            raise _Lacking(say("beta is not a function of the prompt alone, so there is no table of it"))
         return list(self.table["form"].unique())
 
     def line(self, name: str, form: Form) -> float:
         """Return beta0, beta_min, beta_max or alpha of a form."""
         if form not in self.metadata.get(name, {}):
-            raise _Lacking(f"run.json has no {name} of the {form} form")
+            raise _Lacking(say("run.json has no {name} of the {form} form", name=name, form=say(form)))
         return float(self.metadata[name][form])
 
     def setting(self, name: str, form: Form) -> float:
         """Return a setting of training in a form."""
         own = self.metadata.get("training", {}).get(form) or self.config.get("training", {})
         if own.get(name) is None:
-            raise _Lacking(f"the run kept no {name} of the {form} form")
+            raise _Lacking(say("the run kept no {name} of the {form} form", name=name, form=say(form)))
         return float(own[name])
 
     def last_rows(self, variant: str, fraction: float) -> pd.DataFrame:
@@ -132,7 +133,9 @@ def diagnose(
             raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
     case = _Case(table, history, scores, metadata, config, entropies, betas)
     return _examine(
-        _CHECKS, case, "Run again with this version to have it checked, if beta is a function of the prompt."
+        _CHECKS,
+        case,
+        say("Run again with this version to have it checked, if beta is a function of the prompt."),
     )
 
 
@@ -144,11 +147,12 @@ def _examine(checks: Mapping[str, Callable[[Any], Iterator[_Suspicion]]], case: 
             for suspicion in check(case):  # what a check found before it lacked something stays
                 suspicions.append(suspicion)
         except _Lacking as lack:
-            suspicions.append(_Suspicion(Finding(name, None, "not checked", f"{_start(str(lack))}.", remedy)))
+            evidence = say("{text}.", text=_start(str(lack)))
+            suspicions.append(_Suspicion(Finding(name, None, "not checked", evidence, remedy)))
     tested = [s.p for s in suspicions if s.p is not None]
     adjusted = iter(holm(tested))
     kept = [s.finding for s in suspicions if s.p is None or next(adjusted) <= LEVEL]
-    order = ("warning", "note", "not checked")
+    order = (key("warning"), key("note"), key("not checked"))
     return sorted(kept, key=lambda finding: order.index(finding.severity))
 
 
@@ -178,15 +182,17 @@ def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
             ends = of_task.groupby("prompt")["beta"].agg(["min", "max"])
             rounding = 1e-6  # relative, of float32
             for name, bound, touched in (
-                ("lower", low, ends["min"] <= low * (1 + rounding)),
-                ("upper", high, ends["max"] >= high * (1 - rounding)),
+                (key("lower"), low, ends["min"] <= low * (1 + rounding)),
+                (key("upper"), high, ends["max"] >= high * (1 - rounding)),
             ):
                 if touched.mean() > 0.5:
-                    evidence = (
-                        f"{form} form: {touched.sum()} of {len(touched)} prompts of {task} have β at the {name} end of "
-                        f"the range, {number(bound)}, at the end of training: the range decides their β."
-                    )
-                    advice = (
+                    evidence = say(
+                        "{form} form: {touched} of {n} prompts of {task} have β at the {end} end of the range, "
+                        "{bound}, at the end of training: the range decides their β.",
+                        form=say(form), touched=touched.sum(), n=len(touched), task=task, end=say(name),
+                        bound=number(bound),
+                    )  # fmt: skip
+                    advice = say(
                         "Widen the range (scale_min, scale_max), or ask which term pushes β there (the pulls): with "
                         "separable pairs the loss alone pushes without end, and λ3 or fewer steps hold it."
                     )
@@ -209,12 +215,12 @@ def _constant(case: _Case) -> Iterator[_Suspicion]:
         beta = case.table.loc[case.table["form"] == form, "beta"]
         cv = float(beta.std(ddof=0) / beta.mean())
         if len(beta) > 1 and cv < _SAME:
-            evidence = (
-                f"{form} form: β varies by {number(100 * cv)} % (coefficient of variation) over {len(beta)} held-out "
-                f"prompts, around {number(beta.mean())}: it is one constant, worth at most {number(50 * cv * cv)} % "
-                "more reward than the best one."
-            )
-            advice = (
+            evidence = say(
+                "{form} form: β varies by {cv} % (coefficient of variation) over {n} held-out prompts, around {mean}: "
+                "it is one constant, worth at most {gain} % more reward than the best one.",
+                form=say(form), cv=number(100 * cv), n=len(beta), mean=number(beta.mean()), gain=number(50 * cv * cv),
+            )  # fmt: skip
+            advice = say(
                 "Raise beta_learning_rate or stage2_steps, or lower lambda_smoothness and lambda_consistency, whose "
                 "pull flattens β(x)."
             )
@@ -249,12 +255,12 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         if np.ptp(rows["beta"]) == 0 or np.ptp(held) == 0:
             continue
         followed = stats.spearmanr(rows["beta"], held, alternative="greater")
-        evidence = (
-            f"{form} form: the entropy term explains β: at rest the loss could account for {number(100 * share, 2)} % "
-            f"of its variance over {len(rows)} prompts, and β goes with αH (Spearman’s ρ = "
-            f"{fixed(followed.statistic)})."
-        )
-        advice = (
+        evidence = say(
+            "{form} form: the entropy term explains β: at rest the loss could account for {share} % of its variance "
+            "over {n} prompts, and β goes with αH (Spearman’s ρ = {rho}).",
+            form=say(form), share=number(100 * share, 2), n=len(rows), rho=fixed(followed.statistic),
+        )  # fmt: skip
+        advice = say(
             "Do not read the order of the tasks as learned from the labels: it is that of H. Lower lambda_entropy, and "
             "compare with a run at lambda_entropy = 0."
         )
@@ -266,7 +272,7 @@ def _pull_of_the_loss(case: _Case, form: Form, rows: pd.DataFrame) -> np.ndarray
     scores = case.scores[(case.scores["variant"] == form) & (case.scores["form"] == form)]
     pairs = scores.merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
     if pairs.empty:
-        raise _Lacking(f"held_out.csv has no pairs of the {form} form")
+        raise _Lacking(say("held_out.csv has no pairs of the {form} form", form=say(form)))
     h, s = pairs["h"].to_numpy(), pairs["scale"].to_numpy()
     slope = np.ones(len(pairs)) if form == "standard" else -1 / pairs["beta"].to_numpy() ** 2
     pairs = pairs.assign(pull=-h * np.exp(-np.logaddexp(0.0, s * h)) * slope)
@@ -296,42 +302,50 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
             others = pulls.drop(columns=largest).abs().sum(axis=1)
             more, n = int((signed > others).sum()), len(pulls)
             p = min(1.0, 2 * pulls.shape[1] * _t_above(signed - others))
-            direction = "down" if pulls[largest].mean() > 0 else "up"
-            evidence = (
-                f"{form} form: in {more} of the last {n} logged steps the {largest} term pulled β of {task} "
-                f"{direction} with more than all others together (mean {number(signed.mean())} against "
-                f"{number(others.mean())})."
+            direction = say("down") if pulls[largest].mean() > 0 else say("up")
+            evidence = say(
+                "{form} form: in {more} of the last {n} logged steps the {term} term pulled β of {task} {direction} "
+                "with more than all others together (mean {mean} against {others}).",
+                form=say(form), more=more, n=n, term=say(largest), task=task, direction=direction,
+                mean=number(signed.mean()), others=number(others.mean()),
+            )  # fmt: skip
+            yield _Suspicion(
+                Finding("one term swamps the others", task, "note", evidence, translate(_SWAMPED[largest])), p
             )
-            yield _Suspicion(Finding("one term swamps the others", task, "note", evidence, _SWAMPED[largest]), p)
 
 
 _SWAMPED = {
-    "dpo": "β is not at rest, and only the range can stop it: train longer to see where, or raise lambda_entropy.",
-    "entropy": "Lower lambda_entropy: β goes to αH whatever the labels say.",
-    "range": "The start or αH lies outside the range: widen it, or lower lambda_range.",
-    "smoothness": "Lower lambda_smoothness: it flattens β(x) and shrinks it.",
-    "consistency": "Lower lambda_consistency: it makes β the same within each task.",
+    "dpo": key("β is not at rest, and only the range can stop it: train longer to see where, or raise lambda_entropy."),
+    "entropy": key("Lower lambda_entropy: β goes to αH whatever the labels say."),
+    "range": key("The start or αH lies outside the range: widen it, or lower lambda_range."),
+    "smoothness": key("Lower lambda_smoothness: it flattens β(x) and shrinks it."),
+    "consistency": key("Lower lambda_consistency: it makes β the same within each task."),
 }
 
 
 # ---------------------------------------------------------------------------------------------- the policy
 
 
-_FALL = (
-    "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
-    "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
-    "steps, with a lower policy_learning_rate or a larger initial_scale."
-)
+def _fall() -> str:
+    return say(
+        "Usual, if small, where the answers are not samples of the reference; suspicious if the chosen one falls "
+        "by nats, as probability goes to answers outside the pairs. Read the policy’s answers, and train for fewer "
+        "steps, with a lower policy_learning_rate or a larger initial_scale."
+    )
 
-_MEMORY = (
-    "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
-    "lora_rank; β then reads margins that mean nothing on new prompts."
-)
 
-_READ_PAIRS = (
-    "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
-    "columns?"
-)
+def _memory() -> str:
+    return say(
+        "The policy memorises its pairs: stop earlier, use more pairs, a lower policy_learning_rate, or a smaller "
+        "lora_rank; β then reads margins that mean nothing on new prompts."
+    )
+
+
+def _read_pairs() -> str:
+    return say(
+        "Read ten pairs of the task, of the training and of the held-out ones: are chosen and rejected in the right "
+        "columns?"
+    )
 
 
 def _both_fall(case: _Case) -> Iterator[_Suspicion]:
@@ -341,16 +355,17 @@ def _both_fall(case: _Case) -> Iterator[_Suspicion]:
     one-sided t tests over groups of pairs, all of which must hold; the largest p-value counts.
     """
     if not {"chosen", "rejected"} <= set(case.scores):
-        raise _Lacking("held_out.csv has no log-ratios of chosen and rejected answers")
+        raise _Lacking(say("held_out.csv has no log-ratios of chosen and rejected answers"))
     for (variant, task), rows in case.scores.groupby(["variant", "task"]):
         means = _by_group(rows, ["chosen", "rejected", "h"])
         p = max(_t_above(-means["chosen"]), _t_above(-means["rejected"]), _t_above(means["h"]))
-        evidence = (
-            f"{variant}: on held-out pairs of {task} log π/π_ref fell for both answers, to "
-            f"{number(means['chosen'].mean())} (chosen) and {number(means['rejected'].mean())} nats (rejected), while "
-            f"the margin h rose to {number(means['h'].mean())} ({len(means)} groups of pairs)."
-        )
-        yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, _FALL), p)
+        evidence = say(
+            "{variant}: on held-out pairs of {task} log π/π_ref fell for both answers, to {chosen} (chosen) and "
+            "{rejected} nats (rejected), while the margin h rose to {h} ({n} groups of pairs).",
+            variant=say(str(variant)), task=task, n=len(means),
+            **{name: number(means[name].mean()) for name in ("chosen", "rejected", "h")},
+        )  # fmt: skip
+        yield _Suspicion(Finding("both log-ratios fall", str(task), "note", evidence, _fall()), p)
 
 
 def _memorised(case: _Case) -> Iterator[_Suspicion]:
@@ -364,7 +379,7 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
     for variant, rows in case.scores.groupby("variant"):
         last = case.last_rows(str(variant), 1 / 4)
         if "accuracy" not in last or last["accuracy"].isna().all():
-            raise _Lacking("history.csv has no accuracy of the training batches")
+            raise _Lacking(say("history.csv has no accuracy of the training batches"))
         form = rows["form"].iloc[0]
         batch = case.setting("batch_size", form)
         n = min(len(last) * batch, float(case.metadata.get("training pairs", math.inf)))
@@ -373,13 +388,14 @@ def _memorised(case: _Case) -> Iterator[_Suspicion]:
         contrast = (right.mean() - 0.5) - (training - 0.5) / 2
         smoothed = (training * n + 0.5) / (n + 1)  # not a standard error of 0 where every pair is ranked correctly
         error = math.hypot(_standard_error(right), 0.5 * math.sqrt(smoothed * (1 - smoothed) / n))
-        evidence = (
-            f"{variant}: training accuracy is {number(training)} in the last {len(last)} logged steps, held-out "
-            f"accuracy {number(right.mean())} on {len(right)} groups of pairs: less than half of the gain over ½ "
-            "carries over."
-        )
+        evidence = say(
+            "{variant}: training accuracy is {training} in the last {steps} logged steps, held-out accuracy "
+            "{held_out} on {n} groups of pairs: less than half of the gain over ½ carries over.",
+            variant=say(str(variant)), training=number(training), steps=len(last), held_out=number(right.mean()),
+            n=len(right),
+        )  # fmt: skip
         p = float(stats.norm.cdf(contrast / error)) if error > 0 else 1.0
-        yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, _MEMORY), p)
+        yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, _memory()), p)
 
 
 def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
@@ -392,7 +408,7 @@ def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
     errors of the KL over prompts and of E[h²]/4 over groups of pairs.
     """
     if not {"kl", "kl_se"} <= set(case.history):
-        raise _Lacking("history.csv has no sampled KL: the run had probe_prompts = 0")
+        raise _Lacking(say("history.csv has no sampled KL: the run had probe_prompts = 0"))
     for variant, rows in case.scores.groupby("variant"):
         measured = case.last_rows(str(variant), 1).dropna(subset=["kl", "kl_se"])
         if measured.empty:
@@ -400,11 +416,13 @@ def _kl_beyond_margins(case: _Case) -> Iterator[_Suspicion]:
         kl, error = (float(measured[name].iloc[-1]) for name in ("kl", "kl_se"))
         explained = _by_group(rows.assign(explained=rows["h"] ** 2 / 4), ["explained"])["explained"]
         own = _standard_error(explained)
-        evidence = (
-            f"{variant}: KL(π‖π_ref) is {number(kl)} ± {number(error)} nats on sampled answers; the margins of the "
-            f"{len(rows)} held-out pairs explain E[h²]/4 = {number(explained.mean())} ± {number(own)}."
-        )
-        advice = (
+        evidence = say(
+            "{variant}: KL(π‖π_ref) is {kl} ± {error} nats on sampled answers; the margins of the {n} held-out pairs "
+            "explain E[h²]/4 = {explained} ± {own}.",
+            variant=say(str(variant)), kl=number(kl), error=number(error), n=len(rows),
+            explained=number(explained.mean()), own=number(own),
+        )  # fmt: skip
+        advice = say(
             "The policy moved in directions that the pairs do not measure: read its answers (length, repetition), and "
             "lower policy_learning_rate."
         )
@@ -421,9 +439,12 @@ def _few_prompts(case: _Case) -> Iterator[_Suspicion]:
     counts = prompts.drop_duplicates(["task", "prompt"])["task"].value_counts()
     few = [task for task in in_order(counts.index) if counts[task] < MIN_PROMPTS]
     if len(counts) > 1 and few:
-        listed = ", ".join(f"{counts[task]} of {task}" for task in few)
-        evidence = f"Too few held-out prompts to order the tasks: {listed}; expected at least {MIN_PROMPTS} per task."
-        advice = "Add pairs of other prompts to these tasks, or raise held_out, before comparing their β."
+        listed = say(", ").join(say("{n} of {task}", n=counts[task], task=task) for task in few)
+        evidence = say(
+            "Too few held-out prompts to order the tasks: {listed}; expected at least {least} per task.",
+            listed=listed, least=MIN_PROMPTS,
+        )  # fmt: skip
+        advice = say("Add pairs of other prompts to these tasks, or raise held_out, before comparing their β.")
         yield _Suspicion(Finding("few prompts", None, "note", evidence, advice))
 
 
@@ -437,23 +458,25 @@ def _cut_entropies(case: _Case) -> Iterator[_Suspicion]:
     """
     cut = case.metadata.get("answers cut")
     if cut is None:
-        raise _Lacking("run.json does not say how many sampled answers hit the length limit")
+        raise _Lacking(say("run.json does not say how many sampled answers hit the length limit"))
     if case.entropies is not None:
         known = case.entropies[~case.entropies["example"] & (case.entropies["estimator"] == "sequence")]
     else:
         known = case.table.drop_duplicates(["task", "prompt"]).rename(columns={"ref_entropy": "entropy"})
     if known.empty:
-        raise _Lacking("the run kept no entropies of the reference")
+        raise _Lacking(say("the run kept no entropies of the reference"))
     for task, values in known.groupby("task")["entropy"]:
         fraction, mean = float(cut.get(task, 0.0)), float(values.mean())
         error = _standard_error(values) / mean if mean > 0 else 0.0
         if fraction > 1.96 * error and fraction > 0:
-            evidence = (
-                f"{number(100 * fraction)} % of the answers sampled for the entropy of {task} hit the length limit; "
-                f"that hides about as large a part of the entropy, whose standard error is {number(100 * error)} % "
-                f"over {len(values)} prompts."
+            evidence = say(
+                "{cut} % of the answers sampled for the entropy of {task} hit the length limit; that hides about as "
+                "large a part of the entropy, whose standard error is {error} % over {n} prompts.",
+                cut=number(100 * fraction), task=task, error=number(100 * error), n=len(values),
+            )  # fmt: skip
+            advice = say(
+                "Raise max_new_tokens until few answers are cut, or read H as that of the answers’ first tokens."
             )
-            advice = "Raise max_new_tokens until few answers are cut, or read H as that of the answers’ first tokens."
             yield _Suspicion(Finding("entropies cut", str(task), "warning", evidence, advice))
 
 
@@ -474,33 +497,40 @@ def _look_flipped(case: _Case) -> Iterator[_Suspicion]:
     for task, rows in right.groupby("task"):
         wrong = 0.5 - _by_group(rows, ["right"])["right"]
         share = (wrong > 0).sum(), (wrong != 0).sum()
-        evidence = (
-            f"After training, {share[0]} of {share[1]} groups of held-out pairs of {task} are ranked the wrong way "
-            "round more often than not, over all variants."
+        evidence = say(
+            "After training, {wrong} of {n} groups of held-out pairs of {task} are ranked the wrong way round more "
+            "often than not, over all variants.",
+            wrong=share[0], n=share[1], task=task,
+        )  # fmt: skip
+        yield _Suspicion(
+            Finding("labels look flipped", str(task), "warning", evidence, _read_pairs()), _sign_test(wrong)
         )
-        yield _Suspicion(Finding("labels look flipped", str(task), "warning", evidence, _READ_PAIRS), _sign_test(wrong))
     if "ref_chosen" not in case.scores:
-        raise _Lacking("held_out.csv has no log-probabilities of the reference; the policy’s ranking was looked at")
+        raise _Lacking(
+            say("held_out.csv has no log-probabilities of the reference; the policy’s ranking was looked at")
+        )
     first = case.scores[case.scores["variant"] == case.scores["variant"].iloc[0]]
     groups = _preferences(first)
     for task, p in _other_in_training(case, groups):
-        evidence = (
-            f"The reference ranks the training pairs of {task} otherwise than the held-out ones: it gives the chosen "
-            f"answer more probability in {_share(case.metadata[_TRAINING][task]['total'])} and in "
-            f"{_share(_counts(groups[task]['total']))} of the groups of pairs, also per token."
-        )
-        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, _READ_PAIRS), p)
+        evidence = say(
+            "The reference ranks the training pairs of {task} otherwise than the held-out ones: it gives the chosen "
+            "answer more probability in {training} and in {held_out} of the groups of pairs, also per token.",
+            task=task, training=_share(case.metadata[_TRAINING][task]["total"]),
+            held_out=_share(_counts(groups[task]["total"])),
+        )  # fmt: skip
+        yield _Suspicion(Finding("labels look flipped", task, "warning", evidence, _read_pairs()), p)
     for task, own in groups.items():
         if len(groups) < 2:
             continue
         others = pd.concat([of_task for name, of_task in groups.items() if name != task])
         p = max(max(_sign_test(-own[name]), _lower(own[name], others[name])) for name in own)
-        shares = [f"{int((part['total'] < 0).sum())} of {len(part)}" for part in (own, others)]
-        evidence = (
-            f"The reference gives the rejected answer more probability in {shares[0]} groups of held-out pairs of "
-            f"{task}, also per token, against {shares[1]} in the other tasks."
-        )
-        yield _Suspicion(Finding("labels look flipped", task, "note", evidence, _READ_PAIRS), p)
+        shares = [_share((int((part["total"] < 0).sum()), len(part))) for part in (own, others)]
+        evidence = say(
+            "The reference gives the rejected answer more probability in {own} groups of held-out pairs of {task}, "
+            "also per token, against {others} in the other tasks.",
+            own=shares[0], task=task, others=shares[1],
+        )  # fmt: skip
+        yield _Suspicion(Finding("labels look flipped", task, "note", evidence, _read_pairs()), p)
 
 
 _TRAINING = "reference on training pairs"
@@ -532,7 +562,7 @@ def _counts(values: pd.Series) -> tuple[int, int]:
 
 
 def _share(counts: tuple[int, int]) -> str:
-    return f"{counts[0]} of {counts[1]}"
+    return say("{part} of {whole}", part=counts[0], whole=counts[1])
 
 
 def _other_in_training(case: _Case, groups: Mapping[str, pd.DataFrame]) -> Iterator[tuple[str, float]]:
@@ -587,16 +617,16 @@ def _lower(values: pd.Series, others: pd.Series) -> float:
 
 
 _CHECKS: dict[str, Callable[[_Case], Iterator[_Suspicion]]] = {
-    "beta at a bound": _at_a_bound,
-    "beta constant": _constant,
-    "beta follows the entropy": _follows_the_entropy,
-    "one term swamps the others": _one_term_swamps,
-    "both log-ratios fall": _both_fall,
-    "training pairs memorised": _memorised,
-    "KL beyond the margins": _kl_beyond_margins,
-    "few prompts": _few_prompts,
-    "entropies cut": _cut_entropies,
-    "labels look flipped": _look_flipped,
+    key("beta at a bound"): _at_a_bound,
+    key("beta constant"): _constant,
+    key("beta follows the entropy"): _follows_the_entropy,
+    key("one term swamps the others"): _one_term_swamps,
+    key("both log-ratios fall"): _both_fall,
+    key("training pairs memorised"): _memorised,
+    key("KL beyond the margins"): _kl_beyond_margins,
+    key("few prompts"): _few_prompts,
+    key("entropies cut"): _cut_entropies,
+    key("labels look flipped"): _look_flipped,
 }
 
 SYMPTOMS = tuple(_CHECKS)
@@ -672,7 +702,7 @@ def _both_fall_in_log(log: _Log) -> Iterator[_Suspicion]:
             f"In the last {len(h)} logged rows of training {unit}, to {number(chosen.mean())} (chosen) and "
             f"{number(rejected.mean())} (rejected), while their difference rose to {number(h.mean())}; task: {task}."
         )
-        yield _Suspicion(Finding("both log-ratios fall", task, "note", evidence, _FALL), p)
+        yield _Suspicion(Finding("both log-ratios fall", task, "note", evidence, _fall()), p)
 
 
 def _memorised_in_log(log: _Log) -> Iterator[_Suspicion]:
@@ -697,7 +727,7 @@ def _memorised_in_log(log: _Log) -> Iterator[_Suspicion]:
         f"{number(accuracy)} on {pairs} pairs: less than half of the gain over ½ carries over."
     )
     p = float(stats.norm.cdf(contrast / math.hypot(errors[0], errors[1] / 2)))
-    yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, _MEMORY), p)
+    yield _Suspicion(Finding("training pairs memorised", None, "warning", evidence, _memory()), p)
 
 
 def _smoothed(fraction: float, n: float) -> float:
@@ -718,7 +748,7 @@ def _look_flipped_in_log(log: _Log) -> Iterator[_Suspicion]:
             f"margin of {number(margin)}."
         )
         p = float(stats.binom.cdf(right, pairs, 0.5))
-        yield _Suspicion(Finding("labels look flipped", None, "warning", evidence, _READ_PAIRS), p)
+        yield _Suspicion(Finding("labels look flipped", None, "warning", evidence, _read_pairs()), p)
     raise _Lacking("a log does not show tasks or the reference's ranking; the held-out accuracy was looked at")
 
 

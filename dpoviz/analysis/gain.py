@@ -12,11 +12,12 @@ from dpoviz.analysis.statistics import percentile_interval
 from dpoviz.analysis.style import require_columns
 from dpoviz.analysis.tables import in_order
 from dpoviz.analysis.text import fixed, number
+from dpoviz.translation import key, say
 
-ONE, BY_SLOPE, SHUFFLED = "one a", "by slope", "shuffled"
+ONE, BY_SLOPE, SHUFFLED = "one a", key("by slope"), key("shuffled")
 """Allocations of a re-tilted run: one a for all tasks; a ∝ max(b, 0); the same in each wrong order of the tasks."""
 
-BEST_ONE, BEST = "best one a", "best by task"
+BEST_ONE, BEST = key("best one a"), key("best by task")
 """Allocations that earn most on the curves of the choosing half, at no more KL than "one a"."""
 
 
@@ -65,10 +66,10 @@ def gain_of_run(scores: pd.DataFrame, table: pd.DataFrame | None, *, baseline: s
         sentences = _beside_baseline(scores, parts[baseline], str(baseline))
     else:
         sentences = [line for name, part in parts.items() for line in _alone(scores, table, part, str(name))]
-    return Gain(slopes, [*sentences, _MEANING])
+    return Gain(slopes, [*sentences, say(_MEANING)])
 
 
-_MEANING = (
+_MEANING = key(
     "These gains are in win rate against the reference, to leading order in KL: a policy with log-ratios h, re-tilted "
     "to a small mean KL ε, is preferred to it with probability ½ + ½·√ε·E[h]/√E[h²], so gains at equal KL are ratios "
     "of E[h]/√E[h²]. The bound is for one factor per task on a policy as it is: a β(x) that varies within tasks, or "
@@ -84,32 +85,48 @@ def _beside_baseline(scores: pd.DataFrame, slopes: pd.DataFrame, baseline: str) 
     for variant in wide.columns.drop(baseline):
         found = relative_gain(wide[variant], wide[baseline], _unit(scores))
         if found is None:
-            return [f"To leading order in KL, {bound}.", _nothing(f"the {baseline} β")]
-        gained.append(f"{_percent(found)} with the {variant} β(x)")
-    return [f"To leading order in KL, {bound}; this run gained {' and '.join(gained)}."]
+            who = say("the {baseline} β", baseline=say(baseline))
+            return [say("To leading order in KL, {bound}.", bound=bound), _nothing(who)]
+        gained.append(say("{gain} with the {variant} β(x)", gain=_percent(found), variant=say(variant)))
+    return [
+        say(
+            "To leading order in KL, {bound}; this run gained {gained}.",
+            bound=bound,
+            gained=f" {say('and')} ".join(gained),
+        )
+    ]
 
 
 def _alone(scores: pd.DataFrame, table: pd.DataFrame | None, slopes: pd.DataFrame, variant: str) -> list[str]:
     rows = scores[scores["variant"] == variant].reset_index(drop=True)
-    bound = f"{variant} form: to leading order in KL, {gain_bound(slopes)}"
+    form, bound = say(variant), gain_bound(slopes)
+    alone = say("{form} form: to leading order in KL, {bound}.", form=form, bound=bound)
     own = None if table is None else table[table["form"] == variant].drop_duplicates(["task", "prompt"])
     if own is None or own.empty:
-        return [f"{bound}."]
+        return [alone]
     s = rows[["task", "prompt"]].merge(own[["task", "prompt", "scale"]], how="left", on=["task", "prompt"])["scale"]
     fitted, begun = (relative_gain(rows["h"], other, rows["unit"]) for other in (s * rows["h"], rows["h"] / s))
     if fitted is None or begun is None:
-        return [f"{bound}.", f"{variant} form: {_nothing('this policy')}"]
+        return [alone, say("{form} form: {finding}", form=form, finding=_nothing(say("this policy")))]
     return [
-        f"{bound}. This run trained none with one constant. Its β(x) gained {_percent(fitted)} if the policy has "
-        f"fitted its logits, so that one constant would have left s·h as it is, and {_percent(begun)} if h has only "
-        f"begun to grow, in proportion to s; the mean of |s·h| is {number(float((s * rows['h']).abs().mean()))} nats."
+        say(
+            "{form} form: to leading order in KL, {bound}. This run trained none with one constant. Its β(x) gained "
+            "{fitted} if the policy has fitted its logits, so that one constant would have left s·h as it is, and "
+            "{begun} if h has only begun to grow, in proportion to s; the mean of |s·h| is {size} nats.",
+            form=form,
+            bound=bound,
+            fitted=_percent(fitted),
+            begun=_percent(begun),
+            size=number(float((s * rows["h"]).abs().mean())),
+        )
     ]
 
 
 def _nothing(who: str) -> str:
-    return (
-        f"On the held-out pairs {who} does not gain significantly over the reference (E[h] ≤ 0 in more than 2.5 % of "
-        "resamples), so that there is nothing of which β(x) could gain a percentage."
+    return say(
+        "On the held-out pairs {who} does not gain significantly over the reference (E[h] ≤ 0 in more than 2.5 % of "
+        "resamples), so that there is nothing of which β(x) could gain a percentage.",
+        who=who,
     )
 
 
@@ -167,18 +184,29 @@ def reading_of_retilt(slopes: pd.DataFrame, allocation: pd.DataFrame) -> list[st
         slopes: retilt_slopes.csv: variant, unit, half, and the columns of `reward_per_nat`.
         allocation: retilt_allocation.csv, the output of `allocations_on`, by variant.
     """
-    unit = "reward" if "reward" in set(slopes["unit"]) else "win rate"
+    unit = key("reward") if "reward" in set(slopes["unit"]) else key("win rate")
     found = []
     for variant, own in allocation.groupby("variant", sort=False):
         table = slopes[(slopes["variant"] == variant) & (slopes["unit"] == unit) & (slopes["half"] == "all")]
         parts = [
-            f"{number(row.slope)} [{number(row.low)}, {number(row.high)}] for {row.task}"
+            say(
+                "{slope} [{low}, {high}] for {task}",
+                slope=number(row.slope),
+                low=number(row.low),
+                high=number(row.high),
+                task=row.task,
+            )
             for row in table[table["task"] != POOLED].itertuples()
         ]
-        source = "scored answers of the reference" if unit == "reward" else "held-out pairs"
         found += [
-            f"{variant}, re-tilted: {unit} per nat, from {source}, is {', '.join(parts)}. To leading order in KL, "
-            f"{gain_bound(table)}.",
+            say(
+                "{variant}, re-tilted: {unit} per nat, from {source}, is {slopes}. To leading order in KL, {bound}.",
+                variant=say(str(variant)),
+                unit=say(unit),
+                source=say("scored answers of the reference") if unit == "reward" else say("held-out pairs"),
+                slopes=say(", ").join(parts),
+                bound=gain_bound(table),
+            ),
             _allocations(str(variant), own, unit),
         ]
     return found
@@ -187,34 +215,43 @@ def reading_of_retilt(slopes: pd.DataFrame, allocation: pd.DataFrame) -> list[st
 def _allocations(variant: str, allocation: pd.DataFrame, unit: str) -> str:
     pooled = allocation[allocation["task"] == POOLED].set_index("rule")
     one = pooled.loc[ONE]
-    earns = "earns" if unit == "reward" else "earns, to leading order,"
-    text = (
-        f"{variant}, re-tilted: at {number(one['kl'])} nats of mean KL one a for all tasks, {number(one['a'])}, "
-        f"{earns} {_signed(one, 'earned')} over the reference, measured on half of the prompts"
+    text = say(
+        "{variant}, re-tilted: at {kl} nats of mean KL one a for all tasks, {a}, {earns} {earned} over the "
+        "reference, measured on half of the prompts",
+        variant=say(variant),
+        kl=number(one["kl"]),
+        a=number(one["a"]),
+        earns=say("earns") if unit == "reward" else say("earns, to leading order,"),
+        earned=_signed(one, "earned"),
     )
     if BY_SLOPE in pooled.index:
-        text += (
-            f". Beside it, at the same KL, factors in proportion to the slopes of the other half "
-            f"({_factors(allocation, BY_SLOPE)}) earn {_signed(pooled.loc[BY_SLOPE], 'gain')}"
+        text += say(
+            ". Beside it, at the same KL, factors in proportion to the slopes of the other half ({factors}) earn "
+            "{gain}",
+            factors=_factors(allocation, BY_SLOPE),
+            gain=_signed(pooled.loc[BY_SLOPE], "gain"),
         )
     else:
-        text += ". The slopes of the other half are not positive in any task: they advise to stay at the reference"
+        text += say(". The slopes of the other half are not positive in any task: they advise to stay at the reference")
     if SHUFFLED in pooled.index:
-        text += f"; in the wrong order, {_signed(pooled.loc[SHUFFLED], 'gain')}"
+        text += say("; in the wrong order, {gain}", gain=_signed(pooled.loc[SHUFFLED], "gain"))
     for rule in (BEST_ONE, BEST):
         if rule in pooled.index:
             a = number(allocation.loc[allocation["rule"] == rule, "a"].iloc[0])
-            shown = f"one a, {a}," if rule == BEST_ONE else f"a by task ({_factors(allocation, rule)})"
-            text += (
-                f". The {shown} that was best on the curves of the other half at no more KL earns "
-                f"{_signed(pooled.loc[rule], 'gain')} beside it, at {number(pooled.loc[rule, 'kl'])} nats"
+            by_task = say("a by task ({factors})", factors=_factors(allocation, rule))
+            text += say(
+                ". The {shown} that was best on the curves of the other half at no more KL earns {gain} beside it, at "
+                "{kl} nats",
+                shown=say("one a, {a},", a=a) if rule == BEST_ONE else by_task,
+                gain=_signed(pooled.loc[rule], "gain"),
+                kl=number(pooled.loc[rule, "kl"]),
             )
-    return f"{text}."
+    return say("{text}.", text=text)
 
 
 def _factors(allocation: pd.DataFrame, rule: str) -> str:
     rows = allocation[(allocation["rule"] == rule) & (allocation["task"] != POOLED)]
-    return ", ".join(f"{number(row.a)} for {row.task}" for row in rows.itertuples())
+    return say(", ").join(say("{a} for {task}", a=number(row.a), task=row.task) for row in rows.itertuples())
 
 
 def _signed(row: pd.Series, name: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from dpoviz.allocation import POOLED
 from dpoviz.analysis.style import GREY, INK, legend_above, require_columns, task_colors, task_label
 from dpoviz.analysis.text import number
+from dpoviz.translation import label
 
 _TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
@@ -33,11 +34,12 @@ def figure_retilt(curves: pd.DataFrame, allocation: pd.DataFrame, slopes: pd.Dat
     figure = Figure(figsize=(9.5, 3.4 * len(variants)), layout="constrained")
     panels = figure.subplots(len(variants), 2, squeeze=False, width_ratios=(1.7, 1))
     scored = "reward" in set(slopes["unit"])
-    unit = "reward − the reference's" if scored else "win rate − ½, to leading order"
+    unit = label("reward − the reference's") if scored else label("win rate − ½, to leading order")
     for variant, (left, right) in zip(variants, panels, strict=True):
         own = allocation[allocation["variant"] == variant]
         _curves(left, curves[curves["variant"] == variant], own)
-        left.set(xlabel="KL(π_a‖π_ref), nats per answer (root scale)", ylabel=f"{variant}:\n{unit}")
+        left.set(xlabel=label("KL(π_a‖π_ref), nats per answer (root scale)"))
+        left.set(ylabel=f"{label(str(variant))}:\n{unit}")
         most = 1.05 * float(curves.loc[curves["variant"] == variant, "kl"].max())
         left.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))  # about linear in a
         left.set_xlim(0, most)
@@ -65,7 +67,7 @@ def _curves(ax: Axes, curves: pd.DataFrame, allocation: pd.DataFrame) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.plot([], [], "o", markersize=9, mfc="none", mec=INK, label="a = 1")
     if len(stars):
-        ax.plot([], [], "*", markersize=11, color=INK, label="by slope")
+        ax.plot([], [], "*", markersize=11, color=INK, label=label("by slope"))
     legend_above(ax, 5)
 
 
@@ -80,7 +82,7 @@ def _gains(ax: Axes, allocation: pd.DataFrame) -> None:
     for place, row in enumerate(rows.itertuples()):
         ax.plot([row.gain_low, row.gain_high], [place, place], color=INK, linewidth=1.4)
         ax.plot(row.gain, place, "o", color=INK)
-    ax.set_yticks(range(len(rows)), list(rows["rule"]))
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"above one a, at {number(kl)} nats of mean KL")
+    ax.set_yticks(range(len(rows)), [label(rule) for rule in rows["rule"]])
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label("above one a, at {kl} nats of mean KL", kl=number(kl)))
     ax.locator_params(axis="x", nbins=4)
     ax.spines[["top", "right"]].set_visible(False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FIGURES = ("beta_by_task", "retilt", "entropy_estimators", "training", "beta_steps", "log_ratios", "beta_gradients")
 """The figures that the report can show; the first is required if there is a table of beta."""
 
-FINDINGS_NOTE = (
+FINDINGS_NOTE = key(
     "A finding is a reason to look, not a verdict. Where it rests on a test, the chance of any false alarm in a run is "
     "about 5 % at most, over all tests together, by the choice of held-out prompts and of batches. Measured in the "
     "small world: in 8 short healthy runs nothing was found; each symptom, planted in 8 runs or tables, was found in 7 "
@@ -334,7 +334,7 @@ def write_report(
         ends=None if table is None else _ends(table),
         answers=None if answers is None else _answers(answers),
         findings=None if findings is None else list(findings),
-        findings_note=FINDINGS_NOTE,
+        findings_note=say(FINDINGS_NOTE),
         config=json.dumps(config, indent=2, ensure_ascii=False, default=str),
     )
     path = Path(path)

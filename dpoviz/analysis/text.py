@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dpoviz.translation import say
+from dpoviz.translation import say, translate
 
 if TYPE_CHECKING:
     from dpoviz.analysis.diagnose import Finding
@@ -138,12 +138,13 @@ def findings_as_text(findings: Sequence[Finding]) -> str:
         if finding.severity != "not checked":
             where = "" if finding.task is None else f" ({finding.task})"
             lines += [
-                f"  {finding.severity}: {finding.name}{where}",
+                f"  {translate(finding.severity)}{say(': ')}{translate(finding.name)}{where}",
                 f"    {finding.evidence}",
                 f"    {finding.advice}",
             ]
-    missing = [finding.name for finding in findings if finding.severity == "not checked"]
-    return "\n".join([*(lines or ["  nothing"]), *([f"  not checked: {', '.join(missing)}"] if missing else [])])
+    missing = [translate(finding.name) for finding in findings if finding.severity == "not checked"]
+    not_checked = [f"  {say('not checked')}{say(': ')}{say(', ').join(missing)}"] if missing else []
+    return "\n".join([*(lines or [f"  {say('nothing')}"]), *not_checked])
 
 
 def _minus(text: str) -> str:

@@ -1310,8 +1310,8 @@ def check_slope(fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Verdict:
     """
     (ref_logps, h, rewards), right, mistakes = slope_answers()
     _compare("b", _call(fn, ref_logps, h, rewards), right, mistakes)
-    _compare("b, with 5 added to every reward", _call(fn, ref_logps, h, rewards + 5), right, [])
-    return Verdict(True, "The reward that one more nat earns, per prompt: constants in r or h change nothing.")
+    _compare(say("b, with 5 added to every reward"), _call(fn, ref_logps, h, rewards + 5), right, [])
+    return Verdict(True, say("The reward that one more nat earns, per prompt: constants in r or h change nothing."))
 
 
 def allocation_answers() -> Answers:
@@ -1355,8 +1355,8 @@ def check_allocation(fn: Callable[[Tensor, Tensor, float], Tensor]) -> Verdict:
     """
     (slopes, variances, budget), right, mistakes = allocation_answers()
     _compare("a", _call(fn, slopes, variances, budget), right, mistakes)
-    _compare("a, at a quarter of the budget", _call(fn, slopes, variances, budget / 4), right / 2, [])
-    return Verdict(True, "a = max(b, 0)/λ: the price λ follows from the budget, and no task goes backwards.")
+    _compare(say("a, at a quarter of the budget"), _call(fn, slopes, variances, budget / 4), right / 2, [])
+    return Verdict(True, say("a = max(b, 0)/λ: the price λ follows from the budget, and no task goes backwards."))
 
 
 def bound_answers() -> Answers:
@@ -1400,7 +1400,7 @@ def check_bound(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
         The verdict.
     """
     (slopes, variances), right, mistakes = bound_answers()
-    _compare("bound", _call(fn, slopes, variances), right, mistakes)
+    _compare(say("bound"), _call(fn, slopes, variances), right, mistakes)
     equal = _rows(0.3, 0.3, 0.3)
-    _compare("bound, of equal slopes", _call(fn, equal, variances), torch.zeros((), dtype=torch.float64), [])
-    return Verdict(True, "Only the spread of reward per nat matters: with equal slopes there is nothing to gain.")
+    _compare(say("bound, of equal slopes"), _call(fn, equal, variances), torch.zeros((), dtype=torch.float64), [])
+    return Verdict(True, say("Only the spread of reward per nat matters: with equal slopes there is nothing to gain."))

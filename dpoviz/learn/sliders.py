@@ -412,7 +412,7 @@ def retrain(fit: Callable[..., pd.DataFrame]) -> Explorer:
 
 # -- notebook 08 ---------------------------------------------------------------------------------------------
 
-RULES_OF_BETA = ("1/b, reward per nat", "reliability", "entropy H", "1/H", "equal KL")
+RULES_OF_BETA = (key("1/b, reward per nat"), key("reliability"), key("entropy H"), "1/H", key("equal KL"))
 """The rules for s that `which_beta` draws; the standard form, s = β."""
 
 _FACTORS = torch.linspace(0, 1, 31, dtype=torch.float64).square() * 6
@@ -458,21 +458,28 @@ def which_beta(*, budget: float = 0.3, prompts: int = 16, answers: int = 8) -> E
     """
     figure, (left, right) = _panels(2)
     figure.set_size_inches(8.2, 3.4)
-    colors = {"one β": _GREY, "the rule": FORM_COLORS["standard"], "best by task": FORM_COLORS["inverse"]}
+    colors = {
+        key("one β"): _GREY,
+        key("the rule"): FORM_COLORS["standard"],
+        key("best by task"): FORM_COLORS["inverse"],
+    }
     styles = {"one β": "-", "the rule": "-", "best by task": "--"}
-    curves = {name: left.plot([], [], styles[name], color=color, label=name)[0] for name, color in colors.items()}
+    curves = {
+        name: left.plot([], [], styles[name], color=color, label=label(name))[0] for name, color in colors.items()
+    }
     left.axvline(budget, color=_GREY, linewidth=0.8, linestyle=":")
-    left.set(xlim=(0, 1), ylim=(0, 1.5), xlabel="mean KL(π_a‖π_ref) (nats)", ylabel="reward above the reference's")
+    left.set(xlim=(0, 1), ylim=(0, 1.5))
+    left.set(xlabel=label("mean KL(π_a‖π_ref) (nats)"), ylabel=label("reward above the reference's"))
     left.legend(frameon=False, loc="lower right")
     says = left.text(0.03, 0.98, "", transform=left.transAxes, va="top", fontsize="small")
-    groups = ("b", "a, the rule", "a, best")
+    groups = ("b", label("a, the rule"), label("a, best"))
     colors_of = task_colors(_TASKS)
     places = [3 * g + t for g in range(len(groups)) for t in range(len(_TASKS))]
     bars = right.bar(places, 0.0, 0.8, color=[colors_of[task] for task in _TASKS] * len(groups))
     labels = [right.text(place, 0.0, "", ha="center", va="bottom", fontsize="small") for place in places]
     right.axhline(1, color=_GREY, linewidth=0.8, linestyle=":")
     right.set_xticks([3 * g + 0.5 for g in range(len(groups))], list(groups))
-    right.set(ylim=(0, 3), ylabel="b over its mean, a over that of one β")
+    right.set(ylim=(0, 3), ylabel=label("b over its mean, a over that of one β"))
     right.legend(bars[: len(_TASKS)], _TASKS, frameon=False, loc="upper right", ncols=2)
     one = torch.ones(len(_TASKS), dtype=torch.float64)
 
@@ -505,18 +512,32 @@ def which_beta(*, budget: float = 0.3, prompts: int = 16, answers: int = 8) -> E
         base = earned["one β"]
         over = {name: 100 * (value / base - 1) if base > 0 else math.nan for name, value in earned.items()}
         says.set_text(
-            f"at {budget:g} nats, over one β:\nthe rule {over['the rule']:+.1f} %\n"
-            f"best by task {over['best by task']:+.1f} %"
+            label(
+                "at {budget:g} nats, over one β:\nthe rule {rule:+.1f} %\nbest by task {best:+.1f} %",
+                budget=budget,
+                rule=over["the rule"],
+                best=over["best by task"],
+            )
         )
 
     controls: dict[str, widgets.ValueWidget] = {
-        "rule": widgets.Dropdown(options=RULES_OF_BETA, value="reliability", description="s in proportion to", **_WIDE)
+        "rule": widgets.Dropdown(
+            options=[(say(rule), rule) for rule in RULES_OF_BETA],
+            value="reliability",
+            description=say("s in proportion to"),
+            **_WIDE,
+        )
     }
     starts = {"reliability": (4.0, 1.0), "pairs": (16, 16), "spread": (1.0, 1.0), "sharp": (2.0, 0.5)}
-    names = {"reliability": "reliability κ", "pairs": "pairs per prompt", "spread": "spread of r", "sharp": "sharpness"}
+    names = {
+        "reliability": say("reliability κ"),
+        "pairs": say("pairs per prompt"),
+        "spread": say("spread of r"),
+        "sharp": say("sharpness"),
+    }
     ends = {"reliability": (-0.3, 1), "pairs": (0.3, 2.4), "spread": (-0.7, 0.3), "sharp": (-0.7, 0.6)}
     for name, (t, task) in itertools.product(starts, enumerate(_TASKS)):
-        text = f"{names[name]}, {task}"
+        text = say("{quantity}, {task}", quantity=names[name], task=task)
         controls[f"{name}_{t}"] = _log_slider(text, starts[name][t], *ends[name])
     return Explorer(figure, update, controls)
 
