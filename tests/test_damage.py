@@ -183,7 +183,7 @@ class TestCheckpoints:
                 assert name.split()[0] in line or "checksums" in name
                 assert (out / "checkpoint-7.damaged").is_dir()
                 seen.add(name.split()[0])
-        assert len(seen) == 9  # weights, beta, two optimizers, two schedules, random state, run.json, checksums
+        assert len(seen) == 10  # weights, beta, betas, two optimizers, two schedules, random state, run.json, sums
         assert Checkpoint(accelerator, out, identity).load()[0] == 7  # the control
         assert loaded == [str(out / "checkpoint-6")] * (len(loaded) - 1) + [str(out / "checkpoint-7")]
 

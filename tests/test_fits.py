@@ -102,6 +102,7 @@ class TestCheckpointing:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's compiler uses what PyTorch has deprecated
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # and looks there
 class TestCompiled:
     def test_is_eager_training(self, world):
         policies = []

@@ -136,6 +136,7 @@ def test_trusted_values_are_not_looked_at_and_shapes_are():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch uses what PyTorch has deprecated
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("attention", ["flex_attention", "eager"])
 def test_masks_of_another_attention_are_those_of_the_dense_one(make_model, attention, monkeypatch):
     """FlexAttention's block masks, here without its compiler."""

@@ -15,7 +15,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers.as_trl import ANSWERS, QUESTIONS, assistant, by_trl, by_us
+from datasets import Dataset
+from helpers.as_trl import ANSWERS, QUESTIONS, assistant, by_trl, by_us, user
+from helpers.chat_tokenizers import CHATML, GENERATION
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,8 +30,10 @@ from transformers import (
 )
 
 from dpoviz.data import tasks
+from dpoviz.data.tokens import tokenize_pairs
 from dpoviz.lm import models
 from dpoviz.lm.models import SMOLLM2, add_lora, fit_lm, load_lm, lora_targets, tiny_lm, tiny_tokenizer
+from dpoviz.lm.scoring import score_answers
 
 
 @pytest.fixture(scope="module")
@@ -529,6 +533,34 @@ class TestSmolLM2:
         for ours, theirs in zip(by_us(tokenizer, chat), by_trl(tokenizer, chat), strict=True):
             assert [*ours[1], *tokenizer("\n")["input_ids"]] == theirs[1]
             assert ours[0] == theirs[0]
+
+    def test_an_answer_has_the_nats_of_the_whole_text(self, smollm2):
+        """Nats that the model gives a good answer: by the template's text, and by the parts put together."""
+        model, tokenizer = smollm2
+        own, end = tokenizer.chat_template, tokenizer.eos_token_id
+        messages = [user("What is the capital of France?")]
+        one = Dataset.from_list(
+            [{"prompt": str(messages), "messages": messages, "chosen": "Paris.", "rejected": "Rome.", "line": 1}]
+        )
+
+        def nats(pairs):
+            scores = score_answers(
+                model, pairs["prompt_ids"][:], [[ids] for ids in pairs["chosen_ids"]], pad_id=tokenizer.pad_token_id
+            )
+            return scores.logps[0, 0].item()
+
+        try:
+            tokenizer.chat_template = CHATML + GENERATION
+            right = nats(tokenize_pairs(one, tokenizer, 500))
+            tokenizer.chat_template = CHATML
+            pairs = tokenize_pairs(one, tokenizer, 500)
+            # the header costs the model next to nothing
+            assert nats(pairs) == pytest.approx(right, abs=0.1)
+            apart = [*tokenizer("Paris.")["input_ids"], end]
+            control = nats(pairs.remove_columns("chosen_ids").add_column("chosen_ids", [apart]))
+            assert control < right - 10
+        finally:
+            tokenizer.chat_template = own
 
     def test_answers_a_question(self, smollm2):
         model, tokenizer = smollm2

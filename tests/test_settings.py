@@ -46,11 +46,21 @@ OTHER = {
     "policy_learning_rate": 3e-5,
     "lambda_consistency": 0.5,
     "rescore_reference": True,
+    "a": (0.0, 0.5),
+    "reward": "module:function",
+    "variants": ("inverse",),
+    "prompts": 5,
+    "kl": 0.4,
+    "max_new_tokens": 47,
+    "device": "cpu",
+    "tables": ("steps",),
 }
 OPEN = {"rescore-reference"}
 """Yes, no or None: said by a word."""
 
 BESIDE = {"strength": {"rule": "lsc"}}
+APART = ("strength", "tuning_noise", "gradient_accumulation")  # they do not go with the other values
+
 """What a value needs beside it."""
 
 
@@ -84,8 +94,12 @@ def words(option, value):
     return [f"--{option}", str(value)]
 
 
+PLACE = {"retilt": ["a-run"]}
+"""What a command takes without the name of an option."""
+
+
 def parsed(name, *arguments):
-    return cli._parse(name, COMMANDS[name], list(map(str, arguments))).settings
+    return cli._parse(name, COMMANDS[name], [*PLACE.get(name, []), *map(str, arguments)]).settings
 
 
 def at(settings, path):
@@ -122,7 +136,7 @@ def test_every_setting_by_an_option_and_by_a_file(name, option, path, value, tmp
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
 def test_what_a_run_saves_gives_its_settings_again(name, tmp_path):
-    options = [word for _, option, path, value in FIELDS if _ == name and path[-1] not in ("strength", "tuning_noise")
+    options = [word for _, option, path, value in FIELDS if _ == name and path[-1] not in APART
                for word in words(option, other(path[-1], value))]  # fmt: skip
     settings = parsed(name, *options)
     assert settings != COMMANDS[name].settings(False)

@@ -304,31 +304,6 @@ class TestTheCut:
         tokenize_pairs(chats([(q, c, r) for q in QUESTIONS for c, r in [("Paris.", "Rome.")]]), family(name), 500)
         assert warnings_of(caplog) == []
 
-    def test_on_smollm2(self, smollm2):
-        """Nats that the model gives a good answer: by the template's text, and by the parts put together."""
-        model, tokenizer = smollm2
-        own, end = tokenizer.chat_template, tokenizer.eos_token_id
-        row = ([user("What is the capital of France?")], "Paris.", "Rome.")
-
-        def nats(pairs):
-            scores = score_answers(
-                model, pairs["prompt_ids"][:], [[ids] for ids in pairs["chosen_ids"]], pad_id=tokenizer.pad_token_id
-            )
-            return scores.logps[0, 0].item()
-
-        try:
-            tokenizer.chat_template = CHATML + GENERATION
-            right = nats(tokenize_pairs(chats([row]), tokenizer, 500))
-            tokenizer.chat_template = CHATML
-            pairs = tokenize_pairs(chats([row]), tokenizer, 500)
-            # the header costs the model next to nothing
-            assert nats(pairs) == pytest.approx(right, abs=0.1)
-            apart = [*tokenizer("Paris.")["input_ids"], end]
-            control = nats(pairs.remove_columns("chosen_ids").add_column("chosen_ids", [apart]))
-            assert control < right - 10
-        finally:
-            tokenizer.chat_template = own
-
     def test_an_empty_prompt(self, family):
         pairs = texts([("A", "B", "C")])
         tokenizer = byte_level([], template=None, eos="<|endoftext|>")
