@@ -14,6 +14,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
@@ -40,6 +41,14 @@ from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def ended(pid):
+    """True of a process that has ended, also where nobody has asked for its status yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def chats(rows):
@@ -391,9 +400,7 @@ class TestTemplates:
             done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
             pid = int(done.stdout)
             for _ in range(600):  # it reads to the end of its input first
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
+                if ended(pid):
                     break
                 time.sleep(0.1)
             else:
