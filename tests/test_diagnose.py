@@ -296,14 +296,6 @@ def test_a_cut_entropy_counts_once_its_bias_exceeds_the_error_of_the_mean():
         assert found(run) == expected
 
 
-def test_a_fraction_of_cut_answers_hides_as_large_a_fraction_of_the_tokens():
-    """Where answers end with probability q at every token, of mean length 1/q."""
-    q, limit = 0.1, 12
-    shown = sum((1 - q) ** (t - 1) for t in range(1, limit + 1))  # E[min(length, limit)]
-    cut = (1 - q) ** limit  # still without an end after `limit` tokens
-    assert 1 - shown * q == pytest.approx(cut, abs=1e-12)
-
-
 def test_a_normal_log_ratio_has_the_kl_of_a_quarter_of_the_squared_margins():
     """u = log π/π_ref, normal over the reference's answers; h is the difference of two answers' u."""
     for variance in (0.1, 1.0, 4.0):

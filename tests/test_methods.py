@@ -24,7 +24,7 @@ from dpoviz.forms import FORMS, scale
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
 from dpoviz.training.batch import answer_entropy
 from dpoviz.training.config import RULES, TrainConfig
-from dpoviz.training.methods import require_rule
+from dpoviz.training.methods import load_beta, require_rule
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +121,11 @@ class TestAnswerEntropy:
         rule = start("mallows", "standard", world[1])
         phi = -(answer_entropy(world[1][:]) / math.log(VOCABULARY)).double().clamp(0.001, 0.999).log()
         assert rule.c * phi.mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["a-run/standard/beta", "nobody/a-beta-that-is-not-there"])
+def test_a_beta_that_is_not_there_is_refused_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^folder: {name} is no folder and not cached, and HF_HUB_OFFLINE is set"):
+        load_beta(name)

@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 import torch
 from helpers.readme import README, ROOT, blocks
@@ -25,6 +26,27 @@ def test_python_runs(capsys):
     slopes = allocation["table"].set_index("task")["slope"]
     assert (slopes["math"], slopes["dialogue"]) == pytest.approx((0.1, 0.4), abs=1e-5)
     assert capsys.readouterr().out
+
+
+def test_measured_numbers_are_those_of_the_tables():
+    measured = ROOT / "notebooks" / "measured"
+    found = pd.read_csv(measured / "retilt_allocation.csv").set_index(["variant", "rule", "task"])
+    said = []
+    for rule in ("by slope", "best by task"):
+        for form in ("standard", "inverse"):
+            row = found.loc[form, rule, "all"]
+            numbers = [f"{row[name]:.3f}".replace("-", "−") for name in ("gain", "gain_low", "gain_high")]
+            said.append("{} [{}, {}]".format(*numbers))
+    best = [found.loc[form, "best by task", "all"]["kl"] for form in ("standard", "inverse")]
+    said.append("at {:.2f} and {:.2f} nats".format(*best))
+    steps = pd.read_csv(measured / "steps_h200.csv").set_index("who")
+    trl, plain, ours, learned = steps.index[:4]
+    said += [f"{steps.loc[trl, 'seconds']:.3f} s a step with TRL", f"{steps.loc[plain, 'seconds']:.3f} concatenated"]
+    said += [f"{steps.loc[ours, 'seconds']:.3f} with ours and {steps.loc[learned, 'seconds']:.3f} with β(x)"]
+    said += [f"TRL over ours {steps.loc[ours, 'ratio']:.2f}", f"{steps.loc[trl, 'tokens']:,} tokens"]
+    said += [f"ours adds {steps.loc[ours, 'memory']:,.0f} MiB, TRL {steps.loc[trl, 'memory']:,.0f}"]
+    assert [text for text in said if text not in README] == []
+    assert (steps["share_of_matrix_rate"].dropna().round(2) == 0.02).all()
 
 
 def test_continuous_integration_runs_what_it_says():

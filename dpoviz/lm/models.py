@@ -476,18 +476,32 @@ def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
         raise
     except (OSError, ValueError):
         pass
+    require_on_hub("model", name, _INSTEAD)
+    return _from_pretrained(name, dtype, local=False)
+
+
+def require_on_hub(argument: str, name: str, instead: str) -> None:
+    """Require that the hub answers within seconds and has a repository that is not cached here.
+
+    Args:
+        argument: the argument that named it, for the message.
+        name: the repository.
+        instead: what else to give, for the message.
+
+    Raises:
+        ValueError: HF_HUB_OFFLINE is set, the hub does not answer, or it has no such repository.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ValueError(f"model: {name} is no folder and not cached, and HF_HUB_OFFLINE is set; {_INSTEAD}")
+        raise ValueError(f"{argument}: {name} is no folder and not cached, and HF_HUB_OFFLINE is set; {instead}")
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
-        raise ValueError(f"model: the hub has no {name}, or it needs a login; {_INSTEAD}") from error
+        raise ValueError(f"{argument}: the hub has no {name}, or it needs a login; {instead}") from error
     except Exception as error:  # the exception type depends on the HTTP library of the hub client's release
         why = type(error).__name__
         raise ValueError(
-            f"model: {name} is no folder and not cached, and the hub does not answer ({why}); {_INSTEAD}"
+            f"{argument}: {name} is no folder and not cached, and the hub does not answer ({why}); {instead}"
         ) from error
-    return _from_pretrained(name, dtype, local=False)
 
 
 def _require_usable(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:

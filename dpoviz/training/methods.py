@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta, saved_kind
+from dpoviz.lm.models import require_on_hub
 from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule
 from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
 from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
@@ -52,7 +53,7 @@ def load_beta(folder: str | Path, *, form: str | None = None, fingerprint: str |
     """
     own = Path(folder)
     if not own.is_dir():
-        own = Path(snapshot_download(str(folder), allow_patterns="beta/*"))
+        own = _from_hub(str(folder))
     place = own / "beta" if (own / "beta").is_dir() else own
     name = saved_kind(place)
     if name is None:
@@ -60,6 +61,15 @@ def load_beta(folder: str | Path, *, form: str | None = None, fingerprint: str |
     if name not in _SAVED:
         raise ValueError(f"folder: {folder} has a {name}, expected {', '.join(_SAVED)}; load another with its class")
     return _SAVED[name].from_pretrained(str(place), form=form, fingerprint=fingerprint)
+
+
+def _from_hub(name: str) -> Path:
+    """Return the folder in which the hub's client keeps what a trainer pushed."""
+    try:
+        return Path(snapshot_download(name, allow_patterns="beta/*", local_files_only=True))
+    except (OSError, ValueError):  # not cached, or no name of the hub
+        require_on_hub("folder", name, "expected the folder that the trainer left, or the name under which it pushed")
+    return Path(snapshot_download(name, allow_patterns="beta/*"))
 
 
 def require_rule(rule: str, strength: float | None) -> None:
