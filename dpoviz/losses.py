@@ -8,7 +8,7 @@ s = β(x), as in Rafailov et al. 2023 (arXiv:2305.18290, eq. 7).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ class DPOOutput(NamedTuple):
 
     @property
     def margins(self) -> Tensor:
-        """(B,) chosen minus rejected reward, s·h, detached; `losses` is −log σ of it, up to rounding."""
+        """(B,) chosen minus rejected reward, s·h, detached; without smoothing, `losses` is −log σ of it, up to rounding."""
         return self.chosen_rewards - self.rejected_rewards
 
 
@@ -154,6 +154,8 @@ def total_loss(
     form: Form,
     regularization: Regularization | None,
     weight: Tensor | None = None,
+    smoothing: Tensor | None = None,
+    normalised: bool = True,
     ref_entropy: Tensor | None = None,
     beta_fn: Callable[[Tensor], Tensor] | None = None,
     x: Tensor | None = None,
@@ -172,6 +174,8 @@ def total_loss(
         regularization: the weights of the penalties; None for the DPO loss alone.
         weight: (B,) weight of each pair in the mean of the DPO losses; 0 leaves the pair out. None weighs all pairs
             equally.
+        smoothing: (B,) probability ε that the label is wrong; the loss of a pair is then (1 − ε)·ℓ(h) + ε·ℓ(−h).
+        normalised: divide the weighted sum by the sum of the weights; False divides it by B.
         ref_entropy: (B,) for the entropy term, in the unit that `alpha` is per.
         beta_fn: the function (B, D) → (B,) that returned `beta`, for the gradient penalty.
         x: (B, D) the features that `beta_fn` read.
@@ -186,13 +190,18 @@ def total_loss(
     """
     require_rows("beta", beta)
     dpo = dpo_loss(*logps, beta, form=form)
+    if smoothing is not None:
+        require_rows("smoothing", smoothing, len(beta))
+        # −log σ(−z) = −log σ(z) + z, and the margin z = s·h
+        margin = scale(beta, form) * log_ratio_difference(*logps)
+        dpo = replace(dpo, losses=dpo.losses + smoothing * margin)
     if weight is None:
         mean = dpo.losses.mean()
     else:
         require_rows("weight", weight, len(beta))
         if (weight < 0).any() or not weight.any():
             raise ValueError(f"weight: got {weight.tolist()}, expected numbers, at least 0, and not all of them 0")
-        mean = (weight * dpo.losses).sum() / weight.sum()
+        mean = (weight * dpo.losses).sum() / (weight.sum() if normalised else len(weight))
     total, terms, squared_gradients = mean, {"dpo": mean}, torch.zeros_like(beta)
     if regularization is not None:
         found = penalties(beta, regularization, ref_entropy=ref_entropy, beta_fn=beta_fn, x=x, task=task)

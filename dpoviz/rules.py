@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -64,10 +64,21 @@ class RuleOutput(NamedTuple):
         beta: (B,) positive; carries a gradient if the rule is trainable.
         weight: (B,) weight of each pair in the mean of the losses, 0 for a pair that a filter drops. None weighs all
             pairs equally.
+        smoothing: (B,) probability ε that the label is wrong, from 0 to below ½: the loss of a pair becomes
+            −(1 − ε)·log σ(s·h) − ε·log σ(−s·h). None is 0.
+        normalised: divide the weighted sum of the losses by the sum of the weights, as for a filter; False divides it
+            by the number of pairs.
     """
 
     beta: Tensor
     weight: Tensor | None = None
+    smoothing: Tensor | None = None
+    normalised: bool = True
+
+    @property
+    def divisor(self) -> Tensor | int:
+        """What the weighted sum of the losses is divided by."""
+        return len(self.beta) if self.weight is None or not self.normalised else self.weight.sum()
 
 
 class Rule(Saved):
@@ -339,6 +350,86 @@ class LSC(Rule):
             moved = self.current * torch.exp(-self.eta * (self.current * h.mean() - self.target))
             self.current.copy_(_hold(moved, self.beta0))
         return RuleOutput(self.current.to(h.dtype).expand(len(h)).clone())
+
+
+class AdaDPO(Rule):
+    """Ada-DPO: a scale τ per pair, larger where the policy clearly prefers one of the two answers.
+
+        ℓ = min_τ τ·(−log σ(β₀·h/τ)) + (ρ − log 2)·τ,    τ_min ≤ τ ≤ τ_max
+
+    Hong et al. 2024 (arXiv:2406.02764), with the defaults of the authors' code. The minimum is at τ = |β₀·h|/u, clipped
+    to its range, where u > 0 solves u·σ(−u) − log(2σ(u)) + ρ = 0; the authors iterate Newton's method five times. So
+    beta is β₀/τ and the pair weighs τ: within the range of τ, the gradient of a pair no longer falls as h grows. Beta
+    depends on the answers, through h.
+
+    Args:
+        beta0: β₀, beta at τ = 1.
+        rho: ρ, above 0 and below log 2; a larger one gives larger τ.
+        tau_min: the lower end of τ.
+        tau_max: the upper end of τ.
+
+    Raises:
+        ValueError: an argument is outside its range. In use: `h` is not (B,) and finite.
+    """
+
+    form = "standard"
+    paper = "2406.02764"
+    reads = frozenset()
+    settings = ("beta0", "rho", "tau_min", "tau_max")
+
+    def __init__(self, beta0: float, *, rho: float = 0.2, tau_min: float = 0.1, tau_max: float = 5.0) -> None:
+        super().__init__()
+        require_positive("beta0", beta0)
+        require("rho", rho, 0 < rho < math.log(2), "a number above 0, below log 2")
+        require_positive("tau_min", tau_min)
+        require("tau_max", tau_max, tau_min <= tau_max < math.inf, "a finite number, at least tau_min")
+        self.beta0, self.rho, self.tau_min, self.tau_max = beta0, rho, tau_min, tau_max
+        self._root = _decreasing_root(lambda u: u / (1 + math.exp(u)) + math.log1p(math.exp(-u)) - math.log(2) + rho)
+
+    def forward(self, observation: Observation) -> RuleOutput:
+        h = _rows("h", observation.h, len(observation.x))
+        tau = (self.beta0 * h.abs() / self._root).clamp(self.tau_min, self.tau_max)
+        return RuleOutput(self.beta0 / tau, weight=tau, normalised=False)
+
+
+def _decreasing_root(function: Callable[[float], float]) -> float:
+    """Return the root of a decreasing function, between 0 and 100."""
+    low, high = 0.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+class TaskSmoothing(Rule):
+    """Label smoothing with a known rate of wrong labels per task: conservative DPO with one ε per task, one beta.
+
+        ℓ = −(1 − ε)·log σ(β₀·h) − ε·log σ(−β₀·h)
+
+    E. Mitchell 2023, "A note on DPO with noisy preferences and relationship to IPO", eq. 3, has one ε for all pairs.
+
+    Args:
+        beta0: beta.
+        rates: ε of each task, from 0 to below ½.
+
+    Raises:
+        ValueError: `beta0` is not a positive finite number, or a rate is out of range. In use: a task has no rate.
+    """
+
+    form = "standard"
+    reads = frozenset({"task"})
+    settings = ("beta0", "rates")
+
+    def __init__(self, beta0: float, rates: Mapping[str, float]) -> None:
+        super().__init__()
+        require_positive("beta0", beta0)
+        require("rates", dict(rates), all(0 <= rate < 0.5 for rate in rates.values()), "numbers from 0 to below 0.5")
+        self.beta0, self.rates = beta0, dict(rates)
+
+    def forward(self, observation: Observation) -> RuleOutput:
+        index = task_index(observation.task, len(observation.x), tuple(self.rates))
+        rates = torch.tensor(list(self.rates.values()), device=observation.h.device)[index.to(observation.h.device)]
+        return RuleOutput(torch.full_like(rates, self.beta0), smoothing=rates)
 
 
 class DualKL(Rule):

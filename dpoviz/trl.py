@@ -297,8 +297,13 @@ class BetaDPOTrainer(DPOTrainer):
         own = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
         s = scale(output.beta, self.config.form)[own]
         loss, found = self._loss_of_trl(_Known(model, outputs), inputs, s, return_outputs)
+        if output.smoothing is not None:
+            raise ValueError(
+                f"beta: {type(self.rule).__name__} smooths labels, which this trainer does for all pairs alike; set "
+                "label_smoothing, or train with dpoviz.training.loop"
+            )
         if output.weight is not None:
-            loss = self._weighted(outputs, inputs, s, output.weight[own], output.weight.sum())
+            loss = self._weighted(outputs, inputs, s, output.weight[own], output.divisor)
         added = self._penalties(output, observation)
         self._log_beta(output, observation, ratios, loss, added)
         total = loss + sum(added.terms.values())

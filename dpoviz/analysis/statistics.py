@@ -1,10 +1,4 @@
-"""Bootstrap intervals, curves of reward against KL, and tests of differences at equal KL.
-
-A run is a point (KL to the reference in nats, true reward). A curve joins the points of one method, starting at the
-reference itself, (0, its reward). Every point on the line between two runs is attainable: a policy that answers each
-prompt with one of two policies, the first with probability w, has the weighted mean of their rewards and, because KL is
-convex, at most the weighted mean of their KLs.
-"""
+"""Bootstrap intervals, and paired tests of differences between trainings."""
 
 from __future__ import annotations
 
@@ -60,54 +54,6 @@ def order_share(groups: Sequence[np.ndarray]) -> float:
     return float((np.diff(groups, axis=0) > 0).all(axis=0).mean())
 
 
-class Curve:
-    """Reward as a piecewise linear function of KL, through the runs of one method.
-
-    Beyond the last point the curve is constant: a reward reached at some KL is also available at a larger KL.
-
-    Args:
-        kl: (N,) KL of the runs, in nats, N ≥ 1; a sampled KL below 0 counts as 0.
-        reward: (N,) reward of the runs.
-        start: reward of the reference, at KL 0.
-
-    Raises:
-        ValueError: wrong shapes, or numbers that are not finite.
-    """
-
-    def __init__(self, kl: ArrayLike, reward: ArrayLike, *, start: float) -> None:
-        kl, reward = np.asarray(kl, dtype=float), np.asarray(reward, dtype=float)
-        if kl.ndim != 1 or kl.shape != reward.shape or len(kl) == 0:
-            raise ValueError(f"kl, reward: got shapes {kl.shape}, {reward.shape}, expected (N,) twice, N ≥ 1")
-        if not (np.isfinite(kl).all() and np.isfinite(reward).all() and np.isfinite(start)):
-            raise ValueError("kl, reward, start: expected finite numbers")
-        order = np.argsort(kl, kind="stable")
-        self.kl = np.concatenate([[0.0], np.maximum(kl[order], 0)])
-        self.reward = np.concatenate([[start], reward[order]])
-
-    def at(self, kl: ArrayLike) -> np.ndarray:
-        """Return the interpolated reward at each KL."""
-        return np.interp(np.asarray(kl, dtype=float), self.kl, self.reward)
-
-    def best(self, budget: float) -> float:
-        """Return the highest reward at a KL of at most `budget`."""
-        inside = self.reward[self.kl <= budget]
-        return float(max(inside.max(), self.at(budget)))
-
-    def mean_difference(self, other: Curve, *, points: int = 200) -> float:
-        """Return the mean of this curve minus `other` over the KL range that both reach.
-
-        The mean is the area between the curves divided by the width of the range. The range starts at this curve's
-        first run, because before it the curve is only the line from the reference, and ends where the shorter curve
-        ends.
-        """
-        end = min(self.kl[-1], other.kl[-1])
-        start = min(self.kl[1], end)
-        if start == end:
-            return float(self.at(end) - other.at(end))
-        grid = np.linspace(start, end, points)
-        return float(np.trapezoid(self.at(grid) - other.at(grid), grid) / (end - start))
-
-
 class Effect(NamedTuple):
     """The mean of a difference over seeds, with its uncertainty.
 
@@ -128,16 +74,11 @@ class Effect(NamedTuple):
     n: int
 
 
-def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect:
-    """Return the mean of paired differences, one per seed, with a 95 % bootstrap interval over the seeds.
-
-    The interval is a bootstrap-t interval: the error of each resample's mean is divided by its own standard error. With
-    few seeds, its coverage is closer to 95 % than that of percentile intervals (Efron and Tibshirani 1993, §12.5).
+def effect(values: ArrayLike) -> Effect:
+    """Return the mean of paired differences, one per seed, with its 95 % t interval over the seeds.
 
     Args:
         values: (N,) differences, one per seed, N ≥ 3.
-        resamples: number of bootstrap resamples.
-        seed: seed of the bootstrap.
 
     Raises:
         ValueError: there are fewer than three values, or one is not finite.
@@ -145,22 +86,12 @@ def effect(values: ArrayLike, *, resamples: int = 5000, seed: int = 0) -> Effect
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 3 or not np.isfinite(values).all():
         raise ValueError(f"values: got {values.tolist()}, expected at least 3 finite numbers, one per seed")
-    n, mean = len(values), float(values.mean())
-    spread = float(values.std(ddof=1))
+    n, mean, spread = len(values), float(values.mean()), float(values.std(ddof=1))
     if spread == 0:
         return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, 0.0, n)
-    rng = np.random.default_rng(seed)
-    means, spreads = bootstrap(lambda rows: _mean_and_spread(values[rows]), n, resamples=resamples, rng=rng).T
-    pivots = (means - mean)[spreads > 0] / (spreads[spreads > 0] / n**0.5)
-    upper, lower = np.quantile(pivots, [0.975, 0.025])
-    error = spread / n**0.5
+    half = float(t.ppf(0.975, n - 1)) * spread / n**0.5
     p = float(ttest_1samp(values, 0.0).pvalue)
-    return Effect(mean, mean - upper * error, mean - lower * error, p, detectable_mean(spread, n), n)
-
-
-def _mean_and_spread(samples: np.ndarray) -> np.ndarray:
-    """Return (R, 2) the mean and the standard deviation of each row of (R, n)."""
-    return np.stack([samples.mean(axis=1), samples.std(axis=1, ddof=1)], axis=1)
+    return Effect(mean, mean - half, mean + half, p, detectable_mean(spread, n), n)
 
 
 def detectable_mean(spread: float, n: int, *, power: float = 0.8, level: float = 0.05) -> float:

@@ -1,22 +1,26 @@
-"""Compare every rule for beta with one well-chosen constant, in the small world, where the true reward is known.
+"""Compare every rule for beta with the best constant, at equal KL, in many small worlds: jobs, tables and contrasts.
 
-The experiment is a table of independent jobs. A *tuning* job tries one learning rate; a *main* job runs a variant at
-its best rate; a *reference* job measures the reference itself. Each job writes one file and is not run again while
-that file exists; `gather` collects the files into a table.
+The experiment is a table of independent jobs, each a training. Each writes one file and is not run again while that
+file exists; `gather` collects the files into a table, and `contrasts` tests them.
+
+The primary endpoint, fixed before the run, is the share of the oracle's gain: how much a contender earns above the
+best constant at the same mean KL (0.1, 0.3 and 1 nats), over what the best factor per task earns above it. Worlds are
+the unit; intervals are paired t intervals over worlds; all contrasts share one Holm correction.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from dpoviz.analysis.statistics import Curve, effect, holm
-from dpoviz.data import tasks
-from dpoviz.experiments.comparison_config import BASELINE, CONTENDERS, CompareConfig, Job, jobs
+from dpoviz.analysis.statistics import effect, holm
+from dpoviz.experiments.comparison_config import CONSTANT, ORACLE, CompareConfig, Job, jobs
+
+IDEAL = "ideal"
+"""The policy that tilts the reference by the true reward: no policy earns more at this KL."""
 
 
 def job_table(config: CompareConfig) -> pd.DataFrame:
@@ -25,166 +29,107 @@ def job_table(config: CompareConfig) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(name=[job.name for job in rows])
 
 
-def best_rates(config: CompareConfig, out: Path) -> dict[str, float]:
-    """Return the best learning rate of each variant, found on the tuning worlds.
+def best_settings(config: CompareConfig, out: Path, contender: str, *, needs_scale: bool = True) -> tuple[float, float]:
+    """Return the learning rate of the best constant, and the best scale of a contender, found on the tuning worlds.
 
-    For the constants it is the rate whose curve is highest on average over the KL budgets of `BUDGETS`; for every other
-    variant, the rate at which the run of its last value lies highest above that curve.
+    Best is the highest reward at equal KL, averaged over the tuning worlds and the budgets.
+
+    Args:
+        config: the experiment.
+        out: its folder.
+        contender: a name of `TRAINED`.
+        needs_scale: look for the scale too; otherwise the constant's is returned.
 
     Raises:
-        ValueError: a tuning job that has not been run.
+        ValueError: a tuning job that is needed has not been run.
     """
-    rows = [job for job in jobs(config) if job.phase in ("tuning", "reference") and job.seed >= 1000]
-    missing = [job.name for job in rows if not (out / "runs" / f"{job.name}.json").is_file()]
+    rate, scale = _best(_read(out, [job for job in jobs(config) if job.phase == "rates"]))
+    if contender == CONSTANT or not needs_scale:
+        return rate, scale
+    rows = [job for job in jobs(config) if job.phase == "scales" and job.contender == contender]
+    return rate, _best(_read(out, rows))[1]
+
+
+def _best(runs: list[dict]) -> tuple[float, float]:
+    rows = pd.DataFrame({"at": (r["learning_rate"], r["scale"]), "worth": _worth(r)} for r in runs)
+    return rows.groupby("at")["worth"].mean().idxmax()
+
+
+def _worth(run: dict) -> float:
+    return float(np.mean([found["reward"]["all"] for found in run["results"]["own"].values()]))
+
+
+def _read(out: Path, rows: list[Job]) -> list[dict]:
+    files = [out / "runs" / f"{job.name}.json" for job in rows]
+    missing = [file.stem for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{out}: {len(missing)} tuning jobs have not been run, first {missing[0]}; run them first")
-    found = pd.DataFrame([json.loads((out / "runs" / f"{job.name}.json").read_text()) for job in rows])
-    starts = found[found["phase"] == "reference"].set_index("seed")["reward/all"]
-    tuned = found[found["phase"] == "tuning"]
-
-    def curve(rate: float, seed: int) -> Curve:
-        rows = tuned.query("contender == @BASELINE and learning_rate == @rate and seed == @seed")
-        return Curve(rows["kl/all"], rows["reward/all"], start=starts[seed])
-
-    def worth(rate: float) -> float:
-        return float(np.mean([[curve(rate, seed).best(b) for b in BUDGETS] for seed in starts.index]))
-
-    rates = {BASELINE: max(config.learning_rates, key=worth)}
-    for name in config.contenders:
-        if name != BASELINE and not CONTENDERS[name].rates_of:
-            rows = tuned[tuned["contender"] == name]
-            above = [r["reward/all"] - curve(rates[BASELINE], r["seed"]).at(r["kl/all"]) for _, r in rows.iterrows()]
-            rates[name] = float(rows.assign(above=above).groupby("learning_rate")["above"].mean().idxmax())
-    return rates
-
-
-BUDGETS = (0.5, 1.0, 2.0, 4.0)
-"""KL budgets, in nats per answer, at which the best rewards are compared."""
-
-
-_LISTS = ("training_betas", "reliability", "betas")
+        raise ValueError(
+            f"{out}: {len(missing)} jobs have not been run, first {missing[0]}; run the earlier phase first"
+        )
+    return [json.loads(file.read_text()) for file in files]
 
 
 def gather(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """Return the finished runs, a row each: the job, learning_rate, seconds, and the measurements.
-
-    Measured by task and over "all", as <name>/<task>: reward, kl, kl_k1, kl_k3, entropy, length with <name>_se (see
-    `evaluate_policy`); accuracy, h, s, margin (on held-out pairs); beta (geometric mean), beta_spread (standard
-    deviation of log beta), rho (Spearman's, between beta and entropy). Measured once: brier and ece.
-    """
-    rows = []
-    for job in jobs(config):
-        file = out / "runs" / f"{job.name}.json"
-        if file.is_file():
-            found = json.loads(file.read_text())
-            rows.append({key: value for key, value in found.items() if key not in _LISTS})
-    return pd.DataFrame(rows)
-
-
-def gather_betas(config: CompareConfig, out: Path, *, noise: float, seed: int) -> pd.DataFrame:
-    """Return beta of each rule at its first value, without controls: contender, form, task, ref_entropy, beta."""
-    parts = []
-    for name in config.contenders:
-        value = config.values(name)[0]
-        file = out / "runs" / f"{Job('main', name, value, 0.0, noise, seed).name}.json"
-        if name != BASELINE and not CONTENDERS[name].control and file.is_file():
-            betas = pd.DataFrame(json.loads(file.read_text())["betas"]).drop_duplicates()
-            parts.append(betas.assign(contender=name, form=CONTENDERS[name].form))
-    return pd.concat(parts, ignore_index=True)
-
-
-def gather_reliability(config: CompareConfig, out: Path) -> pd.DataFrame:
-    """Return reliability by bin, pooled over the seeds of the main runs.
-
-    Columns: contender, value, learning_rate, noise, bin, n, predicted, truth.
-    """
-    parts = []
-    for job in jobs(config):
-        file = out / "runs" / f"{job.name}.json"
-        if job.phase == "main" and file.is_file():
-            found = json.loads(file.read_text())
-            place = {name: found[name] for name in ("contender", "value", "learning_rate", "noise")}
-            parts.append(pd.DataFrame(found["reliability"]).assign(**place))
-    table = pd.concat(parts, ignore_index=True)
-    keys = ["contender", "value", "learning_rate", "noise", "bin"]
-    for name in ("predicted", "truth"):
-        table[name] *= table["n"]
-    sums = table.groupby(keys, sort=False)[["n", "predicted", "truth"]].sum()
-    return sums.assign(predicted=sums["predicted"] / sums["n"], truth=sums["truth"] / sums["n"]).reset_index()
-
-
-def differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Compare each variant with the constants of the same world at the same learning rate, seed by seed.
-
-    Args:
-        table: the table of `gather`.
+    """Return the finished runs of all phases as one table.
 
     Returns:
-        A row per contender (variant), noise, seed and task ("all" among them), with columns
-
-        above: the reward minus that of the constants at the same KL, mean over the variant's runs;
-        area: the mean difference of the two curves over the KL range that both reach;
-        mean_scale/reward, mean_scale/kl: reward and KL minus those of a constant with the run's mean scale over all
-        held-out pairs (interpolated between the constants on the log of the scale), mean over the variant's runs;
-        best/<budget>, best_difference/<budget>: the highest reward at a KL of at most <budget> nats, and its difference
-        from that of the constants, here at all their learning rates.
+        A row per phase, condition, world, contender (trained, re-tilted and `IDEAL`), learning_rate, scale, budget and
+        task ("all": the mean over tasks), with reward, gain (reward minus the reference's), kl (nats), a (factor by
+        which the policy is re-tilted), margin (mean s·h of the last batch of training, nats) and cpu_seconds.
     """
-    main = table[table["phase"] == "main"]
-    starts = table[(table["phase"] == "reference") & (table["seed"] < 1000)].set_index("seed")
-    groups = {key: rows for key, rows in main.groupby(["contender", "noise", "seed"], sort=False)}
     found = []
-    for (contender, noise, seed), rows in groups.items():
-        rivals = groups[BASELINE, noise, seed].sort_values("s/all")
-        alike = rivals[rivals["learning_rate"].isin(rows["learning_rate"])]
-        for task in (*tasks.TASKS, "all"):
-
-            def curve(some: pd.DataFrame, task: str = task, seed: int = seed) -> Curve:
-                return Curve(some[f"kl/{task}"], some[f"reward/{task}"], start=starts.loc[seed, f"reward/{task}"])
-
-            own, whole = curve(rows), curve(rivals)
-            row = {"contender": contender, "noise": noise, "seed": seed, "task": task}
-            if contender != BASELINE:
-                constant = curve(alike)
-                row["above"] = float(np.mean(own.reward[1:] - constant.at(own.kl[1:])))
-                row["area"] = own.mean_difference(constant)
-                for name in ("reward", "kl"):
-                    same = np.interp(np.log(rows["s/all"]), np.log(alike["s/all"]), alike[f"{name}/{task}"])
-                    row[f"mean_scale/{name}"] = float((rows[f"{name}/{task}"] - same).mean())
-            for budget in BUDGETS:
-                row[f"best/{budget:g}"] = own.best(budget)
-                row[f"best_difference/{budget:g}"] = own.best(budget) - whole.best(budget)
-            found.append(row)
-    return pd.DataFrame(found)
+    done = [job for job in jobs(config) if (out / "runs" / f"{job.name}.json").is_file()]
+    for run in _read(out, done):
+        place = {name: run[name] for name in ("phase", "condition", "world", "learning_rate", "scale")}
+        for name, budgets in run["results"].items():
+            own = {"contender": run["contender"], "margin": run["margin"], "cpu_seconds": run["cpu_seconds"]}
+            if name != "own":
+                own = {"contender": name}
+            for budget, values in budgets.items():
+                for task, reward in values["reward"].items():
+                    rest = {"reward": reward, "gain": reward - run["reference"][task]}
+                    rest |= {measure: values[measure][task] for measure in ("kl", "a")}
+                    found.append({**place, **own, "budget": float(budget), "task": task, **rest})
+    columns = ["phase", "condition", "world", "contender", "learning_rate", "scale", "budget", "task", "reward", "gain"]
+    return pd.DataFrame(found, columns=[*columns, "kl", "a", "margin", "cpu_seconds"])
 
 
-def effects(found: pd.DataFrame, measure: str = "above") -> pd.DataFrame:
-    """Return the mean of a difference over the seeds, by variant, noise and task.
+def finished_worlds(config: CompareConfig, table: pd.DataFrame) -> list[int]:
+    """Return the measured worlds in which every job is finished."""
+    wanted = {(job.world, job.contender, job.condition) for job in jobs(config) if job.phase == "main"}
+    main = table[table["phase"] == "main"]
+    missing = wanted - set(main[["world", "contender", "condition"]].itertuples(index=False, name=None))
+    return sorted({world for world, *_ in wanted} - {world for world, *_ in missing})
+
+
+def contrasts(table: pd.DataFrame) -> pd.DataFrame:
+    """Compare every contender with the best constant at equal KL, world by world.
 
     Args:
-        found: the table of `differences`.
-        measure: one of the columns of differences in `found`.
+        table: the table of `gather`, of worlds that are finished.
 
     Returns:
-        A row per contender (every variant but the constant), noise (NaN: the mean over all levels, seed by seed) and
-        task: mean, low, high, p, detectable (see `effect`), and holm, the p adjusted over the variants of one noise and
-        task.
+        A row per condition, budget and contender but the constant: mean difference in reward, low, high (95 % paired t
+        interval over worlds), p, n (worlds); share of the oracle's gain with share_low and share_high, in which the
+        oracle's mean gain is taken as known; detectable, the difference that a test at 5 % finds with a power of
+        80 %, and detectable_share, the same over the training gain of the constant. holm is p adjusted over all rows
+        but those of the oracle and the ideal, which are above the constant by construction.
     """
-    rivals = found[found["contender"] != BASELINE]
-    pooled = rivals.groupby(["contender", "seed", "task"], as_index=False, sort=False)[measure].mean()
-    whole = pd.concat([pooled.assign(noise=math.nan), rivals[["contender", "noise", "seed", "task", measure]]])
-    keys = ["noise", "task", "contender"]
-    rows = [{**dict(zip(keys, key, strict=True)), **effect(group[measure])._asdict()}
-            for key, group in whole.groupby(keys, dropna=False, sort=False)]  # fmt: skip
-    table = pd.DataFrame(rows)
-    table["holm"] = table.groupby(["noise", "task"], dropna=False)["p"].transform(lambda p: holm(p.to_numpy()))
-    return table
-
-
-def against(found: pd.DataFrame, first: str, second: str, measure: str = "above") -> pd.DataFrame:
-    """Return the mean of first minus second over the seeds, by task, pooled over noise; columns as `effects`."""
-    wide = found.groupby(["contender", "seed", "task"], sort=False)[measure].mean()
+    main = table[(table["phase"] == "main") & (table["task"] == "all")]
+    wide = main.pivot(index=["condition", "budget", "world"], columns="contender", values="reward")
+    gains = main[main["contender"] == CONSTANT].groupby(["condition", "budget"])["gain"].mean()
     rows = []
-    for task in dict.fromkeys(found["task"]):
-        own, other = (wide.xs(name, level="contender").xs(task, level="task") for name in (first, second))
-        rows.append({"first": first, "second": second, "task": task, **effect((own - other).to_numpy())._asdict()})
-    return pd.DataFrame(rows)
+    for (condition, budget), own in wide.groupby(level=["condition", "budget"], sort=False):
+        above = own.drop(columns=CONSTANT).sub(own[CONSTANT], axis=0).dropna(axis=1, how="all")
+        most = above[ORACLE].mean()
+        for contender, values in above.items():
+            found = effect(values.dropna().to_numpy())
+            shares = {name: getattr(found, part) / most for name, part in
+                      (("share", "mean"), ("share_low", "low"), ("share_high", "high"))}  # fmt: skip
+            shares["detectable_share"] = found.detectable / gains[condition, budget]
+            rows.append({"condition": condition, "budget": budget, "contender": contender, **found._asdict(), **shares})
+    result = pd.DataFrame(rows)
+    tested = ~result["contender"].isin([ORACLE, IDEAL])
+    result["holm"] = np.nan
+    result.loc[tested, "holm"] = holm(result.loc[tested, "p"].to_numpy())
+    return result

@@ -248,13 +248,15 @@ def _loss(
     state: State, batch: Batch, logps: Tensor, output: RuleOutput, regularization: Regularization | None
 ) -> _Loss:
     # log-probabilities and beta were checked above, the columns when training began; weights are checked here
-    with trusted_values() if output.weight is None else nullcontext():
+    with trusted_values() if output.weight is None and output.smoothing is None else nullcontext():
         objective = total_loss(
             Logps(*logps.unbind(dim=1), *batch.ref_logps.unbind(dim=1)),
             output.beta,
             form=state.config.form,
             regularization=regularization,
             weight=output.weight,
+            smoothing=output.smoothing,
+            normalised=output.normalised,
             ref_entropy=batch.ref_entropy,
             beta_fn=state.rule.beta if isinstance(state.rule, PromptRule) else None,
             x=batch.x,
