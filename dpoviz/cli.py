@@ -194,8 +194,8 @@ class _Compare:
     """run a tiny version for a first look; its numbers mean nothing."""
     workers: int | None = None
     """number of processes; None: one per core."""
-    only: int | None = None
-    """run only this row of the table of jobs."""
+    only: str | None = None
+    """run only this row of the table of jobs, such as 7, or these, such as 7-12."""
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ def _retilt(given: _Retilt) -> None:
 
 
 def _compare(given: _Compare) -> None:
-    from dpoviz.experiments.comparison_report import effects_as_text, reading_of_effects, write_comparison
+    from dpoviz.experiments.comparison_report import contrasts_as_text, reading_of_contrasts, write_comparison
     from dpoviz.experiments.comparison_runs import compare
     from dpoviz.experiments.folder import locked_run
     from dpoviz.lm.reference import default_cache_dir
@@ -325,12 +325,14 @@ def _compare(given: _Compare) -> None:
     with locked_run(given.out, "compare", config, shared=True):
         compare(config, given.out, cache_dir=default_cache_dir(), only=given.only, workers=given.workers)
     if given.only is not None:
-        print(f"row {given.only} is done; run without --only to gather all rows")
+        print(f"rows {given.only} are done; run without --only to gather all rows")
         return
     found = write_comparison(config, given.out)
-    print(f"\nreward above the constants' at the same KL, mean over noise and tasks, {config.seeds} seeds\n")
-    print(f"{effects_as_text(found)}\n")
-    for line in reading_of_effects(found):
+    for condition in config.conditions:
+        print(f"\n{condition}: reward above the best constant at the same KL [95 %], share of the oracle's gain")
+        print(contrasts_as_text(found, condition))
+    print()
+    for line in reading_of_contrasts(found):
         print(f"  {line}")
     beside = sorted(path.name + "/" * path.is_dir() for path in given.out.iterdir())
     print(f"\nin {given.out}: {', '.join(beside)}")

@@ -8,7 +8,7 @@ s = β(x), as in Rafailov et al. 2023 (arXiv:2305.18290, eq. 7).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ class DPOOutput(NamedTuple):
 
     @property
     def margins(self) -> Tensor:
-        """(B,) chosen minus rejected reward, s·h, detached; without smoothing, `losses` is −log σ of it, up to rounding."""
+        """(B,) chosen minus rejected reward, s·h, detached; `losses` is −log σ of it if no label is smoothed."""
         return self.chosen_rewards - self.rejected_rewards
 
 
@@ -194,7 +194,7 @@ def total_loss(
         require_rows("smoothing", smoothing, len(beta))
         # −log σ(−z) = −log σ(z) + z, and the margin z = s·h
         margin = scale(beta, form) * log_ratio_difference(*logps)
-        dpo = replace(dpo, losses=dpo.losses + smoothing * margin)
+        dpo = dpo._replace(losses=dpo.losses + smoothing * margin)
     if weight is None:
         mean = dpo.losses.mean()
     else:

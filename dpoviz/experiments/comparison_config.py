@@ -26,7 +26,7 @@ class Condition(NamedTuple):
 
 CONDITIONS: dict[str, Condition] = {
     "flips by task": Condition((0.0, 0.1, 0.35), (8, 8, 8)),
-    "pairs by task": Condition((0.0, 0.0, 0.0), (2, 8, 64)),
+    "pairs by task": Condition((0.0, 0.0, 0.0), (2, 8, 32)),
     "uniform noise": Condition((0.15, 0.15, 0.15), (8, 8, 8)),
 }
 """The conditions, by name. A label is random to begin with: math's are the most reliable, dialogue's the least."""
@@ -102,7 +102,7 @@ class CompareConfig:
     """
 
     reference: WorldConfig = field(default_factory=lambda: WorldConfig(
-        demonstrations=25_000, hidden_size=64, layers=3, problems=300, samples=48))  # fmt: skip
+        demonstrations=25_000, hidden_size=64, layers=3, problems=240, samples=48))  # fmt: skip
     contenders: tuple[str, ...] = tuple(TRAINED)
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     worlds: int = 8
@@ -112,9 +112,9 @@ class CompareConfig:
     epochs: float = 2
     batch_size: int = 32
     beta_learning_rate: float = 1e-2
-    prompts: int = 36
+    prompts: int = 24
     slope_prompts: int = 15
-    evaluation_prompts: int = 48
+    evaluation_prompts: int = 36
 
     def __post_init__(self) -> None:
         for name, values, known in (("contenders", self.contenders, TRAINED),

@@ -176,7 +176,7 @@ def _mean(some: Sequence[dict]) -> dict:
 def _slopes(own: Pool, world: World, policy: PreTrainedModel) -> dict[str, dict[str, float]]:
     """Return reward per nat by task, from scored answers and from held-out pairs."""
     h = _log_ratios(own, policy, world.scored)[:, :SCORED_ANSWERS]
-    prompts = np.repeat(world.scored, SCORED_ANSWERS)
+    prompts = [p for p in world.scored for _ in range(SCORED_ANSWERS)]
     names = [own.problems[p].task for p in prompts]
     by_answers = reward_per_nat(
         h.ravel(), own.rewards[world.scored][:, :SCORED_ANSWERS].ravel(), prompt=prompts, task=names, resamples=100

@@ -56,8 +56,8 @@ def draw_world(config: CompareConfig, own: Pool, condition: Condition, number: i
         lacking = set(tasks.TASKS) - {own.problems[record["prompt"]].task for record in records}
         if lacking:
             raise ValueError(
-                f"reference: world {number} has no {name} pairs of {', '.join(sorted(lacking))}: all answers to a prompt "
-                "have the same reward; give it more demonstrations, samples or prompts"
+                f"reference: world {number} has no {name} pairs of {', '.join(sorted(lacking))}: all answers to a "
+                "prompt have the same reward; give it more demonstrations, samples or prompts"
             )
     return World(_dataset(own, train), scored, _dataset(own, held_out), evaluation)
 
