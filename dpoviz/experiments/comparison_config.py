@@ -102,19 +102,19 @@ class CompareConfig:
     """
 
     reference: WorldConfig = field(default_factory=lambda: WorldConfig(
-        demonstrations=25_000, hidden_size=64, layers=3, problems=240, samples=48))  # fmt: skip
+        demonstrations=22_000, hidden_size=64, layers=3, problems=200, samples=32))  # fmt: skip
     contenders: tuple[str, ...] = tuple(TRAINED)
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     worlds: int = 8
     tuning_worlds: int = 6
-    learning_rates: tuple[float, ...] = (2e-4, 4e-4, 8e-4)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     scales: tuple[float, ...] = (0.1, 0.4, 1.6)
     epochs: float = 2
-    batch_size: int = 32
+    batch_size: int = 24
     beta_learning_rate: float = 1e-2
     prompts: int = 24
     slope_prompts: int = 15
-    evaluation_prompts: int = 36
+    evaluation_prompts: int = 30
 
     def __post_init__(self) -> None:
         for name, values, known in (("contenders", self.contenders, TRAINED),
