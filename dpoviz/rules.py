@@ -427,9 +427,10 @@ class TaskSmoothing(Rule):
         self.beta0, self.rates = beta0, dict(rates)
 
     def forward(self, observation: Observation) -> RuleOutput:
-        index = task_index(observation.task, len(observation.x), tuple(self.rates))
-        rates = torch.tensor(list(self.rates.values()), device=observation.h.device)[index.to(observation.h.device)]
-        return RuleOutput(torch.full_like(rates, self.beta0), smoothing=rates)
+        h = _rows("h", observation.h, len(observation.x))
+        index = task_index(observation.task, len(h), tuple(self.rates))
+        rates = torch.tensor(list(self.rates.values()), dtype=h.dtype, device=h.device)[index.to(h.device)]
+        return RuleOutput(torch.full_like(h, self.beta0), smoothing=rates)
 
 
 class DualKL(Rule):

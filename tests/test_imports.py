@@ -30,7 +30,6 @@ ALLOWED = {
     "training": {*MATHEMATICS, "data", "lm"},
     "trl": {*MATHEMATICS, "data", "lm", "training"},
     "analysis": {"forms", "allocation", "validation", "translation"},
-    "analysis.evaluate": {"data", "lm", "forms", "validation"},
     "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl", "translation"},
     "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments", "translation"},
     "cli": {"experiments", "analysis", "learn", "lm", "translation"},

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from dpoviz.analysis.tables_comparison import first_value, frontier_points, gains, parts_by_seed
 from matplotlib.colors import to_hex
 
 from dpoviz.analysis.plots_comparison import (
@@ -15,7 +16,6 @@ from dpoviz.analysis.plots_comparison import (
     figure_reliability,
     plot_frontier,
 )
-from dpoviz.analysis.tables_comparison import first_value, frontier_points, gains, parts_by_seed
 from dpoviz.data.tasks import TASKS
 
 ALL = (*TASKS, "all")

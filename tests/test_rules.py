@@ -9,14 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 from scipy.stats import chisquare
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpoviz.beta import BetaNetwork, ConstantBeta
 from dpoviz.lm.scoring import score_answers
-from dpoviz.losses import dpo_loss
-from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, Observation, PromptRule, RandomBeta
+from dpoviz.losses import Logps, dpo_loss, total_loss
+from dpoviz.rules import (
+    LSC,
+    AdaDPO,
+    BetaDPO,
+    DualKL,
+    EpsilonDPO,
+    LookupBeta,
+    MallowsPO,
+    Observation,
+    PromptRule,
+    RandomBeta,
+    TaskSmoothing,
+)
 from dpoviz.training.observe import perturbed_directions
 
 # a few dozen operations in float64 on numbers of order 1 to 100
@@ -28,6 +41,8 @@ PUBLISHED = {
     "EpsilonDPO": lambda: EpsilonDPO(0.1),
     "MallowsPO": lambda: MallowsPO(0.1, c=0.29),
     "LSC": lambda: LSC(1.0),
+    "AdaDPO": lambda: AdaDPO(1.0),
+    "TaskSmoothing": lambda: TaskSmoothing(0.1, {"math": 0.0, "code": 0.1, "dialogue": 0.35}),
     "DualKL": lambda: DualKL(0.1, target=1.0),
 }
 
@@ -142,7 +157,7 @@ class TestRule:
     [
         *[
             (lambda make=make, bad=bad: make(bad), "beta0: got")
-            for make in (BetaDPO, EpsilonDPO, LSC)
+            for make in (BetaDPO, EpsilonDPO, LSC, AdaDPO)
             for bad in (0, -1, math.inf, math.nan, True, "1")
         ],
         (lambda: BetaDPO(1, a=-0.1), "a: got -0.1"),
@@ -156,6 +171,10 @@ class TestRule:
         (lambda: LSC(1, eta=0), "eta: got 0"),
         (lambda: LSC(1, target=-1), "target: got -1"),
         (lambda: LSC(1, start=0), "start: got 0"),
+        (lambda: AdaDPO(1, rho=0.7), "rho: got 0.7"),
+        (lambda: AdaDPO(1, tau_min=0), "tau_min: got 0"),
+        (lambda: AdaDPO(1, tau_max=0.05), "tau_max: got 0.05"),
+        (lambda: TaskSmoothing(1, {"math": 0.5}), "rates: got"),
         (lambda: DualKL(1, target=0), "target: got 0"),
         (lambda: DualKL(1, target=1, horizon=0), "horizon: got 0"),
         (lambda: DualKL(1, target=1, every=0), "every: got 0"),
@@ -312,6 +331,65 @@ class TestLSC:
         assert rule.current == 1000
         rule(see([1e4] * 4))
         assert rule.current == pytest.approx(1e-3)
+
+
+def loss_of(rule, h):
+    """The objective of a batch in the loop, as a function of h; the rule sees h without a gradient."""
+    output, zero = rule(see(h.detach().tolist())), torch.zeros_like(h)
+    return total_loss(
+        Logps(h, zero, zero, zero), output.beta, form=rule.form, regularization=None, weight=output.weight,
+        smoothing=output.smoothing, normalised=output.normalised,
+    ).total  # fmt: skip
+
+
+class TestAdaDPO:
+    """Against the inner minimum over τ found by scipy, pair by pair."""
+
+    @pytest.mark.parametrize("rho", [0.05, 0.2, 0.6])
+    def test_tau_is_the_minimum(self, rho):
+        rule = AdaDPO(0.7, rho=rho)
+        for h in (-6.0, -0.8, 0.3, 2.0, 5.0, 60.0):
+
+            def inner(tau, h=h):
+                return tau * math.log1p(math.exp(-0.7 * h / tau)) + (rho - math.log(2)) * tau
+
+            best = minimize_scalar(inner, bounds=(0.1, 5.0), method="bounded", options={"xatol": 1e-10}).x
+            (tau,) = rule(see([h])).weight.tolist()
+            assert inner(tau) <= inner(best) + 1e-12
+            assert tau == pytest.approx(best, abs=1e-3)
+
+    def test_the_loss_is_the_mean_of_the_minima_and_so_is_its_gradient(self):
+        rule = AdaDPO(0.7)
+        h = torch.tensor([-3.0, 0.4, 1.0, 9.0], dtype=torch.float64, requires_grad=True)
+        loss = loss_of(rule, h)
+        tau = rule(see(h.tolist())).weight
+        assert loss.item() == pytest.approx((tau * torch.nn.functional.softplus(-0.7 * h / tau)).mean().item())
+        (slope,) = torch.autograd.grad(loss, h)
+        # the envelope theorem: at the minimum over τ its own change does not matter
+        assert slope.tolist() == pytest.approx((-0.7 * torch.sigmoid(-0.7 * h / tau) / 4).tolist())
+
+
+class TestTaskSmoothing:
+    def test_by_hand(self):
+        rates = {"math": 0.0, "code": 0.1, "dialogue": 0.35}
+        h = torch.tensor(H[0], dtype=torch.float64, requires_grad=True)
+        loss = loss_of(TaskSmoothing(0.8, rates), h)
+        by_pair = []
+        for value, task in zip(H[0], TASKS, strict=True):
+            wrong, z = rates[task], 0.8 * value
+            by_pair.append(-(1 - wrong) * math.log(1 / (1 + math.exp(-z))) - wrong * math.log(1 / (1 + math.exp(z))))
+        assert loss.item() == pytest.approx(statistics.mean(by_pair))
+        # the loss of a pair is least where σ(s·h) = 1 − ε, and no longer at infinity
+        at = torch.tensor([5.0, math.log(9) / 0.8, 5.0, math.log(0.65 / 0.35) / 0.8], dtype=torch.float64)
+        (slope,) = torch.autograd.grad(loss_of(TaskSmoothing(0.8, rates), at.requires_grad_()), at)
+        assert slope[1].item() == pytest.approx(0, abs=1e-12) and slope[3].item() == pytest.approx(0, abs=1e-12)
+        assert slope[0] < 0
+
+    def test_without_errors_it_is_the_constant(self):
+        h = torch.tensor(H[1], dtype=torch.float64)
+        assert loss_of(TaskSmoothing(0.3, dict.fromkeys(TASKS, 0.0)), h).item() == pytest.approx(
+            torch.nn.functional.softplus(-0.3 * h).mean().item()
+        )
 
 
 class TestDualKL:
@@ -571,7 +649,7 @@ class TestWhoSeesTheAnswers:
             one, other = (make()(seen).beta for seen in two_sets)
             assert torch.equal(one, other) and one.unique().numel() == 4
 
-    @pytest.mark.parametrize("name", ["BetaDPO", "EpsilonDPO", "MallowsPO"])
+    @pytest.mark.parametrize("name", ["BetaDPO", "EpsilonDPO", "MallowsPO", "AdaDPO"])
     def test_published_rules_do(self, two_sets, name):
         one, other = (PUBLISHED[name]()(seen).beta for seen in two_sets)
         assert not torch.equal(one, other)

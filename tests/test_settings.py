@@ -207,7 +207,7 @@ class TestRefusedFiles:
         ("name", "text", "said"),
         [("train", "data: 3", "data: got 3, expected a list"), ("train", "columns: prompt", "columns: got 'prompt'"),
          ("train", "data: [3]", "data: got 3, expected"), ("train", "strength: x\nrule: lsc", "strength: got 'x'"),
-         ("compare", "noise: [a]", "noise: got 'a', expected"), ("bench", "dtype: float64", "dtype: got 'float64'"),
+         ("compare", "scales: [a]", "scales: got 'a', expected"), ("bench", "dtype: float64", "dtype: got 'float64'"),
          ("sample", "tasks: [poetry]", "tasks: got ['poetry']")],
     )  # fmt: skip
     def test_of_other_commands(self, tmp_path, capsys, name, text, said):

@@ -152,7 +152,9 @@ class CompareConfig:
         reference = WorldConfig(demonstrations=14_000, hidden_size=64, layers=2, problems=60, samples=16,
                                 max_new_tokens=24)  # fmt: skip
         tiny = {"reference": reference, "worlds": 3, "tuning_worlds": 1, "learning_rates": (1e-3,), "scales": (0.4,),
-                "epochs": 0.25, "batch_size": 4, "prompts": 8, "slope_prompts": 8, "evaluation_prompts": 5}  # fmt: skip
+                "epochs": 0.25, "batch_size": 4, "prompts": 8, "slope_prompts": 8, "evaluation_prompts": 5,
+                "contenders": (CONSTANT, "network, standard", "1/b in training", "ada-dpo"),
+                "conditions": ("flips by task",)}  # fmt: skip
         return cls(**{**tiny, **settings})
 
 

@@ -145,7 +145,7 @@ def factors(slopes: dict[str, float]) -> dict[str, float]:
 def _measured(own: Pool, world: World, policy: PreTrainedModel, *, retilt: bool) -> dict[str, Any]:
     """Return reward, KL and factor at each budget: of the policy, and if asked of what re-tilts it by task."""
     h = _log_ratios(own, policy, world.evaluation)
-    tables = _Tables(own, world.evaluation, h)
+    tables = AnswerTables(own, world.evaluation, h)
     found: dict[str, Any] = {"reference": tables.rewards_of(torch.zeros(len(h)))}
     one = dict.fromkeys(tasks.TASKS, 1.0)
     found["results"] = {"own": tables.at_budgets(one)}
@@ -162,7 +162,7 @@ def _measured(own: Pool, world: World, policy: PreTrainedModel, *, retilt: bool)
         both = [tables.at_budgets(own) for own in shifted]
         found["results"]["1/b shuffled"] = {b: _mean([own[b] for own in both]) for b in both[0]}
         found["results"][ORACLE] = tables.oracle()
-        found["results"][IDEAL] = _Tables(own, world.evaluation, own.rewards[world.evaluation]).at_budgets(one)
+        found["results"][IDEAL] = AnswerTables(own, world.evaluation, own.rewards[world.evaluation]).at_budgets(one)
         found["slopes"] = slopes
     return found
 
@@ -198,7 +198,7 @@ def _log_ratios(own: Pool, policy: PreTrainedModel, prompts: Sequence[int]) -> n
     return logps - own.logps[list(prompts)]
 
 
-class _Tables:
+class AnswerTables:
     """The empirical world of some prompts: each of the M answers has the same probability under the reference."""
 
     def __init__(self, own: Pool, prompts: Sequence[int], h: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """Measurements of a policy during training: log-ratios, accuracy, beta by task, sampled KL.
 
-`dpoviz.analysis.evaluate` measures a finished policy, with more samples; `dpoviz.tabular.kl` is exact.
+`dpoviz.lm.retilt` measures a finished policy, with more samples; `dpoviz.tabular.kl` is exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each process of `test_processes.py` runs: a reference pass, scores of held-out pairs, and an evaluation."""
+"""What each process of `test_processes.py` runs: a reference pass, and scores of held-out pairs."""
 
 import json
 import sys
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from dpoviz.analysis.evaluate import evaluate_policy
 from dpoviz.data import tasks
 from dpoviz.lm import models
 from dpoviz.lm.entropy import estimate_entropy
@@ -31,18 +30,11 @@ def main(result: Path, cache: Path) -> None:
     )  # fmt: skip
     policy = models.tiny_lm(tokenizer, hidden_size=16, layers=2, heads=2, max_length=64, seed=1).eval()
     ratios = log_ratios(policy, scored, pad_id=tokenizer.pad_token_id, batch_size=4, progress=False)
-    numbers = {problem: float(i) for i, problem in enumerate(problems)}
-    settings = {"samples": 4, "seed": 0, "batch_size": 6, "reward": lambda problem, _: numbers[problem]}
-    table = evaluate_policy(policy, model, tokenizer, problems, max_new_tokens=6, **settings)
-    first = evaluate_policy(policy, model, tokenizer, problems, max_new_tokens=1, **settings)
     ids = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     prompts = [scored["prompt_ids"][0]] * 4
     again = estimate_entropy(model, prompts, samples=8, max_new_tokens=6, seed=0, batch_size=2, **ids)
-    evaluated = evaluate_policy(policy, model, tokenizer, problems[:1] * 4, samples=4, max_new_tokens=6, seed=0)
     if processes().is_main_process:
-        found = scored.to_dict() | {"ratios": ratios.tolist(), "evaluation": table.to_dict("list")}
-        found |= {"first token": first.to_dict("list")}
-        found |= {"again": again.per_token.value.tolist(), "evaluated again": evaluated["kl"].tolist()}
+        found = scored.to_dict() | {"ratios": ratios.tolist(), "again": again.per_token.value.tolist()}
         result.write_text(json.dumps(found))
 
 
