@@ -1,392 +1,371 @@
-"""The experiment in small: its jobs, that they can be run one by one or go on, and what is made of their numbers."""
+"""The comparison: its jobs, its worlds, what it measures at equal KL, and what is made of the numbers."""
 
 import json
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset
-from helpers.launch import flat
+import torch
+from scipy.optimize import brentq
+from scipy.stats import ttest_rel
 
-from dpoviz.analysis.statistics import effect, holm
+from dpoviz.analysis.statistics import detectable_mean, holm
 from dpoviz.cli import main
-from dpoviz.data.tasks import TASKS, preference_probability
+from dpoviz.data import tasks
 from dpoviz.experiments import comparison_runs
-from dpoviz.experiments.comparison import (
+from dpoviz.experiments.comparison import IDEAL, best_settings, contrasts, finished_worlds, gather
+from dpoviz.experiments.comparison_config import (
     BUDGETS,
-    against,
-    best_rates,
-    differences,
-    effects,
-    gather,
-    gather_betas,
-    gather_reliability,
+    CONDITIONS,
+    CONSTANT,
+    ORACLE,
+    PHASES,
+    RETILTED,
+    TRAINED,
+    CompareConfig,
+    Job,
+    jobs,
 )
-from dpoviz.experiments.comparison_config import CONTENDERS, CompareConfig, Job, jobs
-from dpoviz.experiments.comparison_report import TABLES as RESULT_TABLES
-from dpoviz.experiments.comparison_report import best_as_text, effects_as_text, reading_of_effects, write_comparison
-from dpoviz.experiments.comparison_runs import compare, flip_labels, run_job
+from dpoviz.experiments.comparison_pool import Pool, score
+from dpoviz.experiments.comparison_report import contrasts_as_text, reading_of_contrasts, write_comparison
+from dpoviz.experiments.comparison_runs import AnswerTables, chosen_rows, compare, factors, run_job
+from dpoviz.experiments.comparison_worlds import draw_world
+from dpoviz.experiments.config import WorldConfig
+from dpoviz.lm import models
+from dpoviz.lm.scoring import score_answers
 from dpoviz.training.config import RULES
 
-SOME = ("constant", "network standard", "calibrated inverse", "shuffled, standard", "beta-dpo", "dual-kl-task")
+SMALL = CompareConfig.fast(
+    reference=WorldConfig(problems=60, samples=6), prompts=8, slope_prompts=5, evaluation_prompts=6
+)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("worlds")
-
-
-@pytest.fixture(scope="module")
-def done(cache, tmp_path_factory):
-    """A finished tiny experiment, run by two processes."""
-    config, out = CompareConfig.fast(contenders=SOME), tmp_path_factory.mktemp("compare")
-    compare(config, out, cache_dir=cache, workers=2, progress=False)
-    return config, out
-
-
-def read(out, job):
-    return json.loads((out / "runs" / f"{job.name}.json").read_text())
-
-
-def without_time(found):
-    return {key: value for key, value in found.items() if key != "seconds"}
+def pool():
+    """A pool of answers by hand, scored by an untrained model: no reference learns to give them."""
+    problems = [p for task in tasks.TASKS for p in tasks.sample_problems(task, SMALL.reference.problems, 0)]
+    texts = [[p.key, "wrong 1", "Thank you!", f"Please: {p.key}", "wrong 1", "no"] for p in problems]
+    tokenizer = models.tiny_tokenizer([p.prompt for p in problems], 300)
+    reference = models.tiny_lm(tokenizer, hidden_size=16, layers=1, heads=2).eval()
+    ids = [[[*answer, tokenizer.eos_token_id] for answer in tokenizer(own)["input_ids"]] for own in texts]
+    prompt_ids = tokenizer([p.prompt for p in problems])["input_ids"]
+    rewards = np.array([[tasks.reward(p, text) for text in own] for p, own in zip(problems, texts, strict=True)])
+    scores = score(reference, prompt_ids, ids, tokenizer.pad_token_id)
+    return Pool(reference, tokenizer, problems, prompt_ids, ids, texts, rewards, *scores)
 
 
 class TestJobs:
     def test_the_whole_experiment(self):
         config = CompareConfig()
-        table = pd.DataFrame(jobs(config))
-        main = table[table["phase"] == "main"]
-        assert not table.duplicated().any()
-        assert len({job.name for job in jobs(config)}) == len(table)
-        assert set(main["contender"]) == set(CONTENDERS)
-        for name, rows in main.groupby("contender"):
-            assert set(rows["seed"]) == set(range(8))
-            assert set(rows["noise"]) == ({0.15} if CONTENDERS[name].control else {0.0, 0.15, 0.3})
-        assert len(main[main["contender"] == "constant"]) == 6 * 3 * 3 * 8  # values, rates, noise, seeds
-        assert {CONTENDERS[name].method for name in CONTENDERS} <= set(RULES)
-        # each method at its published default or at scales of the constants
-        assert set(main[main["contender"] == "network inverse"]["value"]) <= set(config.constants)
-        tuned = table[table["phase"] == "tuning"]
-        assert tuned.groupby(["contender", "value", "seed"])["learning_rate"].nunique().eq(3).all()
-        assert not set(tuned["seed"]) & set(main["seed"])
+        rows = jobs(config)
+        table = pd.DataFrame(rows)
+        assert len({job.name for job in rows}) == len(rows)
+        assert list(dict.fromkeys(table["phase"])) == list(PHASES)
+        measured = table[table["phase"] == "main"]
+        assert set(measured["world"]) == set(range(8)) and set(measured["contender"]) == set(TRAINED)
+        assert measured.groupby(["world", "condition"]).size().unique().tolist() == [len(TRAINED), len(TRAINED) - 1]
+        assert measured["world"].is_monotonic_increasing  # a comparison that is stopped has whole worlds
+        tuning = table[table["phase"] != "main"]
+        assert tuning["world"].nunique() >= 6 and set(tuning["condition"]) == set(CONDITIONS)
+        assert not set(tuning["world"]) & set(measured["world"])
+        assert set(tuning["contender"]) == {CONSTANT} and tuning.groupby("world").size().unique().tolist() == [5]
+        more = pd.DataFrame(jobs(replace(config, tuned=("lsc",))))
+        assert set(more[more["phase"] == "tuning"]["contender"]) == {CONSTANT, "lsc"}
+        own = {"ada-dpo", "smoothing", "slope"}
+        assert {contender.rule for contender in TRAINED.values()} <= {*RULES, *own}
 
-    def test_what_a_control_needs_comes_before_it(self):
-        rows = [job for job in jobs(CompareConfig()) if job.phase == "main"]
-        for place, job in enumerate(rows):
-            if CONTENDERS[job.contender].control:
-                source = CONTENDERS[job.contender].rates_of
-                assert job._replace(contender=source) in rows[:place]
+    def test_label_smoothing_where_labels_are_flipped(self):
+        where = {job.condition for job in jobs(CompareConfig()) if job.contender == "label smoothing"}
+        assert where == {"flips by task", "uniform noise"} == {c for c, own in CONDITIONS.items() if any(own.flips)}
 
     @pytest.mark.parametrize(
         ("settings", "said"),
-        [({"contenders": ("constant", "luck")}, r"contenders: got \['luck'\]"),
-         ({"seeds": 2}, "at least 3"),
-         ({"noise": (0.5,)}, "below 0.5"), ({"tuning_noise": 0.1}, "tuning_noise: got 0.1"),
-         ({"scales": ()}, "scales: got"),
-         ({"constants": (1, 1)}, "constants: got")],
+        [({"contenders": ("luck",)}, r"contenders: got \['luck'\]"), ({"worlds": 2}, "at least 3"),
+         ({"tuned": ("luck",)}, r"tuned: got \['luck'\]"), ({"conditions": ()}, "conditions: got"),
+         ({"scales": (0.1, 0.1)}, "scales: got"), ({"learning_rates": (0.0,)}, "learning_rates: got"),
+         ({"evaluation_prompts": 50}, r"reference\.problems: got 60")],
     )  # fmt: skip
     def test_refused(self, settings, said):
         with pytest.raises(ValueError, match=said):
             CompareConfig.fast(**settings)
 
     def test_the_constant_always_takes_part(self):
-        assert CompareConfig.fast(contenders=("lsc",)).contenders == ("constant", "lsc")
+        assert CompareConfig.fast(contenders=("lsc",)).contenders == (CONSTANT, "lsc")
+
+    def test_rows_by_number(self):
+        assert list(chosen_rows("7", 9)) == [7] and list(chosen_rows("2-4", 5)) == [2, 3, 4]
+        for wrong in ("9", "2-9", "4-2", "-3", "2-", "a", ""):
+            with pytest.raises(ValueError, match="only: got"):
+                chosen_rows(wrong, 9)
+
+
+class TestPool:
+    def test_equal_answers_are_scored_once_and_get_the_same(self, pool):
+        """As each answer alone: equal ones, several prompts in a row and their order change nothing."""
+        for p in (0, 70, 179):
+            one = score_answers(pool.reference, [pool.prompt_ids[p]], [pool.answers[p]],
+                                pad_id=pool.tokenizer.pad_token_id, entropy=True, features=True)  # fmt: skip
+            assert pool.logps[p] == pytest.approx(one.logps[0].detach().numpy(), abs=1e-4)
+            assert pool.entropies[p] == pytest.approx(one.entropy_sums[0].detach().numpy(), abs=1e-4)
+            assert pool.features[p] == pytest.approx(one.features[0].detach().numpy(), abs=1e-5)
+        assert (pool.logps[:, 1] == pool.logps[:, 4]).all() and np.ptp(pool.logps[:, :4], axis=1).min() > 0
+
+
+class TestWorlds:
+    def prompts(self, world):
+        train, held_out = ({int(p) for p in part["prompt"]} for part in (world.train, world.held_out))
+        return train, held_out | set(world.scored), set(world.evaluation)
+
+    def test_no_prompt_serves_two_purposes(self, pool):
+        for number in (0, 3, 1000):
+            train, slope, evaluation = self.prompts(draw_world(SMALL, pool, CONDITIONS["flips by task"], number))
+            assert len(evaluation) == 3 * SMALL.evaluation_prompts and len(slope) == 3 * SMALL.slope_prompts
+            assert not train & slope and not train & evaluation and not slope & evaluation
+
+    def test_tuning_and_measured_worlds_share_no_prompt(self, pool):
+        def union(numbers):
+            return set().union(*(set().union(*self.prompts(draw_world(SMALL, pool, CONDITIONS["uniform noise"], n)))
+                                 for n in numbers))  # fmt: skip
+
+        assert not union(range(3)) & union(range(1000, 1003))
+
+    def test_conditions_share_prompts_and_differ_in_labels(self, pool):
+        """The same pairs with and without flips; what is flipped is flipped whole, at the rate of its task."""
+        rows = []
+        for number in range(6):
+            clean, noisy = (
+                draw_world(
+                    SMALL, pool, CONDITIONS[name]._replace(flips=flips, pairs=(8, 8, 8)), number
+                ).train.to_pandas()
+                for name, flips in (("flips by task", (0, 0, 0)), ("flips by task", (0.0, 0.1, 0.35)))
+            )
+            assert clean["prompt"].tolist() == noisy["prompt"].tolist()
+            turned = clean["ref_chosen_logps"] != noisy["ref_chosen_logps"]
+            assert (clean["ref_chosen_logps"] == noisy["ref_rejected_logps"])[turned].all()
+            rows.append(pd.DataFrame({"task": clean["task"], "turned": turned}))
+        shares = pd.concat(rows).groupby("task")["turned"].mean()
+        assert shares["math"] == 0 and 0.05 < shares["code"] < 0.15 and 0.25 < shares["dialogue"] < 0.45
+
+    def test_pairs_per_prompt(self, pool):
+        world = draw_world(SMALL, pool, CONDITIONS["pairs by task"], 0).train.to_pandas()
+        most = world.groupby(["task", "prompt"]).size().groupby("task").max()
+        assert most["math"] <= 2 < most["dialogue"]
+
+    def test_columns_are_those_of_the_answers(self, pool):
+        row = draw_world(SMALL, pool, CONDITIONS["uniform noise"], 1).train[3]
+        p, length = int(row["prompt"]), sum(len(answer) for answer in pool.answers[int(row["prompt"])])
+        j = pool.answers[p].index(row["rejected_ids"])
+        assert row["ref_rejected_logps"] == pool.logps[p, j] and row["task"] == pool.problems[p].task
+        assert row["ref_entropy"] == pytest.approx(pool.entropies[p].sum() / length)  # nats per token
+
+    def test_a_task_without_pairs_is_named(self, pool):
+        flat = pool._replace(texts=[["wrong 1"] * 6 if p.task == "code" else t for p, t in
+                                    zip(pool.problems, pool.texts, strict=True)])  # fmt: skip
+        with pytest.raises(ValueError, match=r"reference: world 2 has no training pairs of code"):
+            draw_world(SMALL, flat, CONDITIONS["uniform noise"], 2)
+
+
+class TestEqualKL:
+    """Against the definition, in NumPy."""
+
+    @pytest.fixture
+    def tables(self, pool):
+        prompts = [0, 1, 2, 60, 61, 62, 120, 121, 122]
+        h = np.random.default_rng(0).normal(size=(9, 6)) * np.repeat([1.0, 2.0, 4.0], 3)[:, None]
+        return AnswerTables(pool, prompts, h), h, pool.rewards[prompts]
+
+    def tilted(self, h, a):
+        weights = np.exp(a * h)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    def test_one_factor_puts_the_mean_kl_at_the_budget(self, tables):
+        own, h, rewards = tables
+        found = own.at_budgets(dict.fromkeys(tasks.TASKS, 1.0))
+
+        def kl(a):
+            p = self.tilted(h, a)
+            return (p * np.log(6 * p)).sum(axis=1).mean()
+
+        for budget in BUDGETS:
+            a = brentq(lambda a, budget=budget: kl(a) - budget, 0, 20)
+            row = found[f"{budget:g}"]
+            assert row["kl"]["all"] == pytest.approx(budget, abs=1e-8) and row["a"]["all"] == pytest.approx(a)
+            assert row["reward"]["all"] == pytest.approx((self.tilted(h, a) * rewards).sum(axis=1).mean())
+            assert row["reward"]["code"] == pytest.approx((self.tilted(h, a) * rewards).sum(axis=1)[3:6].mean())
+
+    def test_the_oracle_earns_most_of_all_factors_by_task(self, tables):
+        own, *_ = tables
+        rng = np.random.default_rng(1)
+        best = own.oracle()
+        for _ in range(40):
+            rule = own.at_budgets(dict(zip(tasks.TASKS, rng.exponential(size=3), strict=True)))
+            for budget in best:
+                assert rule[budget]["reward"]["all"] <= best[budget]["reward"]["all"] + 1e-6
+        assert all(best[f"{budget:g}"]["kl"]["all"] <= budget + 1e-6 for budget in BUDGETS)
+
+    def test_no_tilt_is_the_reference(self, tables):
+        own, _, rewards = tables
+        assert own.rewards_of(torch.zeros(9))["math"] == pytest.approx(rewards[:3].mean())
+
+    def test_factors_of_slopes(self):
+        assert factors({"math": 0.2, "code": 0.1, "dialogue": -1.0}) == {"math": 0.2, "code": 0.1, "dialogue": 0.02}
+        assert set(factors({"math": -0.2, "code": -0.1, "dialogue": 0.0}).values()) == {1.0}  # nothing to go by
+
+
+@pytest.fixture
+def by_hand(pool, monkeypatch):
+    monkeypatch.setattr(comparison_runs, "pool", lambda *_: pool)
+    comparison_runs._world.cache_clear()
+    yield replace(SMALL, conditions=("flips by task", "pairs by task"), epochs=0.2, scales=(0.4,))
+    comparison_runs._world.cache_clear()
 
 
 @pytest.mark.slow
 class TestRuns:
-    def test_every_job_left_its_file(self, done):
-        config, out = done
-        assert {path.stem for path in (out / "runs").iterdir()} == {job.name for job in jobs(config)}
-        table = gather(config, out)
-        assert len(table) == len(jobs(config))
-        # so few steps may not meet every task, whose beta is then unknown
-        numbers = table[[c for c in table if "/" in c and not c.startswith(("rho", "beta"))]]
-        assert np.isfinite(numbers[table["phase"] == "main"]).all(axis=None)
-        for name in ("kl", "reward"):
-            for _, row in table.iterrows():
-                assert row[f"{name}/all"] == pytest.approx(np.mean([row[f"{name}/{task}"] for task in TASKS]))
-
-    def test_one_job_by_itself_gives_the_same(self, done, cache, tmp_path):
-        """As a scheduler of a cluster runs them: tuning rows first, then any other."""
-        config, out = done
+    def test_a_whole_comparison_and_one_that_goes_on(self, by_hand, tmp_path, monkeypatch):
+        one, two = tmp_path / "one", tmp_path / "two"
+        config = replace(by_hand, contenders=tuple(TRAINED))
         rows = jobs(config)
-        for number, job in enumerate(rows):
-            if job.seed >= 1000:
-                compare(config, tmp_path, cache_dir=cache, only=number, progress=False)
-        control = next(n for n, job in enumerate(rows) if CONTENDERS.get(job.contender, CONTENDERS["lsc"]).control)
-        compare(config, tmp_path, cache_dir=cache, only=control, progress=False)
-        alone = {path.stem for path in (tmp_path / "runs").iterdir()}
-        source = rows[control]._replace(contender="network standard").name
-        assert rows[control].name in alone and source in alone  # the control's beta comes from that run
-        for name in alone:
-            ours, theirs = (json.loads((place / "runs" / f"{name}.json").read_text()) for place in (tmp_path, out))
-            assert json.dumps(without_time(ours)) == json.dumps(without_time(theirs))
+        with pytest.raises(ValueError, match="tuning jobs have not been run, first tuning_constant"):
+            run_job(config, rows[-1], one, tmp_path)
+        compare(config, one, cache_dir=tmp_path, workers=1, progress=False)
+        table = gather(config, one)
+        assert finished_worlds(config, table) == [0, 1, 2]
+        measured = table[table["phase"] == "main"]
+        assert set(measured["contender"]) == {*TRAINED, *RETILTED, IDEAL}
+        assert np.isfinite(measured[["reward", "kl", "a"]]).all(axis=None)
+        exact = measured[(measured["task"] == "all") & ~measured["contender"].isin([ORACLE, "1/b shuffled"])]
+        assert (exact["kl"] - exact["budget"]).abs().max() < 1e-6
+        wide = measured[measured["task"] == "all"].pivot_table("reward", ["condition", "world", "budget"], "contender")
+        assert (wide[ORACLE] >= wide[CONSTANT] - 1e-9).all() and (wide.sub(wide[IDEAL], axis=0) < 1e-6).all(axis=None)
+        # as a scheduler's jobs: in ranges, and what is there is not run again
+        last = len(rows) - 1
+        compare(config, two, cache_dir=tmp_path, only=f"0-{last - 3}", workers=1, progress=False)
+        kept = {path.name: path.stat().st_mtime_ns for path in (two / "runs").iterdir()}
+        monkeypatch.setattr(comparison_runs, "_trained", lambda *args, real=comparison_runs._trained: real(*args))
+        for only in range(last - 2, last + 1):
+            compare(config, two, cache_dir=tmp_path, only=str(only), progress=False)
+        for path in (one / "runs").iterdir():
+            first, second = (json.loads((place / "runs" / path.name).read_text()) for place in (one, two))
+            for name in ("seconds", "cpu_seconds"):
+                first.pop(name), second.pop(name)
+            assert first == second
+        assert all((two / "runs" / name).stat().st_mtime_ns == when for name, when in kept.items())
+        assert len(pd.read_csv(two / "jobs.csv")) == len(rows)
 
-    def test_goes_on_where_it_was(self, done, cache, tmp_path):
-        config, out = done
-        (tmp_path / "runs").mkdir()
-        files = sorted((out / "runs").iterdir())
-        for path in files[:-2]:  # with a time that no run would measure
-            kept = {**json.loads(path.read_text()), "seconds": -1}
-            (tmp_path / "runs" / path.name).write_text(json.dumps(kept))
-        compare(config, tmp_path, cache_dir=cache, workers=1, progress=False)
-        for path in files:
-            ours, theirs = (json.loads((place / "runs" / path.name).read_text()) for place in (tmp_path, out))
-            assert json.dumps(without_time(ours)) == json.dumps(without_time(theirs))
-            assert (ours["seconds"] > 0) == (path in files[-2:])  # the others were not run again
-
-    def test_main_needs_tuning(self, done, cache, tmp_path):
-        config, _ = done
-        with pytest.raises(ValueError, match=r"tuning jobs have not been run, first reference_reference_0_0_0_1000"):
-            run_job(config, Job("main", "beta-dpo", 0.1, 0.0, 0.15, 0), tmp_path, cache)
-
-    def test_no_such_row(self, done, cache):
-        config, out = done
-        with pytest.raises(ValueError, match=f"only: got {len(jobs(config))}, expected a row from 0"):
-            compare(config, out, cache_dir=cache, only=len(jobs(config)))
-
-    def test_the_shuffled_control_has_the_networks_betas(self, done):
-        """The same values at other prompts: what is left to it is their distribution."""
-        _, out = done
-        row = {"phase": "main", "value": 0.1, "learning_rate": 0.0, "noise": 0.15, "seed": 0}
-        source = read(out, Job(contender="network standard", **row))
-        shuffled = read(out, Job(contender="shuffled, standard", **row))
-        assert source["function_of_prompt"] and not shuffled["function_of_prompt"]
-        given = np.array(shuffled["betas"]["beta"])
-        of_network = np.array(source["training_betas"])
-        assert all(np.abs(of_network - b).min() < 1e-6 * b for b in given)
-        assert source["learning_rate"] == shuffled["learning_rate"]
-
-    def test_calibrated_policy_and_beta_do_not_share_prompts(self, done, monkeypatch, cache, tmp_path):
-        config, _ = done
-        seen = []
-        real = comparison_runs.train
-
-        def watched(policy, beta, pairs, settings, *, beta_pairs=None, stage, **more):
-            seen.append((stage, set(pairs["prompt"]), set(beta_pairs["prompt"]) if beta_pairs else None))
-            return real(policy, beta, pairs, settings, beta_pairs=beta_pairs, stage=stage, **more)
-
-        monkeypatch.setattr(comparison_runs, "train", watched)
-        job = Job("tuning", "calibrated inverse", 0.1, 1e-3, 0.15, 1000)
-        run_job(config, job, tmp_path, cache)
-        (one, trained, _), (two, also, apart) = seen
-        assert (one, two) == (1, 2) and trained == also and apart and not (apart & trained)
-
-    def test_tables(self, done):
-        config, out = done
-        betas = gather_betas(config, out, noise=0.15, seed=0)
-        assert set(betas["contender"]) == set(SOME) - {"constant", "shuffled, standard"} and (betas["beta"] > 0).all()
-        bins = gather_reliability(config, out)
-        pairs = {seed: read(out, Job("main", "beta-dpo", 0.1, 0.0, 0.15, seed))["reliability"] for seed in range(3)}
-        of_rule = bins[bins["contender"] == "beta-dpo"]
-        assert of_rule["n"].sum() == sum(sum(own["n"]) for own in pairs.values())
-        total = sum(np.dot(own["n"], own["truth"]) for own in pairs.values())
-        assert np.dot(of_rule["n"], of_rule["truth"]) == pytest.approx(total)
+    def test_the_command(self, tmp_path, monkeypatch, capsys):
+        """Processes that share a cold cache, then tables, pictures and sentences."""
+        monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path / "cache"))
+        assert main(["compare", "--fast", "--workers", "2", "--out", str(tmp_path / "out")]) in (None, 0)
+        said = capsys.readouterr().out
+        assert "share of the oracle's gain" in said and "four times in five" in said
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"compare.csv", "tuning.csv", "contrasts.csv", "contrasts.png", "levels.png", "kl_by_task.png"} <= names
 
 
-@pytest.mark.slow
-class TestGround:
-    def test_fresh_prompts_and_true_preferences(self, done, cache):
-        config, _ = done
-        ground = comparison_runs._ground(config, str(cache), 0)
-        known = {*ground.world.train["prompt"], *ground.world.held_out["prompt"]}
-        assert len(ground.problems) == 3 * config.prompts
-        assert not known & {problem.prompt for problem in ground.problems}
-        row = ground.world.held_out[5]
-        expected = preference_probability(row["task"], row["reward_chosen"], row["reward_rejected"])
-        assert ground.preference[5] == pytest.approx(expected)
-
-
-class TestLabels:
-    def pairs(self, n=400):
-        return Dataset.from_dict({
-            "prompt": [f"p{i}" for i in range(n)], "chosen": ["a"] * n, "rejected": ["b"] * n,
-            "ref_chosen_logps": [1.0] * n, "ref_rejected_logps": [2.0] * n, "reward_chosen": [3.0] * n,
-            "reward_rejected": [4.0] * n,
-        })  # fmt: skip
-
-    def test_all_of_a_pair_is_turned_or_nothing(self):
-        found = flip_labels(self.pairs(), 0.3, seed=0).to_pandas()
-        kept, turned = ("a", "b", 1.0, 2.0, 3.0, 4.0), ("b", "a", 2.0, 1.0, 4.0, 3.0)
-        rows = set(found.drop(columns="prompt").itertuples(index=False, name=None))
-        assert rows == {kept, turned}
-        assert 0.2 < (found["chosen"] == "b").mean() < 0.4
-
-    def test_more_noise_turns_the_same_and_more(self):
-        some, more = (set(np.flatnonzero(np.array(flip_labels(self.pairs(), share, seed=0)["chosen"]) == "b"))
-                      for share in (0.15, 0.3))  # fmt: skip
-        assert some < more
-        assert flip_labels(self.pairs(), 0.0, seed=0)["chosen"] == self.pairs()["chosen"]
-        assert flip_labels(self.pairs(), 0.3, seed=1)["chosen"] != flip_labels(self.pairs(), 0.3, seed=0)["chosen"]
-
-
-def write_runs(out, config, reward):
-    """Result files as jobs would leave them, with numbers by hand."""
-    (out / "runs").mkdir()
+def write_runs(config, out, reward):
+    """Result files as jobs would leave them, with rewards by hand: `reward(job, name)`, the same at every budget."""
+    (out / "runs").mkdir(parents=True)
     for job in jobs(config):
-        numbers = reward(job)
-        (out / "runs" / f"{job.name}.json").write_text(json.dumps({**job._asdict(), **numbers}))
+        names = ["own", *((*RETILTED, IDEAL) if job.contender == CONSTANT and job.phase == "main" else ())]
+        results = {}
+        for name in names:
+            values = dict.fromkeys([*tasks.TASKS, "all"], float(reward(job, name)))
+            one = dict.fromkeys(values, 1.0)
+            results[name] = {f"{b:g}": {"reward": values, "kl": dict.fromkeys(values, b), "a": one} for b in BUDGETS}
+        found = {"margin": 0.5, "cpu_seconds": 1.0, "reference": dict.fromkeys(values, 0.3), "results": results}
+        found |= {**job._asdict(), "learning_rate": job.learning_rate or 1e-3, "scale": job.scale or 0.4}
+        (out / "runs" / f"{job.name}.json").write_text(json.dumps(found))
 
 
-class TestRates:
-    def test_chosen_by_hand(self, tmp_path):
-        config = CompareConfig.fast(contenders=("constant", "beta-dpo"), learning_rates=(1.0, 2.0, 3.0))
-        # constants: kl 1 and 2, rate 2 the best; the rule lies above that curve by 0.1 at rate 3 alone
-        constants = {1.0: 0.4, 2.0: 0.6, 3.0: 0.5}
+class TestSettings:
+    @pytest.fixture
+    def config(self):
+        return CompareConfig.fast(learning_rates=(1.0, 2.0, 3.0), scales=(0.1, 0.4, 1.6), tuning_worlds=2,
+                                  contenders=(CONSTANT, "ada-dpo"), tuned=("ada-dpo",))  # fmt: skip
 
-        def numbers(job):
-            if job.contender == "reference":
-                return {"reward/all": 0.2, "kl/all": 0.0}
-            if job.contender == "constant":
-                return {"reward/all": constants.get(job.learning_rate, 0), "kl/all": 1.0 if job.value == 0.4 else 2.0}
-            # at rate 1 it earns most of all, at a KL at which the constant earns more
-            found = {1.0: (0.55, 9.0), 2.0: (0.35, 0.5), 3.0: (0.5, 0.5)}
-            reward, kl = found.get(job.learning_rate, (0, 0))
-            return {"reward/all": reward, "kl/all": kl}
+    def test_a_cross_through_the_middle(self, config):
+        assert config.grid == [(1.0, 0.4), (2.0, 0.4), (3.0, 0.4), (2.0, 0.1), (2.0, 1.6)]
 
-        write_runs(tmp_path, config, numbers)
-        assert best_rates(config, tmp_path) == {"constant": 2.0, "beta-dpo": 3.0}
+    def test_the_highest_reward_over_the_tuning_worlds(self, tmp_path, config):
+        def reward(job, _):
+            if job.contender == CONSTANT:  # the best in one world is not the best over both
+                one = {1000: {(1.0, 0.4): 0.9, (2.0, 1.6): 0.6}, 1001: {(2.0, 1.6): 0.5}}.get(job.world, {})
+                return one.get((job.learning_rate, job.scale), 0.0)
+            return {0.1: 0.4, 0.4: 0.3}.get(job.scale, 0.0)
 
-
-def table_by_hand(gaps, *, noises=(0.0, 0.3), seeds=5):
-    """Constants on the line reward = 0.2 + 0.1·kl + seed/100, two runs of a rule above it by `gaps[noise][seed]`."""
-    rows = []
-    for seed in range(seeds):
-        line = {f"reward/{t}": 0.2 + seed / 100 for t in (*TASKS, "all")}
-        rows.append({"phase": "reference", "contender": "reference", "noise": 0.0, "seed": seed, **line})
-        for noise in noises:
-            for name, gap in (("constant", 0.0), ("rule", gaps[noise][seed]), ("other", 0.0)):
-                for kl in (1.0, 2.0, 4.0) if name == "constant" else (1.5, 3.0):
-                    numbers = {f"kl/{t}": kl for t in (*TASKS, "all")}
-                    numbers |= {f"reward/{t}": 0.2 + seed / 100 + 0.1 * kl + gap for t in (*TASKS, "all")}
-                    numbers["s/all"] = 1 / kl  # the constants': 1, 1/2, 1/4
-                    place = {"phase": "main", "contender": name, "noise": noise, "seed": seed, "learning_rate": 1.0}
-                    rows.append({**place, **numbers})
-                    if name == "constant":  # at another rate they earn more at a KL of 4, and count for budgets alone
-                        more = {f"reward/{t}": numbers[f"reward/{t}"] + (0.05 if kl == 4.0 else -0.3) for t in
-                                (*TASKS, "all")}  # fmt: skip
-                        rows.append({**place, **numbers, **more, "learning_rate": 2.0})
-    return pd.DataFrame(rows)
+        write_runs(config, tmp_path, reward)
+        assert best_settings(config, tmp_path, CONSTANT) == (2.0, 1.6)
+        assert best_settings(config, tmp_path, "ada-dpo") == (2.0, 0.1)
+        assert best_settings(replace(config, tuned=()), tmp_path, "ada-dpo") == (2.0, 1.6)
+        next((tmp_path / "runs").glob("tuning_ada*1001*")).unlink()
+        with pytest.raises(ValueError, match="1 tuning jobs have not been run, first tuning_ada-dpo"):
+            best_settings(config, tmp_path, "ada-dpo")
 
 
-GAPS = {0.0: [0.01, 0.02, 0.03, 0.02, 0.02], 0.3: [0.05, 0.04, 0.06, 0.05, 0.08]}
+CONSTANTS = [0.40, 0.42, 0.38, 0.41]
+ABOVE = {"ada-dpo": [0.010, 0.012, 0.008, 0.011], "network, standard": [-0.004, 0.006, 0.001, -0.002]}
 
 
-class TestWhatItSays:
-    def test_differences(self):
-        found = differences(table_by_hand(GAPS)).set_index(["contender", "noise", "seed", "task"])
-        assert len(found) == 3 * 2 * 5 * 4
-        row = found.loc["rule", 0.3, 4, "math"]
-        assert row["above"] == pytest.approx(0.08)
-        # from its first run (1.5) to its last (3) it is above by the gap everywhere
-        assert row["area"] == pytest.approx(0.08)
-        assert row["best/0.5"] == pytest.approx(0.24 + (0.15 + 0.08) / 3)
-        assert row["best/2"] == pytest.approx(0.24 + 0.2 + 0.08)
-        assert row["best_difference/2"] == pytest.approx(0.08)
-        assert row["best_difference/4"] == pytest.approx(0.3 + 0.08 - 0.45)
-        assert found.xs("other", level="contender")["above"].abs().max() < 1e-12
-        # at s = 2/3, between the constants of 1 and 1/2, by the log; at 1/3 between 1/2 and 1/4
-        kl = np.mean([1 + math.log(1.5, 2) - 1.5, 2 + 2 * math.log(1.5, 2) - 3])
-        assert row["mean_scale/kl"] == pytest.approx(-kl)
-        assert row["mean_scale/reward"] == pytest.approx(-0.1 * kl + 0.08)
-        assert {f"best/{b:g}" for b in BUDGETS} <= set(found.columns)
-
-    def test_effects(self):
-        found = effects(differences(table_by_hand(GAPS)))
-        assert set(found["contender"]) == {"rule", "other"}
-        rows = found[found["contender"] == "rule"].set_index(["noise", "task"])
-        assert rows.loc[0.3, "code"]["mean"] == pytest.approx(np.mean(GAPS[0.3]))
-        # over all noise: the mean of a seed first, so that n stays the number of seeds
-        pooled = (np.array(GAPS[0.0]) + GAPS[0.3]) / 2
-        whole = found[(found["contender"] == "rule") & found["noise"].isna() & (found["task"] == "all")].iloc[0]
-        expected = effect(pooled)
-        assert whole[["mean", "p", "n", "detectable"]].tolist() == pytest.approx(
-            [expected.mean, expected.p, 5, expected.detectable]
-        )
-        p = found[found["noise"].isna() & (found["task"] == "all")]
-        assert p["holm"].tolist() == pytest.approx(holm(p["p"]).tolist())
-
-    def test_against(self):
-        found = against(differences(table_by_hand(GAPS)), "rule", "other").set_index("task")
-        pooled = (np.array(GAPS[0.0]) + GAPS[0.3]) / 2
-        assert found.loc["all", "mean"] == pytest.approx(pooled.mean())
-        assert found.loc["all", "p"] == pytest.approx(effect(pooled).p)
-
-    @pytest.mark.slow
-    def test_of_the_real_thing(self, done):
-        config, out = done
-        found = effects(differences(gather(config, out)))
-        assert set(found["contender"]) == set(SOME) - {"constant"}
-        assert np.isfinite(found[["mean", "low", "high", "p", "holm"]]).all(axis=None)
-        assert math.isfinite(found["detectable"].sum())
+def hand_made(job, name):
+    start = CONSTANTS[job.world % 1000 % 4]
+    if name == "own":
+        return start + ABOVE.get(job.contender, [0.0] * 4)[job.world % 1000 % 4]
+    return start + {ORACLE: 0.02, IDEAL: 0.2, "1/b shuffled": -0.01}.get(name, 0.015) + 0.001 * job.world
 
 
-def test_reliability_of_two_seeds_is_pooled_by_pairs(tmp_path):
-    config = replace(CompareConfig.fast(contenders=("constant",)), constants=(0.1,))
-    bins = {0: {"bin": [3], "n": [10], "predicted": [0.3], "truth": [0.5]},
-            1: {"bin": [3], "n": [30], "predicted": [0.34], "truth": [0.1]}}  # fmt: skip
-    empty = {"bin": [], "n": [], "predicted": [], "truth": []}
-    write_runs(tmp_path, config, lambda job: {"reliability": bins.get(job.seed, empty)})
-    found = gather_reliability(config, tmp_path)
-    row = found[found["bin"] == 3].iloc[0]
-    assert row["n"] == 40 and row["predicted"] == pytest.approx(0.33) and row["truth"] == pytest.approx(0.2)
+class TestContrasts:
+    @pytest.fixture
+    def finished(self, tmp_path):
+        config = CompareConfig.fast(worlds=4, contenders=(CONSTANT, *ABOVE), conditions=tuple(CONDITIONS))
+        write_runs(config, tmp_path, hand_made)
+        return config, tmp_path
 
+    def test_against_scipy(self, finished):
+        found = contrasts(gather(*finished)).set_index(["condition", "budget", "contender"])
+        assert len(found) == 3 * 3 * (len(ABOVE) + len(RETILTED) + 1)
+        row, above = found.loc["pairs by task", 0.3, "ada-dpo"], ABOVE["ada-dpo"]
+        test = ttest_rel(np.add(CONSTANTS, above), CONSTANTS)
+        low, high = test.confidence_interval()
+        assert row["p"] == pytest.approx(test.pvalue) and (row["low"], row["high"]) == pytest.approx((low, high))
+        assert row["n"] == 4 and row["mean"] == pytest.approx(np.mean(above))
+        most = 0.02 + 0.001 * 1.5  # the oracle's mean gain over four worlds
+        assert row["share"] == pytest.approx(np.mean(above) / most) and row["share_high"] == pytest.approx(high / most)
+        gain = np.mean(CONSTANTS) - 0.3
+        assert row["detectable_share"] == pytest.approx(detectable_mean(np.std(above, ddof=1), 4) / gain)
+        assert found.loc["flips by task", 1.0, ORACLE]["share"] == pytest.approx(1)
 
-class TestResults:
-    @pytest.mark.slow
-    def test_left_in_the_folder(self, done):
-        config, out = done
-        measured = write_comparison(config, out)
-        assert {f"{name}.csv" for name in (*RESULT_TABLES, "differences", "effects")} <= {p.name for p in out.iterdir()}
-        for name in ("frontier", "parts", "reliability", "betas", "effects"):
-            assert (out / f"{name}.png").stat().st_size > 10_000
-        # five digits are written: the tables that are read again say the same
-        again = effects(differences(pd.read_csv(out / "compare.csv")))
-        assert again["mean"].to_numpy() == pytest.approx(measured["mean"].to_numpy(), abs=2e-5)
-        text = effects_as_text(measured)
-        for name in set(SOME) - {"constant"}:
-            assert name in text
-        assert best_as_text(differences(gather(config, out))).count("±") == len(SOME) * len(BUDGETS)
+    def test_one_correction_over_all_that_is_tested(self, finished):
+        found = contrasts(gather(*finished))
+        tested = ~found["contender"].isin([ORACLE, IDEAL])
+        assert found.loc[~tested, "holm"].isna().all()
+        assert found.loc[tested, "holm"].tolist() == pytest.approx(holm(found.loc[tested, "p"].tolist()).tolist())
+        assert tested.sum() == 3 * 3 * (len(ABOVE) + len(RETILTED) - 1)
 
-    def test_sentences_follow_from_the_numbers(self):
-        found = effects(differences(table_by_hand(GAPS)))
-        above, below, fine = reading_of_effects(found)
-        assert above == "Beyond noise above the constants (Holm's p below 5 %): rule (+0.0380)."
-        assert below == "Beyond noise below the constants (Holm's p below 5 %): none."
-        assert fine.startswith("Half of the contenders were tested finely enough to find a difference of 0.0")
-        worse = effects(differences(table_by_hand({noise: [-v for v in own] for noise, own in GAPS.items()})))
-        assert reading_of_effects(worse)[1].endswith("rule (-0.0380).")
+    def test_what_it_says(self, finished):
+        found = contrasts(gather(*finished))
+        text = contrasts_as_text(found, "flips by task")
+        assert "+0.0103 [" in text and "KL 0.1" in text and "100 %" in text
+        lines = reading_of_contrasts(found)
+        assert "ada-dpo (flips by task, 0.1 nats, +0.0103)" in lines[3] and "network" not in lines[3]
+        assert lines[0].startswith("flips by task: the best factor per task earns +0.0215 at 0.1 nats")
 
-    def test_constants_alone(self):
-        assert effects_as_text(pd.DataFrame()) == "nothing to compare the constants with"
-        assert reading_of_effects(pd.DataFrame()) == []
+    def test_worlds_that_are_not_finished_are_left_out(self, finished):
+        config, out = finished
+        (out / "runs" / f"{jobs(config)[-1].name}.json").unlink()
+        assert finished_worlds(config, gather(config, out)) == [0, 1, 2]
+        found = write_comparison(config, out)
+        assert set(found["n"]) == {3}
+        assert set(pd.read_csv(out / "compare.csv")["world"]) == {0, 1, 2}
+        for job in jobs(config):
+            if job.phase == "main" and job.contender == "ada-dpo":
+                (out / "runs" / f"{job.name}.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match="0 worlds are finished, expected at least 3"):
+            write_comparison(config, out)
 
-
-class TestCommand:
-    @pytest.mark.slow
-    def test_by_rows_and_as_a_whole(self, cache, tmp_path, monkeypatch, capsys):
-        monkeypatch.setenv("DPOVIZ_CACHE", str(cache))
-        command = ["compare", "--fast", "--out", str(tmp_path / "o"), "--contenders", "constant", "entropy standard"]
-        assert main([*command, "--only", "0"]) == 0
-        first, *_ = names = [job.name for job in jobs(CompareConfig.fast(contenders=("constant", "entropy standard")))]
-        assert [path.stem for path in (tmp_path / "o" / "runs").iterdir()] == [first]
-        assert main([*command, "--workers", "1"]) == 0
-        assert sorted(path.stem for path in (tmp_path / "o" / "runs").iterdir()) == sorted(names)
-        assert "entropy standard" in capsys.readouterr().out
-        assert main(["compare", "--fast", "--out", str(tmp_path / "o"), "--seeds", "4"]) == 2
-        said = capsys.readouterr().err
-        assert "seeds is 3 there and 4 here" in said and "contenders is ['constant', 'entropy standard'] there" in said
-
-    @pytest.mark.parametrize(
-        ("options", "said"),
-        [(["--contenders", "constant", "luck"], r"contenders: got \['luck'\]"), (["--workers", "0"], "workers: got 0"),
-         (["--only", "-1"], "only: got -1")],
-    )  # fmt: skip
-    def test_refused(self, tmp_path, capsys, options, said):
-        assert main(["compare", "--fast", "--out", str(tmp_path / "o"), *options]) == 2
-        assert re.search(said, flat(capsys.readouterr().err))
+    def test_a_run_is_named_by_all_that_tells_it_apart(self):
+        job = Job("main", "1/b in training", "pairs by task", 3)
+        assert job.name == "main_1b-in-training_pairs-by-task_3_0_0"
+        assert not math.isnan(float(job.scale))

@@ -29,28 +29,17 @@ def job_table(config: CompareConfig) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(name=[job.name for job in rows])
 
 
-def best_settings(config: CompareConfig, out: Path, contender: str, *, needs_scale: bool = True) -> tuple[float, float]:
-    """Return the learning rate of the best constant, and the best scale of a contender, found on the tuning worlds.
+def best_settings(config: CompareConfig, out: Path, contender: str) -> tuple[float, float]:
+    """Return the learning rate and the scale of a contender, found on the tuning worlds.
 
-    Best is the highest reward at equal KL, averaged over the tuning worlds and the budgets.
-
-    Args:
-        config: the experiment.
-        out: its folder.
-        contender: a name of `TRAINED`.
-        needs_scale: look for the scale too; otherwise the constant's is returned.
+    Best is the highest reward at equal KL, averaged over the tuning worlds and the budgets. A contender that is not
+    tuned for itself has those of the constant.
 
     Raises:
         ValueError: a tuning job that is needed has not been run.
     """
-    rate, scale = _best(_read(out, [job for job in jobs(config) if job.phase == "rates"]))
-    if contender == CONSTANT or not needs_scale:
-        return rate, scale
-    rows = [job for job in jobs(config) if job.phase == "scales" and job.contender == contender]
-    return rate, _best(_read(out, rows))[1]
-
-
-def _best(runs: list[dict]) -> tuple[float, float]:
+    name = contender if contender in config.tuned else CONSTANT
+    runs = _read(out, [job for job in jobs(config) if job.phase == "tuning" and job.contender == name])
     rows = pd.DataFrame({"at": (r["learning_rate"], r["scale"]), "worth": _worth(r)} for r in runs)
     return rows.groupby("at")["worth"].mean().idxmax()
 
@@ -64,7 +53,7 @@ def _read(out: Path, rows: list[Job]) -> list[dict]:
     missing = [file.stem for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{out}: {len(missing)} jobs have not been run, first {missing[0]}; run the earlier phase first"
+            f"{out}: {len(missing)} {rows[0].phase} jobs have not been run, first {missing[0]}; run them first"
         )
     return [json.loads(file.read_text()) for file in files]
 

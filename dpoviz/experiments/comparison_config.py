@@ -88,10 +88,11 @@ class CompareConfig:
         contenders: names of `TRAINED`; the constant always takes part.
         conditions: names of `CONDITIONS`.
         worlds: number of worlds that are measured, numbered from 0.
-        tuning_worlds: number of worlds on which rates and scales are chosen, numbered from 1000; they take turns in the
+        tuning_worlds: number of worlds on which rate and scale are chosen, numbered from 1000; they take turns in the
             conditions.
-        learning_rates: learning rates of the policy; the constant's best is used by all.
-        scales: scales s that multiply h at the start; each contender has its best.
+        tuned: the contenders whose rate and scale are chosen for themselves; the others use the constant's.
+        learning_rates: learning rates of the policy to try, each with the middle scale.
+        scales: scales s that multiply h at the start, to try, each with the middle rate.
         epochs: passes over the pairs; a trainable beta is fixed in the first half.
         batch_size: pairs per step.
         beta_learning_rate: learning rate of a trainable beta.
@@ -107,23 +108,25 @@ class CompareConfig:
     conditions: tuple[str, ...] = tuple(CONDITIONS)
     worlds: int = 8
     tuning_worlds: int = 6
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    tuned: tuple[str, ...] = (CONSTANT,)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     scales: tuple[float, ...] = (0.1, 0.4, 1.6)
     epochs: float = 2
     batch_size: int = 24
     beta_learning_rate: float = 1e-2
-    prompts: int = 24
+    prompts: int = 40
     slope_prompts: int = 15
     evaluation_prompts: int = 30
 
     def __post_init__(self) -> None:
-        for name, values, known in (("contenders", self.contenders, TRAINED),
+        for name, values, known in (("contenders", self.contenders, TRAINED), ("tuned", self.tuned, TRAINED),
                                     ("conditions", self.conditions, CONDITIONS)):  # fmt: skip
             unknown = sorted(set(values) - set(known))
             if unknown or not values:
                 raise ValueError(f"{name}: got {list(values)}, expected some of {', '.join(known)}")
-        if CONSTANT not in self.contenders:  # what all others are compared with
-            object.__setattr__(self, "contenders", (CONSTANT, *self.contenders))
+        for name in ("contenders", "tuned"):
+            if CONSTANT not in getattr(self, name):  # what all others are compared with
+                object.__setattr__(self, name, (CONSTANT, *getattr(self, name)))
         if self.worlds < 3 or self.tuning_worlds < 1:
             raise ValueError(
                 f"worlds, tuning_worlds: got {self.worlds}, {self.tuning_worlds}, expected at least 3 and 1"
@@ -142,9 +145,15 @@ class CompareConfig:
             )
 
     @property
+    def grid(self) -> list[tuple[float, float]]:
+        """The pairs of a learning rate and a scale to try: a cross through the middle of both."""
+        rate, scale = (values[len(values) // 2] for values in (self.learning_rates, self.scales))
+        return list(dict.fromkeys([*((r, scale) for r in self.learning_rates), *((rate, s) for s in self.scales)]))
+
+    @property
     def tuning_problems(self) -> int:
         """Number of prompts per task, the first of the pool, that belong to the tuning worlds."""
-        return self.reference.problems * 2 // 5
+        return self.reference.problems // 2
 
     @classmethod
     def fast(cls, **settings) -> CompareConfig:
@@ -162,12 +171,12 @@ class Job(NamedTuple):
     """One training.
 
     Attributes:
-        phase: "rates" (the constant, every learning rate and scale), "scales" (the others, every scale) or "main".
+        phase: "tuning" or "main".
         contender: a name of `TRAINED`.
         condition: a name of `CONDITIONS`.
         world: the number of the world.
-        learning_rate: learning rate of the policy; 0 stands for the constant's best.
-        scale: s at the start; 0 stands for the contender's best.
+        learning_rate: learning rate of the policy; 0 stands for the best one.
+        scale: s at the start; 0 stands for the best one.
     """
 
     phase: str
@@ -184,23 +193,19 @@ class Job(NamedTuple):
         return "_".join(str(part).replace(" ", "-").replace("/", "").replace(",", "") for part in parts)
 
 
-PHASES = ("rates", "scales", "main")
-"""The phases, in order; each needs the results of the ones before."""
+PHASES = ("tuning", "main")
+"""The phases, in order: the second needs the results of the first."""
 
 
 def jobs(config: CompareConfig) -> list[Job]:
     """Return the table of jobs: phase by phase, the main phase world by world. `--only` takes numbers of its rows."""
-    others = [name for name in config.contenders if name != CONSTANT]
     rows = []
-    for phase in PHASES:
-        tuning = phase != "main"
-        for world in range(1000, 1000 + config.tuning_worlds) if tuning else range(config.worlds):
-            turn = config.conditions[world % len(config.conditions)]
-            for condition in [turn] if tuning else config.conditions:
-                names = {"rates": [CONSTANT], "scales": others, "main": [CONSTANT, *others]}[phase]
-                for name in names:
-                    if condition in TRAINED[name].conditions:
-                        rates = config.learning_rates if phase == "rates" else (0.0,)
-                        scales = config.scales if tuning else (0.0,)
-                        rows += [Job(phase, name, condition, world, r, s) for r in rates for s in scales]
+    for world in range(1000, 1000 + config.tuning_worlds):
+        condition = config.conditions[world % len(config.conditions)]
+        names = [name for name in config.contenders if name in config.tuned and condition in TRAINED[name].conditions]
+        rows += [Job("tuning", name, condition, world, *point) for name in names for point in config.grid]
+    for world in range(config.worlds):
+        for condition in config.conditions:
+            names = [name for name in config.contenders if condition in TRAINED[name].conditions]
+            rows += [Job("main", name, condition, world) for name in names]
     return rows

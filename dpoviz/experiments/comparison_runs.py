@@ -61,16 +61,15 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
     if file.is_file():
         return json.loads(file.read_text())
     rate, start = job.learning_rate, job.scale
-    if not rate or not start:
-        best_rate, best_scale = best_settings(config, out, job.contender, needs_scale=not start)
-        rate, start = rate or best_rate, start or best_scale
+    if job.phase == "main":
+        rate, start = best_settings(config, out, job.contender)
     began, cpu = time.monotonic(), time.process_time()
     own = pool(config.reference, str(cache_dir))
     world = _world(config, str(cache_dir), job.condition, job.world)
     slopes = None
     if TRAINED[job.contender].rule == "slope":
-        # the slopes of the policy that was trained with one constant; while tuning, the constant's best
-        first = job._replace(contender=CONSTANT, phase="main", learning_rate=0.0, scale=0.0)
+        # of the policy that was trained with one constant
+        first = Job("main", CONSTANT, job.condition, job.world)
         slopes = run_job(config, first, out, cache_dir)["slopes"]["1/b, held-out pairs"]
     policy, margin = _trained(config, job, rate, start, own, world, slopes)
     found: dict[str, Any] = {**job._asdict(), "learning_rate": rate, "scale": start, "margin": margin}
@@ -86,6 +85,12 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
 @lru_cache(maxsize=3)
 def _world(config: CompareConfig, cache_dir: str, condition: str, number: int) -> World:
     return draw_world(config, pool(config.reference, cache_dir), CONDITIONS[condition], number)
+
+
+@lru_cache(maxsize=1)
+def _policy(reference: PreTrainedModel) -> PreTrainedModel:
+    """Return a model to be trained again and again: the trial of the roads is remembered per model."""
+    return copy.deepcopy(reference)
 
 
 def _trained(
@@ -110,7 +115,8 @@ def _trained(
     )
     beta = _rule(contender.rule, settings, job, own, pairs, slopes)
     rule = beta if isinstance(beta, Rule) else PromptRule(beta)
-    policy = copy.deepcopy(own.reference)
+    policy = _policy(own.reference)
+    policy.load_state_dict(own.reference.state_dict())
     ends = {"pad_id": own.tokenizer.pad_token_id, "eos_id": own.tokenizer.eos_token_id}
     common: dict[str, Any] = {**ends, "reference": own.reference, "progress": False}
     # a trainable beta starts from a fixed one; the other rules act from the first step
