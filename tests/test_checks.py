@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_ind, ttest_rel
 from torch import Tensor
 
 from dpoviz import allocate, gain_bound, losses, regularizers, tabular
@@ -28,8 +29,10 @@ from dpoviz.learn.checks import (
     check_entropy_penalty,
     check_optimal_policy,
     check_reward_difference,
+    check_share,
     check_slope,
     check_smoothness_penalty,
+    check_tilt,
 )
 
 FORMS = ("inverse", "standard")
@@ -97,7 +100,7 @@ def answers() -> list:
     by_form = (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)
     found = [(f"{numbers.__name__} {form}", numbers(form)) for numbers in by_form for form in FORMS]
     names = ("completion_logps", "optimal_policy", "reward_difference", "entropy_penalty", "smoothness_penalty")
-    names += ("slope", "allocation", "bound")
+    names += ("slope", "allocation", "bound", "tilt", "share")
     return found + [(name, getattr(checks, f"{name}_answers")()) for name in names]
 
 
@@ -1110,3 +1113,57 @@ class TestRewardPerNat:
     )
     def test_wrong_bounds(self, wrong, words):
         says(check_bound(wrong), words)
+
+
+class TestComparison:
+    """The two exercises of notebook 06."""
+
+    @staticmethod
+    def tilt(h, rewards, a):
+        weights = torch.exp(a * h)
+        p = weights / weights.sum(1, keepdim=True)
+        return (p * rewards).sum(1).mean(), (p * torch.log(h.shape[1] * p)).sum(1).mean()
+
+    @staticmethod
+    def share(contender, constant, oracle):
+        above = contender - constant
+        return above.mean() / (oracle - constant).mean(), above.mean() / above.std() * len(above) ** 0.5
+
+    def test_right_answers(self):
+        assert check_tilt(self.tilt).right
+        assert check_share(self.share).right
+
+    def test_right_answers_are_the_librarys(self):
+        (h, rewards, a), right, _ = checks.tilt_answers()
+        moments = tabular.tilt_moments(torch.log_softmax(torch.zeros_like(h), 1), h, rewards, a)
+        assert [moments.reward.mean().item(), moments.kl.mean().item()] == pytest.approx(right.tolist())
+        (contender, constant, _), right, _ = checks.share_answers()
+        assert ttest_rel(contender, constant).statistic == pytest.approx(right[1].item())
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            (lambda h, r, a: TestComparison.tilt(h, r, 1), "The factor a is missing"),
+            (lambda h, r, a: [2 * x for x in TestComparison.tilt(h, r, a)], "this is the sum"),
+            (lambda h, r, a: TestComparison.tilt(h, r, a)[0], "Return two things"),
+            (lambda h, r, a: (TestComparison.tilt(h, r, a)[0], (torch.softmax(a * h, 1) * a * h).sum(1).mean()),
+             "log Z is not subtracted"),
+        ],
+    )  # fmt: skip
+    def test_wrong_tilts(self, wrong, words):
+        says(check_tilt(wrong), words)
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            (
+                lambda c, k, o: (((c - k) / (o - k)).mean(), TestComparison.share(c, k, o)[1]),
+                "mean of the worlds' shares",
+            ),
+            (lambda c, k, o: TestComparison.share(k + k - c, k, o), "The sign is flipped"),
+            (lambda c, k, o: (TestComparison.share(c, k, o)[0], ttest_ind(c, k).statistic), "t is not paired"),
+            (lambda c, k, o: TestComparison.share(c, k, o)[0], "Return two things: the share"),
+        ],
+    )
+    def test_wrong_shares(self, wrong, words):
+        says(check_share(wrong), words)

@@ -110,7 +110,7 @@ class CompareConfig:
     tuning_worlds: int = 6
     tuned: tuple[str, ...] = (CONSTANT,)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    scales: tuple[float, ...] = (0.1, 0.4, 1.6)
+    scales: tuple[float, ...] = (0.025, 0.1, 0.4, 1.6)
     epochs: float = 2
     batch_size: int = 24
     beta_learning_rate: float = 1e-2
@@ -122,7 +122,7 @@ class CompareConfig:
         for name, values, known in (("contenders", self.contenders, TRAINED), ("tuned", self.tuned, TRAINED),
                                     ("conditions", self.conditions, CONDITIONS)):  # fmt: skip
             unknown = sorted(set(values) - set(known))
-            if unknown or not values:
+            if unknown or not (values or name == "tuned"):
                 raise ValueError(f"{name}: got {list(values)}, expected some of {', '.join(known)}")
         for name in ("contenders", "tuned"):
             if CONSTANT not in getattr(self, name):  # what all others are compared with

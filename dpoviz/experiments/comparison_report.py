@@ -62,8 +62,8 @@ def reading_of_contrasts(found: pd.DataFrame) -> list[str]:
     lines = []
     for condition, rows in found.groupby("condition", sort=False):
         oracle, ideal = (rows[rows["contender"] == name].set_index("budget") for name in (ORACLE, IDEAL))
-        shown = ", ".join(f"{row.mean:+.4f} at {budget:g} nats" for budget, row in oracle.iterrows())
-        most = ", ".join(f"{row.mean:+.3f}" for _, row in ideal.iterrows())
+        shown = ", ".join(f"{mean:+.4f} at {budget:g} nats" for budget, mean in oracle["mean"].items())
+        most = ", ".join(f"{mean:+.3f}" for mean in ideal["mean"])
         lines.append(
             f"{condition}: the best factor per task earns {shown} above the best {CONSTANT}; any policy, {most}."
         )

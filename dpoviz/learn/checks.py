@@ -1404,3 +1404,109 @@ def check_bound(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
     equal = _rows(0.3, 0.3, 0.3)
     _compare(say("bound, of equal slopes"), _call(fn, equal, variances), torch.zeros((), dtype=torch.float64), [])
     return Verdict(True, say("Only the spread of reward per nat matters: with equal slopes there is nothing to gain."))
+
+
+# -- a comparison at equal KL ---------------------------------------------------------------------------------
+
+
+def tilt_answers() -> Answers:
+    """Return the numbers of `check_tilt`."""
+    h = torch.tensor([[1.0, -0.4, 0.3, 0.9], [0.2, 1.5, -0.9, -0.1]], dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 0.0, 0.2, 0.7], [0.1, 0.4, 0.9, 0.3]], dtype=torch.float64)
+    a = 1.7
+    logps = torch.log_softmax(a * h, 1)
+    policy = logps.exp()
+
+    def both(p: Tensor, kl: Tensor) -> Tensor:
+        return torch.stack([(p * rewards).sum(1).mean(), kl.mean()])
+
+    def kl(p: Tensor, ref: float = 0.25) -> Tensor:
+        return (p * (p / ref).log()).sum(1)
+
+    plain, pooled = torch.softmax(h, 1), torch.softmax(a * h.flatten(), 0).reshape(h.shape)
+    mistakes = [
+        Mistake("The factor a is missing: these are the numbers of the policy itself, a = 1.", both(plain, kl(plain))),
+        Mistake("The weights are exp(h)·a: the factor belongs in the exponent, exp(a·h).",
+                both(a * plain, kl(policy))),
+        Mistake("The prompts are pooled: exp(a·h) is normalised prompt by prompt.",
+                torch.stack([(pooled * rewards).sum(), (pooled * (pooled * 8).log()).sum()])),
+        Mistake("Over the prompts this is the sum: the budget is for the mean.", 2 * both(policy, kl(policy))),
+        Mistake("The reference is missing: this is Σ π_a·log π_a, and π_ref is 1/M.",
+                both(policy, (policy * logps).sum(1))),
+        Mistake("The KL is the other way round: Σ π_ref·log(π_ref/π_a).", both(policy, -(4 * policy).log().mean(1))),
+        Mistake("The log-ratio is averaged under π_ref: KL(π_a‖π_ref) averages it under π_a.",
+                both(policy, (4 * policy).log().mean(1))),
+        Mistake("This takes a·h for log π_a/π_ref: log Z is not subtracted.",
+                both(policy, (policy * a * h).sum(1))),
+        Mistake("The rewards are averaged under π_ref: weigh them by π_a.",
+                torch.stack([rewards.mean(), kl(policy).mean()])),
+    ]  # fmt: skip
+    return Answers((h, rewards, a), both(policy, kl(policy)), mistakes)
+
+
+@_check
+def check_tilt(fn: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]) -> Verdict:
+    """Check the reader's mean reward and mean KL of a policy re-tilted by a, on M equally likely answers per prompt.
+
+    Args:
+        fn: (h (P, M), rewards (P, M), a) → (mean reward, mean KL in nats).
+
+    Returns:
+        The verdict.
+    """
+    (h, rewards, a), right, mistakes = tilt_answers()
+    got = _call(fn, h, rewards, a)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        _wrong("Return two things: the mean reward and the mean KL.")
+    _compare("(reward, KL)", torch.stack([_tensor(part, "KL").reshape(()) for part in got]), right, mistakes)
+    return Verdict(True, say("One pass of scores gives reward and KL at every a, without sampling."))
+
+
+def share_answers() -> Answers:
+    """Return the numbers of `check_share`."""
+    constant, oracle = _rows(0.30, 0.42, 0.35, 0.38), _rows(0.33, 0.43, 0.40, 0.42)
+    contender = _rows(0.32, 0.425, 0.34, 0.40)
+    gain, most = contender - constant, oracle - constant
+    right, n = gain.mean() / most.mean(), len(gain)
+    t = gain.mean() / (gain.std() / n**0.5)
+
+    def both(share: Tensor, statistic: Tensor = t) -> Tensor:
+        return torch.stack([share, statistic])
+
+    apart = (contender.var() / n + constant.var() / n).sqrt()
+    mistakes = [
+        Mistake("This is the mean of the worlds' shares: one world in which the oracle gains little would decide it; "
+                "divide the means.", both((gain / most).mean())),
+        Mistake("This is the ratio of the rewards: both gains are over the constant.",
+                both(contender.mean() / oracle.mean())),
+        Mistake("Upside down: the share is the contender's gain over the oracle's.", both(1 / right)),
+        Mistake("This is what the oracle has left over the contender.", both(1 - right)),
+        Mistake("t is not paired: the differences between worlds are in both, take the contender's minus the "
+                "constant's world by world.", both(right, gain.mean() / apart)),
+        Mistake("t divides by the standard deviation of one world: the mean of n has 1/√n of it.",
+                both(right, gain.mean() / gain.std())),
+        Mistake("The standard deviation divides by n: from a sample it divides by n − 1, which `torch.std` does.",
+                both(right, gain.mean() / (gain.std(correction=0) / n**0.5))),
+        Mistake("t is of the share of each world: the share is not what is tested, the difference is.",
+                both(right, (gain / most).mean() / ((gain / most).std() / n**0.5))),
+        Mistake("The sign is flipped.", both(-right, -t)),
+    ]  # fmt: skip
+    return Answers((contender, constant, oracle), both(right), mistakes)
+
+
+@_check
+def check_share(fn: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Verdict:
+    """Check the reader's share of the oracle's gain, and the paired t statistic of the difference from the constant.
+
+    Args:
+        fn: rewards of (contender (N,), constant (N,), oracle (N,)) in N worlds → (share, t).
+
+    Returns:
+        The verdict.
+    """
+    args, right, mistakes = share_answers()
+    got = _call(fn, *args)
+    if not isinstance(got, (tuple, list)) or len(got) != 2:
+        _wrong("Return two things: the share and t.")
+    _compare("(share, t)", torch.stack([_tensor(part, "t").reshape(()) for part in got]), right, mistakes)
+    return Verdict(True, say("Worlds are the unit, and each is its own control."))
