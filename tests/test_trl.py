@@ -26,7 +26,18 @@ from dpoviz.beta import BetaNetwork, ConstantBeta, TaskBeta  # noqa: E402
 from dpoviz.learn.run import load_run  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import Logps, total_loss  # noqa: E402
-from dpoviz.rules import BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule, RuleOutput  # noqa: E402
+from dpoviz.rules import (  # noqa: E402
+    AdaDPO,
+    BetaDPO,
+    DualKL,
+    EpsilonDPO,
+    LookupBeta,
+    MallowsPO,
+    RandomBeta,
+    Rule,
+    RuleOutput,
+    TaskSmoothing,
+)
 from dpoviz.training.batch import shuffled_rows  # noqa: E402
 from dpoviz.training.config import RULES, TrainConfig  # noqa: E402
 from dpoviz.training.loop import train  # noqa: E402
@@ -368,6 +379,7 @@ def made(name, scored, config):
         "far": lambda: EpsilonDPO(0.1, epsilon=0.3),
         "uncertain": lambda: MallowsPO(0.1, c=0.7, sign=-1),
         "steep": lambda: BetaDPO(0.1, a=2.0, keep=0.6, momentum=0.5),
+        "scaled": lambda: AdaDPO(0.1),
     }
     return others[name]()
 
@@ -380,7 +392,14 @@ def in_order(order, cls=BetaDPOTrainer):
     return InOrder
 
 
-OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep")
+OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep", "scaled")
+
+
+def test_labels_smoothed_by_task_are_refused(world, tmp_path):
+    """TRL has one label_smoothing for all pairs."""
+    config = TrainConfig.around(0.1, "standard", batch_size=4, rescore_reference=True)
+    with pytest.raises(ValueError, match="beta: TaskSmoothing smooths labels"):
+        trained(world, tmp_path, TaskSmoothing(0.1, dict.fromkeys(TASKS, 0.1)), config, max_steps=1)
 
 
 @pytest.mark.parametrize(
