@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dpoviz.analysis.style import GREY, INK, TASK_COLORS, legend_above, open_axes, require_columns
+from dpoviz.analysis.style import GREY, INK, TASK_COLORS, open_axes, require_columns
 
 _BUDGET_COLORS = ("#9BBBE8", "#3C7FD6", "#0B2F6B")
 _SPECIAL = ("oracle", "ideal")
@@ -26,7 +26,7 @@ def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(rows["contender"]))
     names = [*(n for n in names if n in _SPECIAL), *(n for n in names if n not in _SPECIAL)]
     conditions, budgets = list(dict.fromkeys(rows["condition"])), sorted(set(rows["budget"]))
-    figure = Figure(figsize=(12, 1.4 + 0.36 * len(names)), layout="constrained")
+    figure = Figure(figsize=(12, 1.6 + 0.36 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(conditions), sharey=True, squeeze=False)[0]
     for condition, ax in zip(conditions, axes, strict=True):
         open_axes(ax)
@@ -49,7 +49,7 @@ def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
             ax.axhline(-i - 0.5, color=GREY, linewidth=0.2)
     for budget, color in zip(budgets, _BUDGET_COLORS, strict=False):
         axes[0].plot([], [], "o-", color=color, markersize=5, label=f"KL {budget:g} nats")
-    legend_above(axes[0], ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -101,7 +101,7 @@ def figure_kl_by_task(table: pd.DataFrame, *, budget: float) -> Figure:
         raise ValueError(f"budget: got {budget}, expected one of {sorted(set(table['budget']))}")
     names = [name for name in dict.fromkeys(rows["contender"]) if name != "1/b shuffled"]
     conditions = list(dict.fromkeys(rows["condition"]))
-    figure = Figure(figsize=(12, 1.3 + 0.27 * len(names)), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(conditions), sharey=True, squeeze=False)[0]
     for condition, ax in zip(conditions, axes, strict=True):
         open_axes(ax)
@@ -116,5 +116,5 @@ def figure_kl_by_task(table: pd.DataFrame, *, budget: float) -> Figure:
         ax.set_yticks([-i for i in range(len(names))], names)
         ax.tick_params(axis="y", length=0)
         ax.grid(axis="y", linewidth=0.3)
-    legend_above(axes[0], ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     return figure

@@ -70,7 +70,10 @@ ORACLE = "oracle"
 """The best factor per task of the constant's policy, on the evaluation prompts themselves: what any per-task beta gains
 by re-tilting."""
 
-RETILTED = (ORACLE, "1/b, scored answers", "1/b, held-out pairs", "1/b reversed", "1/b shuffled")
+CHOSEN = "chosen on scored answers"
+"""The best factor per task at each budget on further prompts with scored answers: what can be known of the oracle's."""
+
+RETILTED = (ORACLE, CHOSEN, "1/b, scored answers", "1/b, held-out pairs", "1/b reversed", "1/b shuffled")
 """The contenders that re-tilt the constant's policy by a factor per task, without training."""
 
 

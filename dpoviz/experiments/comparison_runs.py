@@ -30,6 +30,7 @@ from dpoviz.data import tasks
 from dpoviz.experiments.comparison import IDEAL, best_settings, job_table
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
+    CHOSEN,
     CONDITIONS,
     CONSTANT,
     ORACLE,
@@ -156,18 +157,24 @@ def _measured(own: Pool, world: World, policy: PreTrainedModel, *, retilt: bool)
     one = dict.fromkeys(tasks.TASKS, 1.0)
     found["results"] = {"own": tables.at_budgets(one)}
     if retilt:
-        slopes = _slopes(own, world, policy)
+        scored = _log_ratios(own, policy, world.scored)
+        slopes = _slopes(own, world, policy, scored[:, :SCORED_ANSWERS])
         named = {name: factors(some) for name, some in slopes.items()}
-        by_pairs = named["1/b, held-out pairs"]
-        values = list(by_pairs.values())
-        order = sorted(by_pairs, key=by_pairs.__getitem__)
+        by_answers = named["1/b, scored answers"]
+        values = list(by_answers.values())
+        order = sorted(by_answers, key=by_answers.__getitem__)
         named["1/b reversed"] = dict(zip(order, sorted(values, reverse=True), strict=True))
         found["results"] |= {name: tables.at_budgets(own) for name, own in named.items()}
         # each in the two orders in which no task keeps its own factor
-        shifted = [dict(zip(by_pairs, values[k:] + values[:k], strict=True)) for k in (1, 2)]
+        shifted = [dict(zip(by_answers, values[k:] + values[:k], strict=True)) for k in (1, 2)]
         both = [tables.at_budgets(own) for own in shifted]
         found["results"]["1/b shuffled"] = {b: _mean([own[b] for own in both]) for b in both[0]}
         found["results"][ORACLE] = tables.oracle()
+        chosen = AnswerTables(own, world.scored, scored).oracle()
+        found["results"][CHOSEN] = {
+            name: tables.at_budgets(factors({task: best["a"][task] for task in tasks.TASKS}))[name]
+            for name, best in chosen.items()
+        }
         found["results"][IDEAL] = AnswerTables(own, world.evaluation, own.rewards[world.evaluation]).at_budgets(one)
         found["slopes"] = slopes
     return found
@@ -179,9 +186,8 @@ def _mean(some: Sequence[dict]) -> dict:
     }
 
 
-def _slopes(own: Pool, world: World, policy: PreTrainedModel) -> dict[str, dict[str, float]]:
-    """Return reward per nat by task, from scored answers and from held-out pairs."""
-    h = _log_ratios(own, policy, world.scored)[:, :SCORED_ANSWERS]
+def _slopes(own: Pool, world: World, policy: PreTrainedModel, h: np.ndarray) -> dict[str, dict[str, float]]:
+    """Return reward per nat by task, from scored answers, given their h, and from held-out pairs."""
     prompts = [p for p in world.scored for _ in range(SCORED_ANSWERS)]
     names = [own.problems[p].task for p in prompts]
     by_answers = reward_per_nat(
