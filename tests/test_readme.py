@@ -1,6 +1,8 @@
 """What the README says can be run, runs; what it names, is there."""
 
+import os
 import re
+import subprocess
 
 import pandas as pd
 import pytest
@@ -8,6 +10,17 @@ import torch
 from helpers.readme import README, ROOT, blocks
 
 from dpoviz.cli import main
+from dpoviz.experiments.comparison import IDEAL
+from dpoviz.experiments.comparison_config import (
+    BUDGETS,
+    CHOSEN,
+    CONDITIONS,
+    CONSTANT,
+    ORACLE,
+    TRAINED,
+    CompareConfig,
+    jobs,
+)
 
 
 def run_blocks():
@@ -47,6 +60,83 @@ def test_measured_numbers_are_those_of_the_tables():
     said += [f"ours adds {steps.loc[ours, 'memory']:,.0f} MiB, TRL {steps.loc[trl, 'memory']:,.0f}"]
     assert [text for text in said if text not in README] == []
     assert (steps["share_of_matrix_rate"].dropna().round(2) == 0.02).all()
+
+
+def comparison_rows():
+    """The README's table of the comparison, line by line, from its tables."""
+    folder = ROOT / "notebooks" / "compare"
+    table, found = pd.read_csv(folder / "compare.csv"), pd.read_csv(folder / "contrasts.csv")
+    columns = [(condition, budget) for condition in CONDITIONS for budget in BUDGETS]
+
+    def line(name, values):
+        cells = [f"{values[column]:+.3f}".replace("-", "−") for column in columns]
+        return f"| {name} | {' | '.join(cells)} |"
+
+    gains = table[(table["task"] == "all") & (table["contender"] == CONSTANT)].groupby(["condition", "budget"])["gain"]
+    above = found.set_index(["condition", "budget", "contender"])["mean"].unstack("contender")
+    trained = above[[name for name in TRAINED if name in above]]
+    rows = {
+        "one constant, over the reference": gains.mean(),
+        "any policy, over the constant": above[IDEAL],
+        "best factor per task (oracle)": above[ORACLE],
+        "a ∝ b, 60 scored answers per task": above["1/b, scored answers"],
+        "the same, order reversed": above["1/b reversed"],
+        "a ∝ b, 60 held-out pairs per task": above["1/b, held-out pairs"],
+        "factors chosen on 480 scored answers": above[CHOSEN],
+        "trained rules, the best": trained.max(axis=1),
+        "trained rules, the worst": trained.min(axis=1),
+    }
+    return [line(name, values) for name, values in rows.items()]
+
+
+def test_the_comparison_is_that_of_its_tables():
+    folder = ROOT / "notebooks" / "compare"
+    table, found = pd.read_csv(folder / "compare.csv"), pd.read_csv(folder / "contrasts.csv")
+    assert [line for line in comparison_rows() if line not in README] == []
+    trained = table[table["contender"].isin(TRAINED)].drop_duplicates(["condition", "world", "contender"])
+    tested = found[found["holm"].notna()]
+    oracle = found[found["contender"] == ORACLE].groupby("budget")["mean"].mean()
+    gain = table[(table["task"] == "all") & (table["contender"] == CONSTANT)].groupby("budget")["gain"].mean()
+    shares = (100 * found.groupby(["budget", "contender"])["share"].mean().unstack()).round().astype(int)
+    beyond = tested[tested["holm"] < 0.05]
+    early = tested[tested["p"] < 0.05]
+
+    def three(name):
+        return [f"{shares.loc[budget, name]}".replace("-", "−") for budget in BUDGETS]
+
+    of_gain = [f"{100 * oracle[budget] / gain[budget]:.0f} % at {budget:g}" for budget in BUDGETS]
+    said = [
+        f"{table['world'].nunique()} worlds and {len(trained)} trainings",
+        "{} nats, {} and {}".format(*of_gain),
+        "scored answers per task get {}, {} and {} %".format(*three(CHOSEN)),
+        "get {} % at 0.1 nats, and {} and {} % farther out".format(*three("1/b, scored answers")),
+        "from held-out pairs alone {}, {} and {} %".format(*three("1/b, held-out pairs")),
+        f"all {len(tested)} contrasts, {(beyond['mean'] > 0).sum()} above the constant",
+        f"and {(beyond['mean'] < 0).sum()} below",
+        f"{len(early)} of {len(tested)} contrasts have p below 5 %; "
+        f"{((early['mean'] > 0) & early['contender'].isin(TRAINED)).sum()} of these are a trained rule",
+    ]
+    assert [text for text in said if text not in README] == []
+    assert set(beyond[beyond["mean"] > 0]["contender"]) == {CHOSEN}
+
+
+def test_the_array_script_runs_every_row_once(tmp_path):
+    (script,) = (block for block in blocks("bash") if "#SBATCH" in block)
+    program = tmp_path / "dpoviz"
+    program.write_text('#!/bin/bash\necho "${@: -1}"\n')
+    program.chmod(0o755)
+    phases = [job.phase for job in jobs(CompareConfig())]
+    for phase, first, last in (("tuning", 0, 35), ("main", 36, 315)):
+        assert f"FIRST={first},LAST={last}" in script
+        done = []
+        for task in range(32):
+            own = {"FIRST": str(first), "LAST": str(last), "SLURM_ARRAY_TASK_ID": str(task)}
+            path = {**os.environ, **own, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+            said = subprocess.run(["bash", "-c", script], env=path, capture_output=True, text=True, check=True).stdout
+            if said:
+                start, end = map(int, said.split("-"))
+                done += range(start, end + 1)
+        assert done == [row for row, own in enumerate(phases) if own == phase]
 
 
 def test_continuous_integration_runs_what_it_says():
