@@ -16,7 +16,6 @@ ALLOWED = {
         "0.7": "of an example that the next cell computes",
         "1.0": "of an example that the next cell computes",
     },
-    "06": {"0.2": "millions of parameters of the reference"},
 }
 NOT_PROSE = re.compile(r"```.*?```|`[^`]*`|§[\d.]+|arXiv:\S+|\(http[^)]*\)", re.DOTALL)
 LAST = "How much of this is the training's rounding?"  # a table of earlier runs, which is its own source

@@ -17,7 +17,15 @@ import numpy as np
 import pandas as pd
 
 from dpoviz.analysis.statistics import effect, holm
-from dpoviz.experiments.comparison_config import CONSTANT, ORACLE, CompareConfig, Job, jobs
+from dpoviz.experiments.comparison_config import (
+    CONSTANT,
+    ORACLE,
+    RETILTED,
+    TRAINED,
+    CompareConfig,
+    Job,
+    jobs,
+)
 
 IDEAL = "ideal"
 """The policy that tilts the reference by the true reward: no policy earns more at this KL."""
@@ -109,7 +117,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     gains = main[main["contender"] == CONSTANT].groupby(["condition", "budget"])["gain"].mean()
     rows = []
     for (condition, budget), own in wide.groupby(level=["condition", "budget"], sort=False):
-        above = own.drop(columns=CONSTANT).sub(own[CONSTANT], axis=0).dropna(axis=1, how="all")
+        names = [name for name in (*RETILTED, *TRAINED, IDEAL) if name in own and name != CONSTANT]
+        above = own[names].sub(own[CONSTANT], axis=0).dropna(axis=1, how="all")
         most = above[ORACLE].mean()
         for contender, values in above.items():
             found = effect(values.dropna().to_numpy())
