@@ -54,6 +54,8 @@ OTHER = {
     "max_new_tokens": 47,
     "device": "cpu",
     "tables": ("steps",),
+    "arms": ("constant", "slopes"),
+    "epochs": (1, 3),
 }
 OPEN = {"rescore-reference"}
 """Yes, no or None: said by a word."""

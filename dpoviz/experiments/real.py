@@ -57,7 +57,32 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         training: also check what training needs: the rule, the adapters, and at least one batch of pairs.
 
     Raises:
-        ValueError: as `load_pairs`, `load_lm`, `tokenize_pairs` and `split_by_group`; or fewer pairs than a batch.
+        ValueError: as `load_whole` and `split_by_group`; or fewer pairs than a batch.
+        ImportError: adapters are to be trained and peft is not installed.
+    """
+    model, tokenizer, pairs = load_whole(config, training=training)
+    train_pairs, held_out = split_by_group(pairs, config.held_out, config.training.seed)
+    if training:
+        size = config.settings(len(train_pairs)).batch_size
+        assert size is not None  # filled in
+        if len(train_pairs) < size:
+            raise ValueError(
+                f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
+            )
+    return Loaded(model, tokenizer, train_pairs, held_out)
+
+
+def load_whole(
+    config: RealConfig, *, training: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Dataset]:
+    """Load the model, on its device, the tokenizer, and all tokenised pairs, none held out.
+
+    Args:
+        config: the settings.
+        training: also check what training needs: the rule and the adapters.
+
+    Raises:
+        ValueError: as `load_pairs`, `load_lm` and `tokenize_pairs`.
         ImportError: adapters are to be trained and peft is not installed.
     """
     config.require_data()
@@ -82,15 +107,7 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
     require_room(model, pairs, config.max_length, config.training.max_new_tokens)
     if config.pairs_per_task is not None:
         pairs = _some(pairs, config.pairs_per_task, config.training.seed)
-    train_pairs, held_out = split_by_group(pairs, config.held_out, config.training.seed)
-    if training:
-        size = config.settings(len(train_pairs)).batch_size
-        assert size is not None  # filled in
-        if len(train_pairs) < size:
-            raise ValueError(
-                f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
-            )
-    return Loaded(model, tokenizer, train_pairs, held_out)
+    return model, tokenizer, pairs
 
 
 def _language_model(config: RealConfig, pairs: Dataset) -> LanguageModel:
@@ -117,24 +134,37 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
     began = time.monotonic()
     model, tokenizer = loaded.model, loaded.tokenizer
     train, held_out = (
-        reference_pass(
-            model,
-            tokenizer,
-            part,
-            max_length=config.max_length,
-            max_new_tokens=config.training.max_new_tokens,
-            entropy_samples=config.entropy_samples,
-            batch_size=config.training.eval_batch_size,
-            seed=config.training.seed,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        score_pairs(config, model, tokenizer, part, cache_dir=cache_dir, progress=progress)
         for part in (loaded.train, loaded.held_out)
     )
     examples = _examples(config, model, tokenizer, cache_dir, progress)
     entropy = pd.concat([*(entropy_table(part) for part in (train, held_out)), examples])
     seconds = {"reference": time.monotonic() - began}
     return ScoredPairs(model, tokenizer, train, held_out, entropy.reset_index(drop=True), seconds=seconds)
+
+
+def score_pairs(
+    config: RealConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    cache_dir: Path | str | None,
+    progress: bool = True,
+) -> Dataset:
+    """Return tokenised pairs with the reference's columns (`reference_pass`), under the settings."""
+    return reference_pass(
+        model,
+        tokenizer,
+        pairs,
+        max_length=config.max_length,
+        max_new_tokens=config.training.max_new_tokens,
+        entropy_samples=config.entropy_samples,
+        batch_size=config.training.eval_batch_size,
+        seed=config.training.seed,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
 
 
 def write_entropy(out: Path, scored: ScoredPairs) -> None:
