@@ -28,6 +28,7 @@ OTHER = {
     "strength": 0.25,
     "tasks": ("code",),
     "dtype": "bfloat16",
+    "precision": "bfloat16",
     "contenders": ("constant", "lsc"),
     "constants": (0.3, 0.5),
     "scales": (0.3, 0.5),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpoviz.data.tokens import token_counts
@@ -17,7 +17,7 @@ from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.real import Loaded
 from dpoviz.lm.models import lora_targets
 from dpoviz.lm.packing import Tokens
-from dpoviz.lm.processes import autocast
+from dpoviz.lm.processes import autocast, in_its_precision
 from dpoviz.lm.scoring import logits_bytes
 from dpoviz.lm.trial import lay_out, predict
 from dpoviz.training.batch import part_rows
@@ -91,6 +91,7 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@in_its_precision
 def estimate_memory(config: RealConfig, loaded: Loaded) -> Memory:
     """Return the estimated memory of the widest step of a run."""
     model, settings = loaded.model, config.settings(len(loaded.train))
@@ -117,7 +118,8 @@ def _gb(size: int) -> str:
 
 
 def _adapter_weights(layer: Any, rank: int) -> int:
-    return rank * sum(layer.weight.shape)
+    # the weights of a layer in 4 bits are packed, so that their shape says nothing
+    return rank * (layer.in_features + layer.out_features if isinstance(layer, nn.Linear) else sum(layer.weight.shape))
 
 
 def kept(model: PreTrainedModel, pairs: Dataset, *, checkpointing: bool) -> tuple[float, float]:

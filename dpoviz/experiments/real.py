@@ -23,7 +23,7 @@ from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.models import LanguageModel, load_lm, lora_targets, random_lm, require_peft
-from dpoviz.lm.processes import processes
+from dpoviz.lm.processes import in_its_precision, processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.training.methods import require_rule
 from dpoviz.training.stages import Variant
@@ -113,10 +113,17 @@ def load_whole(
 def _language_model(config: RealConfig, pairs: Dataset) -> LanguageModel:
     if config.model.startswith(RANDOM):
         texts = [row[name] for row in pairs for name in ("prompt", "chosen", "rejected")]
-        size, dtype = config.model.removeprefix(RANDOM), torch.float32
-        return random_lm(size, texts, dtype=dtype, device=processes().device)
+        size = config.model.removeprefix(RANDOM)
+        return random_lm(size, texts, dtype=config_dtype(config) or torch.float32, device=processes().device)
+    return load_lm(config.model, dtype=config_dtype(config), four_bit=config.four_bit)
+
+
+def config_dtype(config: RealConfig) -> torch.dtype | None:
+    """Return the type of the model's weights; None: as the device has it."""
     # adapters are trained in float32 whatever the model's dtype; all weights in bfloat16 would lose small updates
-    return load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    if not config.lora_rank:
+        return torch.float32
+    return None if config.precision == "auto" else getattr(torch, config.precision)
 
 
 def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:
@@ -129,6 +136,7 @@ def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:
     return pairs.select(sorted(rows))
 
 
+@in_its_precision
 def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, progress: bool = True) -> ScoredPairs:
     """Score the pairs of `load` with the reference, and estimate its entropy at the examples."""
     began = time.monotonic()
@@ -143,6 +151,7 @@ def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, p
     return ScoredPairs(model, tokenizer, train, held_out, entropy.reset_index(drop=True), seconds=seconds)
 
 
+@in_its_precision
 def score_pairs(
     config: RealConfig,
     model: PreTrainedModel,
@@ -242,6 +251,7 @@ def variants(config: RealConfig, pairs: int) -> dict[str, Variant]:
     return {**found, FIXED: Variant.of("constant", settings.in_form("standard"))}
 
 
+@in_its_precision
 def run_real(config: RealConfig, scored: ScoredPairs, *, out: Path, progress: bool = True) -> Results:
     """Run stage 1, then stage 2 of each variant, on scored pairs.
 

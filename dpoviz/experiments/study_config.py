@@ -71,6 +71,7 @@ class StudyConfig:
         beta_learning_rate: learning rate of beta.
         lambda_entropy: weight λ3 of the entropy term where it is on.
         lora_rank: rank of the adapters; 0 trains all weights.
+        precision: what policy and reference compute in, as in dpoviz train.
         gradient_accumulation: parts in which a batch passes through the policy, to save memory.
         gradient_checkpointing: keep only the input of each layer for the backward pass, to save memory.
         compile: compile the policy's layers.
@@ -97,6 +98,7 @@ class StudyConfig:
     beta_learning_rate: float = 3e-3
     lambda_entropy: float = 0.1
     lora_rank: int = 0
+    precision: str = "auto"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -148,7 +150,7 @@ class StudyConfig:
 
 
 _OF_RUN = ("data", "model", "preset", "task", "columns", "chat", "pairs_per_task", "max_length", "entropy_samples",
-           "lora_rank")  # fmt: skip
+           "lora_rank", "precision")  # fmt: skip
 _OF_TRAINING = ("max_new_tokens", "batch_size", "eval_batch_size", "policy_learning_rate", "beta_learning_rate",
                 "gradient_accumulation", "gradient_checkpointing", "compile")  # fmt: skip
 

@@ -28,7 +28,7 @@ from dpoviz.experiments.real import Loaded, load_whole, score_pairs
 from dpoviz.experiments.study_config import ARMS, BASELINE, Job, StudyConfig, jobs
 from dpoviz.lm.cache import open_entry, write_entry
 from dpoviz.lm.models import add_lora
-from dpoviz.lm.processes import hidden, processes
+from dpoviz.lm.processes import hidden, in_its_precision, processes
 from dpoviz.lm.workers import cores, one_thread, run_side_by_side
 from dpoviz.rules import LookupBeta, Rule
 from dpoviz.training.config import TrainConfig
@@ -80,6 +80,7 @@ def pairs_table(pairs: Dataset) -> pd.DataFrame:
 
 
 @one_thread()
+@in_its_precision
 def run_job(config: StudyConfig, job: Job, out: Path) -> dict[str, Any]:
     """Run a job and write its file; if the file exists, read it instead.
 
