@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from dpoviz.experiments.bench import (
     ALONE,
+    COMPILED,
     INSIDE,
     LEARNED,
     OURS,
@@ -20,6 +21,7 @@ from dpoviz.experiments.bench import (
     bench,
     bench_lengths,
     bench_pairs,
+    bench_sampling,
     bench_shared_prompts,
     bench_steps,
     bench_vocabulary,
@@ -127,6 +129,17 @@ def test_all_of_it(world, monkeypatch):
         shares = found[name][found[name]["who"] != ALONE if name == "steps" else slice(None)]["share_of_matrix_rate"]
         assert ((shares > 0) & (shares < 1)).all(), name
     assert found["pairs"]["pairs"].tolist() == [20, 40]
+
+
+def test_sampling_from_a_cache_of_fixed_size_too(world):
+    model, tokenizer, scored = world
+    prompts = scored["prompt_ids"][:3]
+    found = bench_sampling(
+        model, tokenizer, prompts, samples=2, new_tokens=4, repeats=1, at_once=(2,), compiled=True, progress=False
+    )
+    assert found["who"].tolist() == [who + end for end in ("", COMPILED)
+                                     for who in ("generate alone", "answers and entropies")]  # fmt: skip
+    assert (found["tokens_per_second"] > 0).all() and found["ratio"].min() > 0
 
 
 def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):

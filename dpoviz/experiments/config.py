@@ -266,7 +266,8 @@ class BenchConfig:
         batch_size: pairs per step.
         dtype: type of the model's weights.
         device: where the model is; auto: a GPU if there is one.
-        compile: also time the steps with compiled layers, which takes minutes to compile.
+        compile: also time the steps with compiled layers, and sampling with a cache of fixed size; compiling takes
+            minutes.
         tables: the measurements to make.
         repeats: timed calls of each.
         seed: random seed.

@@ -170,6 +170,7 @@ def score_pairs(
         max_new_tokens=config.training.max_new_tokens,
         entropy_samples=config.entropy_samples,
         batch_size=config.training.eval_batch_size,
+        static_cache=config.training.compile,
         seed=config.training.seed,
         cache_dir=cache_dir,
         progress=progress,
