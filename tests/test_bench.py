@@ -122,6 +122,7 @@ def test_all_of_it(world, monkeypatch):
     assert list(profiled.index) == list(dict.fromkeys(found["steps"]["who"]))
     parts = profiled[["matrix", "attention", "optimizer", "other"]]
     assert (parts >= 0).all(axis=None) and parts.sum(axis=1).to_numpy() == pytest.approx(1)
+    assert profiled["top"].str.fullmatch(r"(\S.* \d+%, ){2}\S.* \d+%").all()
     assert (parts.loc[OURS] > 0).all() and parts.loc[ALONE, "attention"] == 0  # no model runs there
     assert (profiled[["gpu", "copies", "gpu_share", "kernels"]].max() > 0).all() == torch.cuda.is_available()
     assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())

@@ -288,7 +288,8 @@ def profile_steps(
         A row per method: who, seconds (per step, under the profiler, which slows down a CPU), gpu (seconds that the GPU
         computed), copies (seconds that it copied between itself and the CPU), gpu_share (gpu over seconds), host
         (seconds in which the GPU did neither), kernels (launched per step); and the shares of the operators' own time,
-        on a GPU that of its kernels: matrix, attention, optimizer, other. On a CPU gpu, copies and kernels are 0.
+        on a GPU that of its kernels: matrix, attention, optimizer, other, and top, the three operators with the most
+        time. On a CPU gpu, copies and kernels are 0.
     """
     pairs = scored.shuffle(seed=0).select(range(batch_size))
     calls = _contestants(model, tokenizer, pairs, max_length, compiled)
@@ -309,17 +310,21 @@ def profile_steps(
     return pd.DataFrame(rows)
 
 
-def _profiled(found: profile, seconds: float, steps: int, on_gpu: bool) -> dict[str, float]:
+def _profiled(found: profile, seconds: float, steps: int, on_gpu: bool) -> dict[str, Any]:
     kernels = [event for event in found.events() or [] if event.device_type == DeviceType.CUDA]
     copied = [event for event in kernels if "memcpy" in event.name.lower()]
     took, copies = (1e-6 * sum(e.time_range.elapsed_us() for e in some) / steps for some in (kernels, copied))
     own: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
     for event in found.key_averages():
         if event.device_type == DeviceType.CPU:  # operators; a GPU's kernels are counted where they were launched
             kind = next((k for k, parts in _KINDS.items() if any(part in event.key for part in parts)), "other")
-            own[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            took_itself = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            own[kind] += took_itself
+            operators[event.key.removeprefix("aten::")] += took_itself
     whole = sum(own.values()) or 1
-    shares = {kind: own[kind] / whole for kind in (*_KINDS, "other")}
+    shares: dict[str, Any] = {kind: own[kind] / whole for kind in (*_KINDS, "other")}
+    shares["top"] = ", ".join(f"{name} {value / whole:.0%}" for name, value in operators.most_common(3))
     gpu = took - copies
     host = max(0.0, seconds - took)
     launched = (len(kernels) - len(copied)) / steps
