@@ -169,6 +169,18 @@ class TestEstimate:
         needed = memory_estimate.estimate_memory(self.config(lora_rank=3), loaded)
         assert (needed.weights, needed.training) == (frozen + adapters, 4 * adapters)
 
+    def test_with_checkpointing_one_layer_is_there_at_a_time(self, loaded):
+        """Of two layers: half of what is kept without it, besides the inputs of both and the masks."""
+        rows = loaded.train.select(range(6))
+        loaded = loaded._replace(train=rows)  # one batch
+        answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+        sizes = {}
+        for on in (False, True):
+            _, count, width, sizes[on] = memory_estimate._kept_bytes(loaded.model, rows["prompt_ids"][:], answers, on)
+        found = memory_estimate.estimate_memory(self.config(gradient_checkpointing=True), loaded).activations
+        masks = count * width**2 * (1 + 4)
+        assert found - masks == pytest.approx(sizes[True] + sizes[False] / 2, rel=0.02)
+
     def test_each_advice_saves(self, loaded):
         whole = memory_estimate.estimate_memory(self.config(), loaded).activations
         assert memory_estimate.estimate_memory(self.config(gradient_accumulation=3), loaded).activations < whole / 2

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.data.tokens import token_counts
 from dpoviz.experiments.config import RealConfig
@@ -110,14 +111,18 @@ def estimate_memory(config: RealConfig, loaded: Loaded) -> Memory:
     order = token_counts(loaded.train).sum(axis=1).argsort(kind="stable")[::-1]
     widest = loaded.train.select(order[:at_once].tolist())[:]
     answers = [list(own) for own in zip(widest["chosen_ids"], widest["rejected_ids"], strict=True)]
+    checkpointing = settings.gradient_checkpointing
     with _as_trained(model, config.lora_rank):
-        road, constant, per_token, per_square = kept(model, checkpointing=settings.gradient_checkpointing)
+        road, *sizes = kept(model, checkpointing=checkpointing)
         rows, width = lay_out(model, widest["prompt_ids"], answers, 0, road)[1].input_ids.shape
-    squares = rows * width**2
-    masks = squares * (1 + model.dtype.itemsize)  # that of the batch, and a layer's copy of it as numbers
-    activations = int(constant + per_token * rows * width + per_square * squares) + masks
+        batch = np.array([1, rows * width, rows * width**2])
+        activations = float(batch @ sizes)
+        if checkpointing:  # the backward pass computes one layer again at a time
+            layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+            activations += float(batch @ kept(model, checkpointing=False)[1:]) / layers
+    masks = int(batch[2]) * (1 + model.dtype.itemsize)  # that of the batch, and a layer's copy of it as numbers
     predicted = sum(len(answer) for own in answers for answer in own)
-    return Memory(weights, 4 * trained, activations, logits_bytes(model, predicted))
+    return Memory(weights, 4 * trained, int(activations) + masks, logits_bytes(model, predicted))
 
 
 def _gb(size: int) -> str:
