@@ -360,6 +360,8 @@ def _study(given: _Study) -> None:
     config = given.settings
     config.real().require_data()
     with locked_run(given.out, "study", config):
+        done = sum((given.out / "runs" / f"{job.name}.json").is_file() for job in jobs(config))
+        print(f"{len(jobs(config)) - done} of {len(jobs(config))} trainings to do", flush=True)
         left = study(config, given.out, cache_dir=default_cache_dir(), workers=given.workers, most=given.most)
     if left:
         print(f"{left} of {len(jobs(config))} trainings are left; the same command goes on")

@@ -94,6 +94,7 @@ class TestBFloat16:
                 assert mixed_precision() == "bf16"
             with computing_in("float32"):
                 assert mixed_precision() == "no"
+            assert mixed_precision() == "bf16"
         assert mixed_precision() == "no"
         assert in_its_precision(lambda config: mixed_precision())(RealConfig(precision="bfloat16")) == "bf16"
 

@@ -223,7 +223,7 @@ class TestTiny:
         assert ended < 6
         assert main([*words, "--most", "0"]) == 0
         assert f"{6 - ended} of 6 trainings are left" in capsys.readouterr().out
-        assert main(words) == 0
+        assert main(words) == 0  # and says what it goes on with
         printed = capsys.readouterr().out
 
         whole = tmp_path / "whole"
@@ -233,6 +233,7 @@ class TestTiny:
         for job in jobs(settings):
             run_job(settings, job, whole)
         lines = write_study(settings, whole)
+        assert printed.startswith(f"{6 - ended} of 6 trainings to do\n")
         assert all(line in printed for line in lines) and len(lines) == 7
         for name in TABLES:
             assert (whole / f"{name}.csv").read_bytes() == (tmp_path / "killed" / f"{name}.csv").read_bytes()
