@@ -132,7 +132,7 @@ class TestEstimate:
     @pytest.mark.parametrize("rank", [0, 2])
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_what_is_kept_is_what_a_larger_batch_keeps(self, loaded, rank, checkpointing):
-        model = copy.deepcopy(loaded.model)
+        model = copy.deepcopy(loaded.model).cpu()
         rows = loaded.train.select(range(12))
         answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
         with memory_estimate._as_trained(model, rank):
@@ -172,7 +172,7 @@ class TestEstimate:
     def test_with_checkpointing_one_layer_is_there_at_a_time(self, loaded):
         """Of two layers: half of what is kept without it, besides the inputs of both and the masks."""
         rows = loaded.train.select(range(6))
-        loaded = loaded._replace(train=rows)  # one batch
+        loaded = loaded._replace(model=copy.deepcopy(loaded.model).cpu(), train=rows)  # one batch
         answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
         sizes = {}
         for on in (False, True):

@@ -152,7 +152,7 @@ class TestFourBits:
 
     def test_adapters_learn_on_them_as_on_the_dequantised_weights(self, folder, packages):
         model = load_lm(folder / "model", dtype=torch.float32, four_bit=True).model
-        twin = load_lm(folder / "model", dtype=torch.float32).model
+        twin = load_lm(folder / "model", dtype=torch.float32).model.to(model.device)
         assert len(lora_targets(model)) == 14 and lora_targets(model) == lora_targets(twin)
         for name in lora_targets(model):
             own = model.get_submodule(name).weight
@@ -165,7 +165,7 @@ class TestFourBits:
             draw = torch.Generator().manual_seed(0)
             for name, p in policy.named_parameters():
                 if "lora_B" in name:
-                    p.data = 0.1 * torch.randn(p.shape, generator=draw)
+                    p.data = 0.1 * torch.randn(p.shape, generator=draw).to(p.device)
             logps = score_answers(policy, PROMPTS, ANSWERS, pad_id=0).logps
             logps.sum().backward()
             found.append(

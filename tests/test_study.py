@@ -10,9 +10,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset
 from helpers.launch import DPOVIZ, alive, begin, children
 
+from dpoviz.analysis.plots_study import figure_study
 from dpoviz.analysis.tables import write_table
 from dpoviz.cli import main
 from dpoviz.data.records import components, folds_by_group
@@ -132,6 +134,19 @@ class TestTables:
         assert found["rho"]["all"] == pytest.approx(0.75) and math.isnan(found["rho"]["math"])
         assert found["ref_entropy"]["math"] == pytest.approx(0.125)
 
+    def test_what_the_figure_shows(self):
+        h = [1.0, 1.0, 1.0, 1.0, 2.0, 2.0]
+        beta = [5.0, 10.0, 20.0, 5.0, 10.0, 20.0]
+        rows = pd.concat([made("constant", 0.1, h), made("inverse", 0.1, h, beta=beta)], ignore_index=True)
+        slopes = slopes_of(rows)
+        figure = figure_study(slopes, gains_of(rows, slopes, 0.1), betas_of(rows), scale=0.1)
+        left, middle, right = figure.axes
+        assert [float(line.get_ydata()[0]) for line in left.lines[:3]] == pytest.approx(
+            [0.5, 0.5 * 3 / 5, 0.5 * 3 / 5]
+        )  # math, code, dialogue
+        assert [label.get_text() for label in middle.get_yticklabels()] == ["inverse"]
+        assert right.lines[1].get_ydata().tolist() == pytest.approx([0.5, 1, 2])  # over the 10 at which it starts
+
 
 class TestSlopeArms:
     @pytest.fixture
@@ -202,7 +217,19 @@ def config(data, **more):
     return StudyConfig(data=(str(data),), **{name.replace("-", "_"): value for name, value in OPTIONS.items()}, **more)
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Let this process compute where the processes that it starts do: a GPU adds in another order each time."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, PartialState):
+        state._reset_state()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_the_cpu")
 class TestTiny:
     def test_killed_and_resumed_it_is_as_never_killed(self, data, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("DPOVIZ_CACHE", str(tmp_path / "cache"))

@@ -14,6 +14,8 @@ from dpoviz.analysis.style import GREY, INK, legend_above, plain_ticks, require_
 def figure_study(slopes: pd.DataFrame, gains: pd.DataFrame, betas: pd.DataFrame, *, scale: float) -> Figure:
     """Draw reward per nat by task over the epochs, each arm's gain beside the bound, and beta by task against entropy.
 
+    Beta is drawn over the one from which it started, 1/s (inverse) or s (standard).
+
     Args:
         slopes: arm, scale, epochs, task, slope, low, high.
         gains: arm, scale, epochs, bound, gain, gain_low, gain_high.
@@ -33,10 +35,10 @@ def figure_study(slopes: pd.DataFrame, gains: pd.DataFrame, betas: pd.DataFrame,
     left.axhline(0, color=GREY, linewidth=0.8)
     left.set_xscale("log", base=2)
     left.set_xticks(sorted(own["epochs"].unique()), [str(n) for n in sorted(own["epochs"].unique())])
-    left.set(xlabel="epochs", ylabel=f"reward per nat, win rate (constant, s = {scale:g}; 95 % over pairs)")
+    left.set(xlabel="epochs", ylabel=f"win rate per nat (s = {scale:g}; 95 % over pairs)")
     legend_above(left, 3)
     _gains(middle, gains, scale)
-    _betas(right, betas)
+    _betas(right, betas, scale)
     for ax in (left, middle, right):
         ax.spines[["top", "right"]].set_visible(False)
     return figure
@@ -59,14 +61,18 @@ def _gains(ax: Axes, gains: pd.DataFrame, scale: float) -> None:
     ax.set(xlabel=f"gain over the constant after {last['epochs'].iloc[0]} epochs, % (95 % over pairs)")
 
 
-def _betas(ax: Axes, betas: pd.DataFrame) -> None:
-    ax.set(xlabel="entropy of the reference, nats per token", ylabel="β (median of a training; 95 % over trainings)")
+def _betas(ax: Axes, betas: pd.DataFrame, scale: float) -> None:
+    ax.set(xlabel="entropy of the reference, nats per token", ylabel="β/β₀ (median; 95 % over trainings)")
+    ax.ticklabel_format(axis="x", useOffset=False)
+    ax.axhline(1, color=GREY, linewidth=0.8)
     if betas.empty:
         return
     rows = betas[(betas["epochs"] == betas["epochs"].max()) & (betas["task"] != POOLED)]
     colors = task_colors(rows["task"])
     for marker, (arm, own) in zip("osv^DP", rows.groupby("arm", sort=False), strict=False):
+        start = 1 / scale if arm.startswith("inverse") else scale
         own = own.sort_values("ref_entropy")
+        own = own.assign(**{name: own[name] / start for name in ("beta", "beta_low", "beta_high")})
         ax.plot(own["ref_entropy"], own["beta"], color=GREY, linewidth=0.8)
         ax.plot([], [], marker, color=INK, label=arm, linestyle="none")
         for r in own.itertuples(index=False):
