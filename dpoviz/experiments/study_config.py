@@ -60,7 +60,8 @@ class StudyConfig:
         max_length: limit of the prompt and one answer together, in tokens; longer pairs are dropped, with a warning.
         entropy_samples: answers per prompt for the entropy of the reference.
         max_new_tokens: limit of a sampled answer, in tokens.
-        arms: the arms to train; the constant is always among them.
+        arms: the arms to train: constant, which is always among them; inverse and standard, also with the end
+            -no-entropy (λ3 = 0); slopes, slopes-reversed and slopes-shuffled.
         scales: scales s of the constants; the other arms start at the middle one.
         folds: number of folds; a training holds out one.
         seeds: number of seeds, each with folds of its own.
