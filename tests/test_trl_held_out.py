@@ -263,8 +263,10 @@ class TestSets:
 
     def test_chats(self):
         chat = [{"role": "user", "content": "one"}]
-        rows = [{"prompt": chat, "chosen": [{"role": "assistant", "content": "two"}], "prompt_ids": [1, 2],
-                 "rejected": [{"role": "assistant", "content": "no"}], "chosen_ids": [3], "rejected_ids": [4]}]  # fmt: skip
+        answers = {
+            name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "two"), ("rejected", "no"))
+        }
+        rows = [{"prompt": chat, **answers, "prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}]
         (pair,) = as_pairs(Dataset.from_list(rows), "</s>").to_list()
         assert pair["prompt"] == "user: one" and pair["messages"] == chat
         assert (pair["chosen"], pair["rejected"], pair["task"]) == ("two", "no", "any")

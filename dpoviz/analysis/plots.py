@@ -486,8 +486,8 @@ def figure_beta_steps(betas: pd.DataFrame, *, beta0: Mapping[str, float] | None 
 def figure_log_ratios(history: pd.DataFrame) -> Figure:
     """Draw the log-ratios of chosen and rejected answers over the steps: a row per form, a panel per task.
 
-    Lines are means over the pairs of the training batch before its update, with their quartiles as bands; points are
-    means over the held-out pairs after it.
+    Lines are means over the pairs of the training batch before its update, with their quartiles as bands if it has
+    them; points are means over the held-out pairs after it.
 
     Args:
         history: the history of `train`, of one form or of two, with the columns logratio/<answer>/<task>.
@@ -536,8 +536,10 @@ def plot_log_ratios(history: pd.DataFrame, *, task: str, ax: Axes | None = None)
         _lines(
             ax, history, name, label=label("{answer}, training batch", answer=label(answer)), color=color, linewidth=1.3
         )
-        band = history.dropna(subset=[name, f"{name}/q25"])
-        ax.fill_between(band["step"], band[f"{name}/q25"], band[f"{name}/q75"], color=color, alpha=0.15, linewidth=0)
+        if f"{name}/q25" in history:  # a trainer's log has means alone
+            band = history.dropna(subset=[name, f"{name}/q25"])
+            ends = band[f"{name}/q25"], band[f"{name}/q75"]
+            ax.fill_between(band["step"], *ends, color=color, alpha=0.15, linewidth=0)
         if held_out in history:
             style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": "none", "markeredgecolor": "white"}
             _lines(
