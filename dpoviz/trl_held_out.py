@@ -59,11 +59,13 @@ def cannot_keep(data: Any) -> str:
 
 def number_rows(data: Dataset | dict[str, Dataset]) -> Dataset | dict[str, Dataset]:
     """Return the sets to evaluate on with the column `ROW`, counted through all of them."""
-    if isinstance(data, Dataset):
-        return data.add_column(ROW, np.arange(len(data)))
-    ends = np.cumsum([len(part) for part in data.values()])
-    parts = zip(data.items(), ends, strict=True)
-    return {name: part.add_column(ROW, np.arange(end - len(part), end)) for (name, part), end in parts}
+    parts = data if isinstance(data, dict) else {"": data}
+    found, end = {}, 0
+    for name, part in parts.items():
+        first, end = end, end + len(part)
+        bare = part.remove_columns(ROW) if ROW in part.column_names else part  # of another trainer
+        found[name] = bare.add_column(ROW, np.arange(first, end))
+    return found if isinstance(data, dict) else found[""]
 
 
 def as_pairs(data: Dataset, eos_token: str | None) -> Dataset:

@@ -1,6 +1,7 @@
 """What `BetaDPOTrainer` keeps of single held-out pairs, against its own β and policy, asked by hand."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.launch import SCRIPTS, command, finish
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 trl = pytest.importorskip("trl", reason="pip install dpoviz[trl]")
 
@@ -138,6 +139,7 @@ def test_what_it_keeps_is_not_uploaded(train, tmp_path):
     """transformers leaves out of an upload what begins with "_"; the file list is made by huggingface_hub itself."""
     from huggingface_hub.utils import filter_repo_objects
 
+    assert 'ignore_patterns=["_*", ' in inspect.getsource(Trainer.push_to_hub)
     trainer = train(eval_strategy="no", save_strategy="no")
     trainer.save_model()
     assert (tmp_path / "out" / FOLDER / "beta.csv").is_file()
@@ -204,12 +206,24 @@ def test_without_entropies_and_features(train, tmp_path):
     with torch.no_grad():
         expected = trainer.beta_module.eval()(torch.zeros(6, 1), task=run.table["task"].tolist())
     assert run.table["beta"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert run.beta(run.table["prompt"][1]) == pytest.approx(expected[1].item())  # whose task is known
+    with pytest.raises(ValueError, match="task: got None, expected one of"):
+        run.beta("a b")
     assert run.table[["ref_entropy", "ref_entropy_se"]].isna().all(axis=None)
     assert run.summary()[["ref_entropy_mean", "rho"]].isna().all(axis=None)
     assert explore_run(run).contents["estimators"][0]["values"] == [None] * 6
     assert len(run.report().sentences) > 0
     page = (run.tables_folder / "report.html").read_text(encoding="utf-8")
     assert page.count("<circle") == 6 and "has no entropies of the reference" in page
+
+
+def test_a_beta_of_the_entropy(train, tmp_path):
+    train(beta="entropy", max_steps=2)
+    run = load_run(tmp_path / "out")
+    betas = [run.beta(prompt) for prompt in run.table["prompt"]]
+    assert betas == pytest.approx(run.table["beta"].tolist(), rel=1e-5) and len(set(betas)) == 6
+    assert run.beta("a b") == pytest.approx(run.beta("a b", ref_entropy=run.entropy("a b")[0]))
+    assert "beta follows the entropy" not in {finding.name for finding in run.diagnose()}  # as it was asked to
 
 
 @pytest.mark.parametrize("beta", ["steep", "constant"])
@@ -273,7 +287,9 @@ class TestSets:
 
     def test_rows_are_counted_through(self):
         parts = {name: Dataset.from_dict({"prompt": ["x"] * n}) for name, n in (("a", 2), ("b", 3))}
-        assert {name: part[ROW][:] for name, part in number_rows(parts).items()} == {"a": [0, 1], "b": [2, 3, 4]}
+        for _ in range(2):  # a set may come from another trainer
+            parts = number_rows(parts)
+            assert {name: part[ROW][:] for name, part in parts.items()} == {"a": [0, 1], "b": [2, 3, 4]}
 
 
 def test_report_of_a_plain_log(tmp_path, capsys):

@@ -68,8 +68,8 @@ def load_run(
     """Open a run, wherever its folder lies now: of `dpoviz demo` or `dpoviz train`, or the output folder of a trainer.
 
     Args:
-        folder: the run's --out; or what TRL or LLaMA-Factory wrote (`dpoviz.learn.trl_run.TrlRun`): their logs, and the
-            β that `BetaDPOTrainer` leaves.
+        folder: the run's --out; or what TRL or LLaMA-Factory wrote (`dpoviz.learn.trl_run.TrlRun`): their logs, and
+            what `BetaDPOTrainer` leaves: its β, and the numbers of the pairs of its eval_dataset.
         reference: the model that the run started from, or where it is; needed only for new prompts, and only if the
             folder does not hold it and it is no longer where the run found it.
         beta: the β of TRL's own `DPOTrainer` or of LLaMA-Factory, which their logs do not name; turns the rewards of

@@ -261,7 +261,12 @@ class TrlRun(Run):
                 )
             if self._has("beta") and not self._has("pulls"):
                 found.append(say("The pulls on β are kept only for the plain loss −log σ(s·h)."))
-        found.append(say("No policy was trained with one constant β beside this one, and no answers were sampled."))
+        found.append(
+            say(
+                "No policy was trained with one constant β beside this one; no answers were sampled, and h of the "
+                "training pairs was not kept."
+            )
+        )
         return found
 
     def report(self) -> Report:
@@ -293,8 +298,9 @@ class TrlRun(Run):
         Args:
             prompt: a text, which stays one, or a chat.
             form: that of the run, as a check; None takes it.
-            task: the task of the prompt, for a β by task.
-            ref_entropy: the reference's entropy at the prompt in nats per token, for an `EntropyBeta`.
+            task: the task of the prompt, for a β by task; None: that of a held-out prompt that was kept.
+            ref_entropy: the reference's entropy at the prompt in nats per token, for an `EntropyBeta`; None: that of
+                `entropy`, if held-out pairs were kept.
 
         Raises:
             ValueError: no β was saved; it is a rule, whose β reads more than the prompt; another form; no reference;
@@ -312,6 +318,10 @@ class TrlRun(Run):
             )
         if form is not None:
             beta.require_made_for(form=form)
+        if self._keeps and isinstance(beta, TaskBeta):
+            task = self._task(prompt, task)
+        if self._keeps and isinstance(beta, EntropyBeta) and ref_entropy is None:
+            ref_entropy = self.entropy(prompt)[0]
         if isinstance(beta, EntropyBeta) and ref_entropy is None:
             raise ValueError("ref_entropy: got None, expected the reference's entropy at the prompt (nats per token)")
         if isinstance(beta, TaskBeta) and task not in beta.tasks:
