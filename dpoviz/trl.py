@@ -227,6 +227,7 @@ class BetaDPOTrainer(DPOTrainer):
             self.beta_optimizer = adamw(rule, config.beta_learning_rate)
         self.data_collator = _Collator(self.data_collator)
         self._best_step: int | None = None  # the step of the beta that was loaded at the end, if it is not the last
+        self._evaluates = False  # all of eval_dataset
         self._held_out = self._keep_held_out()
 
     def _columns(self) -> list[str]:
@@ -326,7 +327,7 @@ class BetaDPOTrainer(DPOTrainer):
         observation = self._observe(columns, inputs, ratios)
         self.rule.train(self.model.training)
         output = self.rule(observation)  # of the whole batch, on every process
-        if rows is not None:
+        if rows is not None and self._evaluates:
             self._keep_scores(rows, inputs, ratios, output.beta)
         size = len(inputs["ref_chosen_logps"])
         own = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
@@ -564,8 +565,12 @@ class BetaDPOTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         if not isinstance(eval_dataset, str):
             _require_columns("eval_dataset", eval_dataset, self._needed)
-        found = super().evaluate(eval_dataset, *args, **kwargs)
-        if eval_dataset is None and self._held_out is not None:
+        if eval_dataset is not None:  # another set, or within the evaluation of several
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        self._evaluates = True
+        found = super().evaluate(None, *args, **kwargs)
+        self._evaluates = False
+        if self._held_out is not None:
             self._held_out.end_evaluation(self.state.global_step)
         return found
 

@@ -40,6 +40,8 @@ NO_TASK = "any"
 """The task of pairs that name none."""
 
 _SCORES = ("chosen", "rejected", "ref_chosen", "ref_rejected", "beta")
+_FILES = ("beta.csv", "beta_steps.parquet", "held_out.csv", "pulls.csv", "pairs.parquet", "run.json", "report.html")
+
 EVALUATED = "evaluated at step"
 """What run.json calls the step after which the scores of the pairs were measured."""
 
@@ -184,6 +186,8 @@ class HeldOutPairs:
         """
         out = folder / FOLDER
         out.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:  # an earlier training may have had others
+            (out / name).unlink(missing_ok=True)
         chat = all(self.pairs["messages"][:])
         about = {**about, "step": step, EVALUATED: None if self._last is None else self._last[0]}
         about |= {"reference": {"chat": chat}}

@@ -248,7 +248,9 @@ def test_a_rule_and_a_constant(train, tmp_path, beta):
 
 
 def test_another_loss_has_no_pulls(train, tmp_path):
-    train(loss_type="ipo", max_steps=2)
+    train(max_steps=2)
+    assert len(load_run(tmp_path / "out").pulls()) == 6
+    train(loss_type="ipo", max_steps=2)  # in the same folder
     run = load_run(tmp_path / "out")
     with pytest.raises(ValueError, match="The pulls on β are kept only for the plain loss"):
         run.pulls()
@@ -257,7 +259,10 @@ def test_another_loss_has_no_pulls(train, tmp_path):
 
 class TestSets:
     def test_several_are_one(self, train, tmp_path):
-        train(max_steps=2, held_out=lambda data: {"a": data.select(ROWS[:3]), "b": data.select(ROWS[3:])})
+        trainer = train(max_steps=2, held_out=lambda data: {"a": data.select(ROWS[:3]), "b": data.select(ROWS[3:])})
+        trainer.evaluate("b")  # a part, and another set: neither is kept
+        trainer.evaluate(number_rows(trainer.train_dataset))
+        trainer.save_model()
         several = load_run(tmp_path / "out").scores
         train("one", max_steps=2)
         pd.testing.assert_frame_equal(several, load_run(tmp_path / "one").scores, rtol=1e-5, atol=1e-5)
