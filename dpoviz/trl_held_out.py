@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dpoviz.analysis.tables import beta_table, read_table, write_parquet, write_table
 from dpoviz.beta import ConstantBeta
-from dpoviz.data.layouts import as_text
+from dpoviz.data.columns import as_text
 from dpoviz.data.records import RESERVED_TASKS, pairs_table
 from dpoviz.data.tokens import IDS
 from dpoviz.forms import scale
