@@ -60,8 +60,8 @@ def trl_dataset(scored: Dataset) -> Dataset:
         scored: the return value of `reference_pass`.
 
     Returns:
-        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`, and
-        `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts are chats, and texts
+        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`,
+        ref_entropy_se, and `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts are chats, and texts
         otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so
         `BetaDPOTrainer` computes its own.
 
@@ -158,6 +158,9 @@ class BetaDPOTrainer(DPOTrainer):
     logratio/rejected/<task> (log π/π_ref, nats), kl/<task> (for a rule that observes it), loss/<term> for each
     regulariser, and pull/<term>/<task>, the fraction of each term, "dpo" among them, in the pulls on beta (their
     absolute values; see `gradients_on_beta`).
+
+    Of the prompts of eval_dataset, β, s, h and the pulls at each evaluation are kept beside each saved beta, in the
+    folder _run, in the files of a run (`dpoviz.trl_held_out`); `load_run` opens them.
 
     Several processes have one beta, initialised from the main process; rules, batch norm and regularisers see the
     batch of all processes. FSDP and DeepSpeed may shard the policy; every process holds all of beta. A rule that reads
