@@ -61,9 +61,9 @@ def trl_dataset(scored: Dataset) -> Dataset:
 
     Returns:
         A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`,
-        ref_entropy_se, and `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts are chats, and texts
-        otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so
-        `BetaDPOTrainer` computes its own.
+        ref_entropy_se, and `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts
+        are chats, and texts otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL
+        tokenises differently, so `BetaDPOTrainer` computes its own.
 
     Raises:
         ValueError: the data set mixes texts and chats, which TRL does not accept.
