@@ -532,6 +532,8 @@ class BetaDPOTrainer(DPOTrainer):
     def _cannot_share(self, models: list) -> str:
         """Return why batches cannot be laid out in shared-prefix rows; "" if they can."""
         if self._in_pieces():
+            # accelerate's FSDP2 holds the last norm and the head as one piece: after the backward pass of the head,
+            # which is called once more here, it frees the weights of both, and that of the norm reads freed memory
             return "FSDP or ZeRO-3 has cut up the model"
         if self._is_vision_dataset:
             return "the data set has images"
