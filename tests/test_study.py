@@ -20,7 +20,15 @@ from dpoviz.cli import main
 from dpoviz.data.records import components, folds_by_group
 from dpoviz.experiments import study_runs
 from dpoviz.experiments.study_config import ARMS, Job, StudyConfig, jobs
-from dpoviz.experiments.study_report import TABLES, accuracy_of, betas_of, gains_of, slopes_of, write_study
+from dpoviz.experiments.study_report import (
+    TABLES,
+    accuracy_of,
+    betas_of,
+    gains_of,
+    sentences,
+    slopes_of,
+    write_study,
+)
 from dpoviz.experiments.study_runs import Ground, betas_by_slope, ground, pairs_table, run_job
 
 
@@ -146,6 +154,15 @@ class TestTables:
         )  # math, code, dialogue
         assert [label.get_text() for label in middle.get_yticklabels()] == ["inverse"]
         assert right.lines[1].get_ydata().tolist() == pytest.approx([0.5, 1, 2])  # over the 10 at which it starts
+
+    def test_with_constants_alone(self):
+        rows = made("constant", 0.1, [1.0, 1.0, 1.0, 1.0, 2.0, 2.0])
+        slopes, betas, accuracy = slopes_of(rows), betas_of(rows), accuracy_of(rows, 0.1)
+        gains = gains_of(rows, slopes, 0.1)
+        assert len(betas) == len(accuracy) == 0
+        lines = sentences(StudyConfig(scales=(0.1,), epochs=(1,)), slopes, gains, betas, accuracy)
+        assert len(lines) == 3 and "math 0.5 [" in lines[1] and lines[2].endswith("5 %): none.")
+        assert len(figure_study(slopes, gains, betas, scale=0.1).axes) == 3
 
 
 class TestSlopeArms:

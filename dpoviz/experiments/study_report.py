@@ -102,7 +102,8 @@ def betas_of(rows: pd.DataFrame) -> pd.DataFrame:
             row["ref_entropy"] = own.drop_duplicates(["task", "prompt"])["ref_entropy"].mean()
             values = np.clip(t_interval(rho), -1, 1) if rho else [math.nan] * 3
             found.append(row | dict(zip(("rho", "rho_low", "rho_high"), values, strict=True)))
-    return pd.DataFrame(found)
+    columns = ["arm", "epochs", "task", "trainings", "beta", "beta_low", "beta_high", "ref_entropy"]
+    return pd.DataFrame(found, columns=[*columns, "rho", "rho_low", "rho_high"])
 
 
 def accuracy_of(rows: pd.DataFrame, scale: float) -> pd.DataFrame:
