@@ -108,10 +108,13 @@ def _parse(name: str, command: Command, arguments: list[str]) -> object:
             settings = command.settings(True)
             found = read_settings(Path(file), settings, name)
         settings = _one_seed(found, settings)
+    default = command.options(settings=settings)
+    if "--fast" in arguments or getattr(settings, "fast", None) is True:
+        default = replace(default, out=Path(f"{default.out}-fast"))
     found = parse(
         command.options,
         arguments,
-        default=command.options(settings=settings),
+        default=default,
         prog=prog,
         description=(type(settings).__doc__ or "").split("Attributes:")[0],
     )
@@ -142,7 +145,7 @@ def _one_seed(found: Any, default: Any) -> Any:
 class _Demo:
     settings: Annotated[DemoConfig, arg(name="")]
     out: Path = Path("dpoviz-demo")
-    """folder to which the results are written."""
+    """folder to which the results are written; by default, with --fast, dpoviz-demo-fast."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a run; options override it."""
     lang: Literal["en", "zh"] = "en"
@@ -187,7 +190,7 @@ class _Retilt:
 class _Compare:
     settings: Annotated[CompareConfig, arg(name="")]
     out: Path = Path("dpoviz-compare")
-    """folder to which the results are written."""
+    """folder to which the results are written; by default, with --fast, dpoviz-compare-fast."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a comparison; options override it."""
     fast: bool = False
