@@ -238,7 +238,7 @@ def report(out: Path) -> Report:
             figures["log_ratios"] = figure_log_ratios(shown)
     if "beta" in tables and (out / "beta_steps.parquet").is_file():
         figures["beta_steps"] = figure_beta_steps(betas_of_steps(out, tables["beta"]), beta0=metadata["beta0"])
-    findings = _findings(out, tables, config, metadata)
+    findings = _findings(tables, config, metadata)
     write_report(
         out / "report.html",
         table=tables.get("beta"),
@@ -259,21 +259,18 @@ def report(out: Path) -> Report:
 
 
 def _findings(
-    out: Path, tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[Finding] | None:
     """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
     if "held_out" not in tables:
         return None
-    table = tables.get("beta", pd.DataFrame(columns=list(COLUMNS)))
-    kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
     return diagnose(
-        table=table,
+        table=tables.get("beta", pd.DataFrame(columns=list(COLUMNS))),
         history=tables["history"],
         scores=tables["held_out"],
         config=config,
         metadata=metadata,
         entropies=tables.get("entropy"),
-        betas=betas_of_steps(out, table) if kept else None,
     )
 
 
