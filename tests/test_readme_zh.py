@@ -111,7 +111,7 @@ def test_differences_are_seen():
 
 
 def test_marks_in_chinese_are_full_width():
-    half = re.compile(r"[\u4e00-\u9fff）]\s?[,;:(]|[\u4e00-\u9fff]\)|[,;](?=[\u4e00-\u9fff])|[`)][,;:(](?!https?|\w)")
+    half = re.compile(r"[\u4e00-\u9fff）]\s?[,;:(]|[\u4e00-\u9fff]\)|[,;](?=[\u4e00-\u9fff])|[`)\]][,;:(](?!https?|\w)")
     text = re.sub(r"\]\([^)\n]*\)", "]", prose(CHINESE))
     assert [line for line in text.splitlines() if half.search(re.sub(r"`[^`\n]*`", "``", line))] == []
 
