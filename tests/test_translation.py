@@ -60,7 +60,8 @@ def keys_of_template(source: str) -> set[str]:
 def keys() -> set[str]:
     code = [keys_of_code(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
     pages = [keys_of_template(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.j2")]
-    return set().union(*code, *pages)
+    widgets = [re.findall(r'\bword\("([^"]*)"', path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.js")]
+    return set().union(*code, *pages, *widgets)
 
 
 class TestCatalogue:
