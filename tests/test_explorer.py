@@ -275,3 +275,10 @@ class TestExploreBeta:
     def test_says_what_is_held_fixed(self, run):
         said = explore_beta(run).figure.get_suptitle()
         assert f"{len(run.frozen('inverse').h)} training pairs" in said and "Held fixed" in said
+
+    @pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
+    def test_says_so_in_chinese(self, run):
+        with in_language("zh"):
+            chinese = explore_beta(run)
+        said = [chinese.figure.get_suptitle(), *(control.description for control in chinese.controls.values())]
+        assert [text for text in said if not re.search(r"[\u4e00-\u9fff]|^α", text)] == []
