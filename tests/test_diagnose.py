@@ -385,6 +385,6 @@ def test_trained_runs_are_diagnosed():
     world = small_world(SMALL_WORLD, progress=False)
     names = ("healthy", "bound", "constant")
     wanted = {PLANTS[name].finds for name in names}
-    for name in names:
-        names_found = {finding for finding, _ in found(trained_run(world, name, 0))}
+    for name in names:  # not with seed 0: there all β rest within 1 % of the bound, and are constant, too
+        names_found = {finding for finding, _ in found(trained_run(world, name, 1))}
         assert names_found & wanted == {PLANTS[name].finds} - {None}, name

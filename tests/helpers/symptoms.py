@@ -109,7 +109,8 @@ PLANTS = {
     "healthy": Plant(None),
     "bound": Plant(
         "beta at a bound",
-        {"scale_max": 0.105, "lambda_entropy": 0.0},
+        # slowly, and long enough to rest there
+        {"scale_max": 0.105, "lambda_entropy": 0.0, "beta_learning_rate": 1e-3, "stage2_steps": 48},
     ),
     "constant": Plant("beta constant", {"lambda_smoothness": 1e3}),
     "entropy": Plant("beta follows the entropy", {"lambda_entropy": 30.0, "beta_learning_rate": 2e-2}),
