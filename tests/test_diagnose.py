@@ -289,7 +289,7 @@ class TestAtABound:
         (finding,) = diagnose(**run)
         assert finding.name == "beta at a bound" and finding.task == "code"
         assert "8 of 12 prompts of code have β at the lower end of the range, 2.50, " in finding.evidence
-        assert "(as far as 2.87)" in finding.evidence
+        assert "(as far as 2.87), and the other terms together do not pull β back: the range" in finding.evidence
 
     @pytest.mark.parametrize(("end", "outward"), [(LOW, 1), (HIGH, -1)])
     @pytest.mark.parametrize("form", FORMS)
@@ -309,7 +309,8 @@ class TestAtABound:
         run = healthy()
         at_the_upper_end(run)
         run["history"] = run["history"].drop(columns=[name for name in run["history"] if name.startswith("grad/")])
-        assert found(run) == [("beta at a bound", "code")]
+        (finding,) = diagnose(**run)
+        assert (finding.name, finding.task) == ("beta at a bound", "code") and "pull β back" not in finding.evidence
 
 
 def test_few_prompts_begin_below_ten():

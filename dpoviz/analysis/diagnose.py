@@ -110,6 +110,7 @@ def diagnose(
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
     entropies: pd.DataFrame | None = None,
+    remedy: str | None = None,
 ) -> list[Finding]:
     """Return what looks wrong in a run: warnings first, then notes, then what could not be checked.
 
@@ -120,6 +121,7 @@ def diagnose(
         config: the settings of the run (config.json).
         metadata: the facts of the run (run.json).
         entropies: the reference's entropy by estimator (entropy.csv), or None.
+        remedy: the advice on what could not be checked; None: to run again with this version.
 
     Raises:
         ValueError: a table lacks the columns that every version of the library wrote.
@@ -129,9 +131,8 @@ def diagnose(
         if missing := sorted(needed[name] - set(given.columns)):
             raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
     case = _Case(table, history, scores, metadata, config, entropies)
-    return _examine(
-        _CHECKS, case, key("Run again with this version to have it checked, if beta is a function of the prompt.")
-    )
+    again = key("Run again with this version to have it checked, if beta is a function of the prompt.")
+    return _examine(_CHECKS, case, remedy or again)
 
 
 def _examine(checks: Mapping[str, Callable[[Any], Iterator[_Suspicion]]], case: Any, remedy: str) -> list[Finding]:
@@ -167,7 +168,8 @@ def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
     Exact: beta is at an end if it lies there, beyond it, or inside by at most 5 % of the width of the range, on the log
     scale. It is pressed outward if the pulls of all terms but the range's, added up, do not point inward on average
     over the last quarter of the logged steps of stage 2. The median of beta that the report prints is then the choice
-    of beta_min or beta_max. A beta whose pulls were not logged, because it does not learn, is where its rule put it.
+    of beta_min or beta_max. Where no pulls with their signs were logged (of a beta that does not learn, or by another
+    trainer), the place alone counts, and the evidence does not speak of them.
     """
     for form in case.forms():
         low, high = case.line("beta_min", form), case.line("beta_max", form)
@@ -175,16 +177,17 @@ def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
         for task, beta in case.table[case.table["form"] == form].groupby("task")["beta"]:
             pull = _pull_without_the_range(case, form, str(task))  # positive lowers beta
             for name, bound, limit, there, outward in (
-                (key("lower"), low, low * near, beta <= low * near, pull >= 0),
-                (key("upper"), high, high / near, beta >= high / near, pull <= 0),
+                (key("lower"), low, low * near, beta <= low * near, pull is None or pull >= 0),
+                (key("upper"), high, high / near, beta >= high / near, pull is None or pull <= 0),
             ):
                 if there.mean() > 0.5 and outward:
                     evidence = say(
                         "{form} form: after the last step, {there} of {n} prompts of {task} have β at the {end} end of "
                         "the range, {bound}, beyond it, or inside by at most 5 % of its width on the log scale (as far "
-                        "as {limit}), and the other terms together do not pull β back: the range decides it.",
+                        "as {limit}){back}: the range decides it.",
                         form=say(form), there=there.sum(), n=len(beta), task=task, end=say(name), bound=number(bound),
                         limit=number(limit),
+                        back="" if pull is None else say(", and the other terms together do not pull β back"),
                     )  # fmt: skip
                     advice = say(
                         "Widen the range (scale_min, scale_max), or ask which term pushes β there (the pulls): with "
@@ -193,12 +196,12 @@ def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
                     yield _Suspicion(Finding("beta at a bound", str(task), "warning", evidence, advice))
 
 
-def _pull_without_the_range(case: _Case, form: Form, task: str) -> float:
-    """Return the mean pull on beta of all terms but the range's, added up, late in stage 2; 0 if none was logged."""
+def _pull_without_the_range(case: _Case, form: Form, task: str) -> float | None:
+    """Return the mean pull on beta of all terms but the range's, added up, late in stage 2; None if none was logged."""
     rows = case.last_rows(form, 1 / 4)
     names = [f"grad/{term}/{task}" for term in _SWAMPED if term != "range"]
     pulls = rows[[name for name in names if name in rows]].dropna(how="all", axis=1).dropna()
-    return 0.0 if pulls.empty else float(pulls.sum(axis=1).mean())
+    return None if pulls.empty else float(pulls.sum(axis=1).mean())
 
 
 _SAME = 0.01
@@ -247,6 +250,8 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         weight, alpha = case.setting("lambda_entropy", form) / case.line("beta0", form) ** 2, case.line("alpha", form)
         if weight == 0 or len(rows) < 3:
             continue
+        if rows["ref_entropy"].isna().any():
+            raise _Lacking(say("the entropy of the reference is not known at every held-out prompt"))
         target = alpha * rows["ref_entropy"].to_numpy()
         loss = np.mean((_pull_of_the_loss(case, form, rows) / (2 * weight)) ** 2)
         entropy = target.var()
@@ -272,7 +277,7 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
 def _pull_of_the_loss(case: _Case, form: Form, rows: pd.DataFrame) -> np.ndarray:
     """Return ∂ℓ/∂β = −σ(−s·h)·h·ds/dβ at each prompt of a form's table, the mean over the prompt's pairs."""
     scores = case.scores[(case.scores["variant"] == form) & (case.scores["form"] == form)]
-    pairs = scores.merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
+    pairs = scores[["task", "prompt", "h"]].merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
     if pairs.empty:
         raise _Lacking(say("held_out.csv has no pairs of the {form} form", form=say(form)))
     h, s = pairs["h"].to_numpy(), pairs["scale"].to_numpy()
@@ -293,6 +298,8 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
     """
     for form in case.forms():
         rows = case.last_rows(form, 1 / 2)
+        if any(name.startswith("pull/") for name in rows) and not any(name.startswith("grad/") for name in rows):
+            raise _Lacking(say("a trainer's log has the sizes of the pulls, without their signs"))
         for task in case.tasks:
             names = {f"grad/{term}/{task}": term for term in _SWAMPED}
             pulls = rows[[name for name in names if name in rows]].rename(columns=names)
