@@ -230,7 +230,7 @@ def _pairs(run: Run) -> tuple[dict[str, list[dict]], list[str]]:
     try:
         scores = run.scores
     except ValueError as error:  # a trainer's folder without an evaluation
-        return {}, [f"The pairs are not shown: {error}"]
+        return {}, [say("The pairs are not shown: {error}", error=error)]
     by_variant = {str(name): rows for name, rows in scores.groupby("variant", sort=False)}
     rows = next(iter(by_variant.values()))
     found: list[dict[str, Any]] = [{"ratios": {}} for _ in range(len(rows))]
