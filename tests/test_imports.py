@@ -28,10 +28,12 @@ ALLOWED = {
     "data": {"validation"},
     "lm": {"data", "validation"},
     "training": {*MATHEMATICS, "data", "lm"},
-    "trl": {*MATHEMATICS, "data", "lm", "training"},
+    "trl": {*MATHEMATICS, "data", "lm", "training", "trl_held_out"},
+    "trl_held_out": {*MATHEMATICS, "data", "lm", "training", "analysis"},
     "analysis": {"forms", "allocation", "validation", "translation"},
     "experiments": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "trl", "translation"},
     "learn": {*MATHEMATICS, *WORLDS, "data", "lm", "training", "analysis", "experiments", "translation"},
+    "learn.trl_run": {"forms", "beta", "lm", "training", "analysis", "experiments", "translation", "trl_held_out"},
     "cli": {"experiments", "analysis", "learn", "lm", "translation"},
     "__main__": {"cli"},
 }

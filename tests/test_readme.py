@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers.readme import README, ROOT, blocks
 
-from dpoviz.cli import main
+from dpoviz.cli import COMMANDS, _parse, main
+from dpoviz.experiments.bench import INSIDE, OURS
 from dpoviz.experiments.comparison import IDEAL
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
@@ -50,6 +51,8 @@ def test_measured_numbers_are_those_of_the_tables():
             row = found.loc[form, rule, "all"]
             numbers = [f"{row[name]:.3f}".replace("-", "−") for name in ("gain", "gain_low", "gain_high")]
             said.append("{} [{}, {}]".format(*numbers))
+    own = [found.loc[form, "one a", "all"]["kl"] for form in ("standard", "inverse")]
+    said.append("at their own mean KL of {:.1f} and {:.1f} nats".format(*own))
     best = [found.loc[form, "best by task", "all"]["kl"] for form in ("standard", "inverse")]
     said.append("at {:.2f} and {:.2f} nats".format(*best))
     steps = pd.read_csv(measured / "steps_h200.csv").set_index("who")
@@ -58,6 +61,9 @@ def test_measured_numbers_are_those_of_the_tables():
     said += [f"{steps.loc[ours, 'seconds']:.3f} with ours and {steps.loc[learned, 'seconds']:.3f} with β(x)"]
     said += [f"TRL over ours {steps.loc[ours, 'ratio']:.2f}", f"{steps.loc[trl, 'tokens']:,} tokens"]
     said += [f"ours adds {steps.loc[ours, 'memory']:,.0f} MiB, TRL {steps.loc[trl, 'memory']:,.0f}"]
+    inside = pd.read_csv(measured / "steps_inside.csv").set_index(["who", "task"])["ratio"]
+    ratios = [" and ".join(f"{inside[who, task]:.1f}" for task in ("math", "dialogue")) for who in (INSIDE, OURS)]
+    said += ["on math and dialogue TRL over it is {}, TRL over ours {}".format(*ratios)]
     assert [text for text in said if text not in README] == []
     assert (steps["share_of_matrix_rate"].dropna().round(2) == 0.02).all()
 
@@ -156,6 +162,15 @@ def test_options_that_it_names_exist(capsys):
     assert len(named) > 10
     for option in named:
         assert f"{option} " in known, option
+
+
+def test_its_commands_have_only_options_that_there_are():
+    lines = [part.split("#")[0].split() for block in blocks("bash") for part in re.split(r"\n|&&", block)]
+    of_us = [words[words.index("dpoviz") + 1 :] for words in lines if "dpoviz" in words]
+    known = [words for words in of_us if words[0] in COMMANDS and "--config" not in words]
+    assert {words[0] for words in known} >= {"demo", "train", "retilt", "compare", "study", "bench"}
+    for name, *options in known:
+        _parse(name, COMMANDS[name], options)
 
 
 def test_what_it_names_is_there():

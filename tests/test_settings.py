@@ -28,6 +28,7 @@ OTHER = {
     "strength": 0.25,
     "tasks": ("code",),
     "dtype": "bfloat16",
+    "precision": "bfloat16",
     "contenders": ("constant", "lsc"),
     "constants": (0.3, 0.5),
     "scales": (0.3, 0.5),
@@ -54,6 +55,8 @@ OTHER = {
     "max_new_tokens": 47,
     "device": "cpu",
     "tables": ("steps",),
+    "arms": ("constant", "slopes"),
+    "epochs": (1, 3),
 }
 OPEN = {"rescore-reference"}
 """Yes, no or None: said by a word."""
@@ -143,6 +146,18 @@ def test_what_a_run_saves_gives_its_settings_again(name, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"command": name, **asdict(settings)}))
     assert parsed(name, "--config", file) == settings == parsed(name, f"--config={file}")
+
+
+@pytest.mark.parametrize("name", ["demo", "compare"])
+def test_a_first_look_leaves_the_folder_of_the_full_run_free(name, tmp_path):
+    def out(*options):
+        return str(cli._parse(name, COMMANDS[name], list(map(str, options))).out)
+
+    assert (out(), out("--fast")) == (f"dpoviz-{name}", f"dpoviz-{name}-fast")
+    assert out("--fast", "--out", "here") == "here"
+    if name == "demo":  # whose settings say whether they are those of --fast
+        (tmp_path / "s.json").write_text('{"fast": true}')
+        assert out("--config", tmp_path / "s.json") == "dpoviz-demo-fast"
 
 
 class TestPrecedence:

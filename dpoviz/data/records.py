@@ -15,13 +15,14 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import InMemoryTable
 
 from dpoviz.data import files
+from dpoviz.data.columns import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.files import Row, Source
-from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.presets import PRESETS, Preset, recognised
 
 logger = logging.getLogger(__name__)
@@ -423,7 +424,7 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: got {held_out}, expected a fraction between 0 and 1")
-    group = _components(pairs)
+    group = components(pairs)
     of_task: dict[str, list[int]] = {}
     tasks = pairs["task"][:]
     for g in group:
@@ -440,7 +441,32 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
     return pairs.select(inside), pairs.select(outside)
 
 
-def _components(pairs: Dataset) -> list[int]:
+def folds_by_group(pairs: Dataset, folds: int, seed: int) -> list[list[int]]:
+    """Return the rows of each fold: each pair is in one, no prompt or group is in two, and tasks are spread evenly.
+
+    Args:
+        pairs: records with `prompt`, `task` and optionally `group`.
+        folds: number of folds, at least 2.
+        seed: random seed.
+
+    Raises:
+        ValueError: a task has fewer groups than there are folds.
+    """
+    group, tasks = components(pairs), pairs["task"][:]
+    of_task: dict[str, list[int]] = {}
+    for g in dict.fromkeys(group):
+        of_task.setdefault(tasks[g], []).append(g)
+    fold_of: dict[int, int] = {}
+    for task, groups in sorted(of_task.items()):
+        if len(groups) < folds:
+            raise ValueError(f"folds: got {folds}, expected at most {len(groups)}, the groups of pairs of {task!r}")
+        random.Random(f"folds {seed} {task}").shuffle(groups)
+        begin = len(fold_of)  # so that the first folds do not get the remainder of every task
+        fold_of |= {g: (begin + i) % folds for i, g in enumerate(groups)}
+    return [[row for row, g in enumerate(group) if fold_of[g] == fold] for fold in range(folds)]
+
+
+def components(pairs: Dataset) -> list[int]:
     """Return, per pair, the index of the first pair it is connected to by shared prompts and groups."""
     n = len(pairs)
     parent = list(range(n))
@@ -458,3 +484,14 @@ def _components(pairs: Dataset) -> list[int]:
             a, b = sorted((root(i), root(first.setdefault(key, i))))
             parent[b] = a
     return [root(i) for i in range(n)]
+
+
+def pairs_table(held_out: Dataset) -> pd.DataFrame:
+    """Return the texts of the held-out pairs, in the order of held_out.csv.
+
+    Returns:
+        task, prompt, chosen, rejected, messages (JSON of the chat; "" where the prompt is a text), prompt_ids.
+    """
+    rows = held_out.select_columns(["task", "prompt", "chosen", "rejected", "prompt_ids"]).to_pandas()
+    chats = held_out["messages"][:] if "messages" in held_out.column_names else [None] * len(rows)
+    return rows.assign(messages=[json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats])

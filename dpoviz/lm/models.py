@@ -10,6 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -33,8 +35,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpoviz.lm.processes import hidden
+from dpoviz.lm.processes import hidden, processes
 from dpoviz.lm.trial import require_causal
+from dpoviz.lm.workers import one_thread
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -176,7 +179,8 @@ def fit_lm(
     """Train on the demonstrations for one epoch, with cross-entropy on the answers and their end tokens.
 
     The optimizer is AdamW with a cosine schedule, a warm-up over the first 5 % of the steps, and gradients clipped at
-    norm 1. A batch holds demonstrations of similar length, to save padding; batches are shuffled.
+    norm 1. A batch holds demonstrations of similar length, to save padding; batches are shuffled. Two threads compute
+    half of each batch, on any number of cores, so the weights do not depend on it.
 
     Args:
         model: trained in place and left in evaluation mode.
@@ -189,20 +193,34 @@ def fit_lm(
     batches = list(_batches(rows, batch_size, random.Random(seed)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
+    weights = list(model.parameters())
     model.train()
     losses = []
-    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
-    for batch in bar:
-        ids, labels = _collate(batch, tokenizer.pad_token_id)
+
+    def half(rows: list) -> tuple[torch.Tensor, ...]:
+        """Return the summed loss of the rows, and its gradients."""
+        ids, labels = _collate(rows, tokenizer.pad_token_id)
         # padding on the right needs no mask in a causal model
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        answers = targets != _IGNORED
+        loss = nn.functional.cross_entropy(model.lm_head(states[answers]), targets[answers], reduction="sum")
+        return loss.detach(), *torch.autograd.grad(loss, weights)
+
+    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
+    with one_thread(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch in bar:
+            tokens = sum(len(answer) for _, answer in batch)
+            halves = [rows for rows in (batch[::2], batch[1::2]) if rows]
+            loss, *gradients = (sum(parts) / tokens for parts in zip(*pool.map(half, halves), strict=True))
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    optimizer.zero_grad(set_to_none=True)
     model.eval()
     return losses
 
@@ -239,7 +257,7 @@ class LanguageModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
+def load_lm(name: Path | str, *, dtype: torch.dtype | None = None, four_bit: bool = False) -> LanguageModel:
     """Load a causal language model and its tokenizer, as the reference or for training.
 
     Code in a model's folder is never run (`trust_remote_code=False`).
@@ -252,6 +270,8 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
             hub's HuggingFaceTB/SmolLM2-135M-Instruct.
         dtype: type of the weights; None is bfloat16 if a CUDA device supports it in hardware, else float32.
             Log-probabilities are summed in at least float32 in any case (`dpoviz.lm.scoring`).
+        four_bit: store the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv:2305.14314), and
+            compute with them in `dtype`. They cannot be trained, but adapters on them can.
 
     Returns:
         The model, in evaluation mode and on the CPU, and the tokenizer. A tokenizer without a padding token pads with
@@ -262,18 +282,35 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
             finite; the file is not GGUF, or its rope scaling is not supported; `transformers` does not know the
             architecture; an adapter names no model or cannot be merged; the hub has no such model or does not respond
             within seconds; the model is not causal; the tokenizer has no end token, or more tokens than the model.
-        ImportError: a GGUF needs the package `gguf`, an adapter `peft`.
+        ImportError: a GGUF needs the package `gguf`, an adapter `peft`, 4 bits `bitsandbytes`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
-    model, tokenizer = _read(name, dtype)
+    more = _four_bits(str(name), dtype) if four_bit else {}
+    model, tokenizer = _read(name, dtype, **more)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a format on CPUs that has no gradients
+            vars(layer)["support_avx512bf16_for_cpu"] = False
     _require_usable(tokenizer, model)
     _require_finite(model, name)
     require_causal(model)
     return LanguageModel(model.eval(), tokenizer)
 
 
-def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments with which `transformers` stores weights in 4 bits, or refuse before anything is loaded."""
+    path = Path(name)
+    if path.suffix.lower() == ".gguf" or (name == SMOLLM2 and _packaged_smollm2() is not None):
+        raise ValueError(f"four_bit: got the GGUF file of {name}, expected a folder or hub name; leave four_bit out")
+    if (path / _ADAPTER).is_file():
+        raise ValueError(f"four_bit: got the adapter in {path}, expected a whole model; merge it and save that")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("four_bit: needs the package bitsandbytes: pip install bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": processes().device}}
+
+
+def _read(name: Path | str, dtype: torch.dtype, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     given = str(name)
     if given == SMOLLM2:
         name = _packaged_smollm2() or _SMOLLM2_HUB
@@ -285,13 +322,13 @@ def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
             return _from_adapter(path, dtype)
         if not (path / "config.json").is_file():
             raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
-        model, tokenizer = _from_disk(path, path, dtype)
+        model, tokenizer = _from_disk(path, path, dtype, **more)
     elif path.exists():
         raise ValueError(f"model: {path} is a file, expected a folder, a file named .gguf, or a hub name")
     elif not _HUB_NAME.fullmatch(str(name)):
         raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
     else:
-        model, tokenizer = _from_hub(str(name), dtype)
+        model, tokenizer = _from_hub(str(name), dtype, **more)
     # saved adapters store this as the name of their model: it must be loadable from any working directory
     model.name_or_path = str(path.resolve()) if path.exists() and given != SMOLLM2 else given
     return model, tokenizer
@@ -356,7 +393,8 @@ def _from_pretrained(
     name: str, dtype: torch.dtype, *, local: bool, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     more = {**more, "local_files_only": local}
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    of_text = {key: value for key, value in more.items() if key not in ("quantization_config", "device_map")}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **of_text)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
     )
@@ -371,7 +409,7 @@ def _from_pretrained(
 
 
 def _from_disk(
-    path: Path, folder: Path, dtype: torch.dtype, **more: str
+    path: Path, folder: Path, dtype: torch.dtype, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return _from_pretrained(str(folder), dtype, local=True, **more)
@@ -469,15 +507,15 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -
             setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(number.contents())))
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_hub(name: str, dtype: torch.dtype, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        return _from_pretrained(name, dtype, local=True)  # a cached model needs no network
+        return _from_pretrained(name, dtype, local=True, **more)  # a cached model needs no network
     except _Lacking:
         raise
     except (OSError, ValueError):
         pass
     require_on_hub("model", name, _INSTEAD)
-    return _from_pretrained(name, dtype, local=False)
+    return _from_pretrained(name, dtype, local=False, **more)
 
 
 def require_on_hub(argument: str, name: str, instead: str) -> None:
@@ -557,7 +595,9 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     for name, module in model.named_modules():
         path, _, last = name.rpartition(".")
         of_mamba = last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(path), "conv1d")
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not of_mamba:
+        kind = type(module)
+        linear = kind in (nn.Linear, Conv1D) or kind.__name__ == "Linear4bit"  # of bitsandbytes
+        if linear and module is not head and not of_mamba:
             targets.append(name)
     if not targets:
         raise ValueError(

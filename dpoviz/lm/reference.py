@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -47,6 +48,7 @@ def reference_pass(
     entropy_samples: int = 8,
     batch_size: int = 64,
     sampling_batch_size: int | None = None,
+    static_cache: bool = False,
     seed: int = 0,
     too_long: str = "refuse",
     cache_dir: Path | str | None = None,
@@ -66,6 +68,7 @@ def reference_pass(
         batch_size: pairs per batch.
         sampling_batch_size: prompts per batch; K sequences of each, and their KV cache, are in memory. None:
             `batch_size`, and on a GPU as many as fit its free memory.
+        static_cache: sample with a cache of fixed size, as in `dpoviz.lm.sampling.sampling`.
         seed: random seed.
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: folder, shared by all processes, that stores the result and every finished batch by a fingerprint of
@@ -104,6 +107,7 @@ def reference_pass(
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
+        "static_cache": static_cache,
         "seed": seed,
     }
     ends = {"eos_id": end_id(pairs), "pad_id": tokenizer.pad_token_id}
@@ -184,6 +188,7 @@ def _compute(
         **ends,
         seed=settings["seed"],
         batch_size=settings["sampling_batch_size"],
+        static_cache=bool(settings["static_cache"]),
         keep=keep,
         progress=progress,
     )
@@ -236,3 +241,12 @@ def _score(
         parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+
+
+def reference_columns(pairs: Dataset) -> pd.DataFrame:
+    """Return task, group and prompt of scored pairs, the reference's log-probability of each answer, and its length."""
+    own = ["ref_chosen_logps", "ref_rejected_logps", "chosen_ids", "rejected_ids"]
+    rows = pairs.select_columns(["task", "group", "prompt", *own]).to_pandas()
+    for answer in ("chosen", "rejected"):
+        rows[f"{answer}_tokens"] = rows.pop(f"{answer}_ids").map(len)
+    return rows.rename(columns={"ref_chosen_logps": "ref_chosen", "ref_rejected_logps": "ref_rejected"})
