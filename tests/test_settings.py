@@ -30,11 +30,10 @@ OTHER = {
     "dtype": "bfloat16",
     "precision": "bfloat16",
     "contenders": ("constant", "lsc"),
-    "constants": (0.3, 0.5),
+    "tuned": ("constant", "lsc"),
+    "conditions": ("uniform noise",),
     "scales": (0.3, 0.5),
-    "noise": (0.15, 0.2),
     "learning_rates": (1e-3, 2e-3),
-    "tuning_noise": 0.3,
     "scale_min": 0.05,
     "scale_max": 0.5,
     "alpha": 0.7,
@@ -62,13 +61,13 @@ OPEN = {"rescore-reference"}
 """Yes, no or None: said by a word."""
 
 BESIDE = {"strength": {"rule": "lsc"}}
-APART = ("strength", "tuning_noise", "gradient_accumulation")  # they do not go with the other values
+APART = ("strength", "gradient_accumulation")  # they do not go with the other values
 
 """What a value needs beside it."""
 
 
 def other(name, value):
-    if name in OTHER:
+    if name in OTHER and (value is None or isinstance(OTHER[name], type(value))):  # two commands may share a name
         return OTHER[name]
     if isinstance(value, bool):
         return not value

@@ -114,7 +114,7 @@ class CompareConfig:
     tuned: tuple[str, ...] = (CONSTANT,)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     scales: tuple[float, ...] = (0.025, 0.1, 0.4, 1.6)
-    epochs: float = 2
+    epochs: float = 2.0
     batch_size: int = 24
     beta_learning_rate: float = 1e-2
     prompts: int = 40
