@@ -109,8 +109,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         A row per condition, budget and contender but the constant: mean difference in reward, low, high (95 % paired t
         interval over worlds), p, n (worlds); share of the oracle's gain with share_low and share_high, in which the
         oracle's mean gain is taken as known; detectable, the difference that a test at 5 % finds with a power of
-        80 %, and detectable_share, the same over the training gain of the constant. holm is p adjusted over all rows
-        but those of the oracle and the ideal, which are above the constant by construction.
+        80 %, and detectable_share, the same over the training gain of the constant, if it gains. holm is p adjusted over
+        all rows but those of the oracle and the ideal, which are above the constant by construction.
     """
     main = table[(table["phase"] == "main") & (table["task"] == "all")]
     wide = main.pivot(index=["condition", "budget", "world"], columns="contender", values="reward")
@@ -124,7 +124,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
             found = effect(values.dropna().to_numpy())
             shares = {name: getattr(found, part) / most for name, part in
                       (("share", "mean"), ("share_low", "low"), ("share_high", "high"))}  # fmt: skip
-            shares["detectable_share"] = found.detectable / gains[condition, budget]
+            gain = gains[condition, budget]
+            shares["detectable_share"] = found.detectable / gain if gain > 0 else np.nan
             rows.append({"condition": condition, "budget": budget, "contender": contender, **found._asdict(), **shares})
     result = pd.DataFrame(rows)
     tested = ~result["contender"].isin([ORACLE, IDEAL])

@@ -161,7 +161,7 @@ class CompareConfig:
     @classmethod
     def fast(cls, **settings) -> CompareConfig:
         """Return a tiny version for tests and a first look; its numbers mean nothing."""
-        reference = WorldConfig(demonstrations=14_000, hidden_size=64, layers=2, problems=60, samples=16,
+        reference = WorldConfig(demonstrations=11_000, hidden_size=64, layers=2, problems=60, samples=16,
                                 max_new_tokens=24)  # fmt: skip
         tiny = {"reference": reference, "worlds": 3, "tuning_worlds": 1, "learning_rates": (1e-3,), "scales": (0.4,),
                 "epochs": 0.25, "batch_size": 4, "prompts": 8, "slope_prompts": 8, "evaluation_prompts": 5,

@@ -74,9 +74,8 @@ def reading_of_contrasts(found: pd.DataFrame) -> list[str]:
         lines.append(
             f"Beyond noise {word} the constant (Holm's p below 5 %, {len(tested)} contrasts): {named or 'none'}."
         )
-    middle = 100 * tested["detectable_share"].median()
+    middle = tested["detectable"].median()
     lines.append(
-        f"Half of the contrasts, uncorrected, would find an effect of {middle:.1f} % of the training gain four times "
-        "in five."
+        f"Half of the contrasts, uncorrected, would find a difference of {middle:.4f} in reward four times in five."
     )
     return lines
