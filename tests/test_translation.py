@@ -158,6 +158,7 @@ class TestSpoken:
             checks.completion_logps_answers, checks.optimal_policy_answers, checks.reward_difference_answers,
             checks.entropy_penalty_answers, checks.smoothness_penalty_answers, checks.kl_estimate_answers,
             checks.slope_answers, checks.allocation_answers, checks.bound_answers,
+            checks.token_entropy_answers, checks.entropy_beta_answers, checks.rho_within_answers,
             *(lambda f=f, form=form: f(form) for form in FORMS
               for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
         ]  # fmt: skip
