@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpoviz.data.records as module
-from dpoviz.data.layouts import Reader
+from dpoviz.data.columns import Reader
 from dpoviz.data.records import as_chat, load_pairs, split_by_group
 
 GOOD = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3", "task": "math"}

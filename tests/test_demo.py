@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from helpers.launch import DPOVIZ, begin, flat
+from helpers.launch import DPOVIZ, begin, finish, flat
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -194,6 +195,25 @@ class TestAgain:
     def test_folder_of_a_notebook_follows_the_settings(self, tmp_path):
         folders = [demo_folder(DemoConfig.default(seed), tmp_path) for seed in (0, 0, 1)]
         assert folders[0] == folders[1] != folders[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not choose a process's cores")
+def test_same_bytes_on_one_core_and_on_two(tmp_path):
+    """From nothing: the world, too, and the forms in turn or side by side."""
+    world = ["--world.demonstrations", 1500, "--world.problems", 48, "--world.entropy-samples", 2]
+    training = ["--stage1-steps", 2, "--stage2-steps", 2, "--batch-size", 4, "--probe-prompts", 2]
+    cores = sorted(os.sched_getaffinity(0))
+    for n in (1, 2):
+        own = f"import os, sys; os.sched_setaffinity(0, {cores[:n]})"
+        code = f"{own}; from dpoviz.cli import main; sys.exit(main(sys.argv[1:]))"
+        line = [sys.executable, "-c", code, "demo", "--out", tmp_path / f"run{n}", *world, *training]
+        finish(line, DPOVIZ_CACHE=tmp_path / f"cache{n}", OMP_NUM_THREADS=n)
+    worlds = [next((tmp_path / f"cache{n}").glob("small-world-*")) for n in (1, 2)]
+    for name in ("reference/model.safetensors", "pairs.jsonl"):
+        assert len({(world / name).read_bytes() for world in worlds}) == 1, name
+    for name in REPEATED:
+        assert (tmp_path / "run1" / name).read_bytes() == (tmp_path / "run2" / name).read_bytes(), name
 
 
 class TestBadInput:

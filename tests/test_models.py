@@ -27,6 +27,7 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    get_cosine_schedule_with_warmup,
 )
 
 from dpoviz.data import tasks
@@ -96,6 +97,45 @@ class TestFit:
         assert logps[len(prompt) - 1, answer[0]] > math.log(0.95)
         in_prompt = [logps[i, token].item() for i, token in enumerate(prompt[1:])]
         assert sum(in_prompt) / len(in_prompt) < math.log(0.05)
+
+    def test_halves_train_as_the_whole_batch_with_the_loss_of_transformers(self, tokenizer):
+        # answers of different lengths, so that the halves have different numbers of tokens; the last batch is one row
+        rows = [(f"{word}?\n", word * (1 + i % 3)) for i, word in enumerate("abcdefghijklm")]
+        halves, whole = (tiny_lm(tokenizer, hidden_size=32, layers=1, heads=2) for _ in range(2))
+        losses = fit_lm(halves, tokenizer, rows, batch_size=4, progress=False)
+        encoded = models._tokenize(tokenizer, rows)
+        batches = list(models._batches(encoded, 4, random.Random(0)))
+        assert min(map(len, batches)) == 1
+        optimizer = torch.optim.AdamW(whole.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, 0, len(batches))
+        for loss, batch in zip(losses, batches, strict=True):
+            ids, labels = models._collate(batch, tokenizer.pad_token_id)
+            own = whole(input_ids=ids, labels=labels).loss
+            assert loss == pytest.approx(own.item(), rel=1e-5)
+            own.backward()
+            torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not choose a process's cores")
+    def test_same_bytes_on_any_number_of_cores_and_threads(self, tokenizer):
+        rows = tasks.corpus(96, seed=0)
+        cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+
+        def trained(own, n):
+            os.sched_setaffinity(0, own)
+            torch.set_num_threads(n)
+            model = tiny_lm(tokenizer, layers=1)
+            fit_lm(model, tokenizer, rows, progress=False)
+            return [p.detach().numpy().tobytes() for p in model.parameters()]
+
+        try:
+            assert trained({min(cores)}, 1) == trained(cores, 2)
+            assert torch.get_num_threads() == 2
+        finally:
+            os.sched_setaffinity(0, cores)
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

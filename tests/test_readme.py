@@ -37,6 +37,8 @@ def test_measured_numbers_are_those_of_the_tables():
             row = found.loc[form, rule, "all"]
             numbers = [f"{row[name]:.3f}".replace("-", "−") for name in ("gain", "gain_low", "gain_high")]
             said.append("{} [{}, {}]".format(*numbers))
+    own = [found.loc[form, "one a", "all"]["kl"] for form in ("standard", "inverse")]
+    said.append("at their own mean KL of {:.1f} and {:.1f} nats".format(*own))
     best = [found.loc[form, "best by task", "all"]["kl"] for form in ("standard", "inverse")]
     said.append("at {:.2f} and {:.2f} nats".format(*best))
     steps = pd.read_csv(measured / "steps_h200.csv").set_index("who")

@@ -92,7 +92,7 @@ def test_its_links_lead_somewhere():
 
 def test_differences_are_seen():
     changed = (
-        README.replace("0.143", "0.144")
+        README.replace("0.146", "0.147")
         .replace("pip install -e . &&", "pip install . &&")
         .replace("`--alpha`", "`--alfa`")
     )

@@ -24,8 +24,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 from transformers.utils import chat_template_utils
 
-from dpoviz.data import templates, tokens
-from dpoviz.data.templates import DATE, Chat, render
+from dpoviz.data import chat_templates, tokens
+from dpoviz.data.chat_templates import DATE, Chat, render
 from dpoviz.data.tokens import (
     IDS,
     answer_end,
@@ -379,7 +379,7 @@ class TestTemplates:
         ],
     )
     def test_a_hostile_one_is_refused_in_one_line(self, template, words, family, monkeypatch):
-        monkeypatch.setattr(templates, "_SECONDS", 1.0)
+        monkeypatch.setattr(chat_templates, "_SECONDS", 1.0)
         tokenizer = family("chatml")
         tokenizer.chat_template = template
         with pytest.raises(ValueError, match=words) as error:
@@ -390,10 +390,10 @@ class TestTemplates:
 
     def test_the_process_ends_with_the_one_that_started_it(self):
         program = (
-            "from dpoviz.data import templates; from types import SimpleNamespace\n"
+            "from dpoviz.data import chat_templates; from types import SimpleNamespace\n"
             "import sys; sys.path.insert(0, {tests!r}); from helpers.chat_tokenizers import FAMILIES\n"
-            "templates.render(FAMILIES['chatml'](), [templates.Chat([{{'role': 'user', 'content': 'a'}}])])\n"
-            "print(templates._PROCESS.running.pid, flush=True); {last}"
+            "chat_templates.render(FAMILIES['chatml'](), [chat_templates.Chat([{{'role': 'user', 'content': 'a'}}])])\n"
+            "print(chat_templates._PROCESS.running.pid, flush=True); {last}"
         )
         for last in ("pass", "import os; os.kill(os.getpid(), 9)"):
             text = program.format(tests=os.path.dirname(__file__), last=last)

@@ -20,8 +20,8 @@ from datasets import Dataset, Features, Json, List, Value
 from datasets.table import InMemoryTable
 
 from dpoviz.data import files
+from dpoviz.data.columns import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.files import Row, Source
-from dpoviz.data.layouts import FIELDS, RENAMED, Reader, Refused, Tie, as_text, chat_flaws, is_context
 from dpoviz.data.presets import PRESETS, Preset, recognised
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpoviz.data.templates import DATE, Chat, Rendered, render
+from dpoviz.data.chat_templates import DATE, Chat, Rendered, render
 
 logger = logging.getLogger(__name__)
 

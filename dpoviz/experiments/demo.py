@@ -31,7 +31,7 @@ def run_demo(
 ) -> Results:
     """Train in the small world: stage 1, then stage 2 in both forms.
 
-    Policies are trained on one thread: in the same world, the numbers do not depend on the number of cores.
+    The numbers do not depend on the number of cores: policies are trained on one thread.
 
     Args:
         config: the settings.

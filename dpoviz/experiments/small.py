@@ -22,6 +22,7 @@ from dpoviz.lm import models
 from dpoviz.lm.cache import code_digest, open_entry, require_writable, write_entry
 from dpoviz.lm.reference import reference_pass
 from dpoviz.lm.sampling import sample_answers
+from dpoviz.lm.workers import one_thread
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -48,8 +49,11 @@ class World:
     left_out: Mapping[str, list[str]]
 
 
+@one_thread()
 def small_world(config: WorldConfig, *, cache_dir: Path | str | None = None, progress: bool = True) -> World:
     """Train the reference, sample and label pairs from it, and score them with it.
+
+    The world does not depend on the number of cores: training always uses two threads, all else one.
 
     Args:
         config: the settings.

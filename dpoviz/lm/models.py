@@ -10,6 +10,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpoviz.lm.processes import hidden
 from dpoviz.lm.trial import require_causal
+from dpoviz.lm.workers import one_thread
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -176,7 +178,8 @@ def fit_lm(
     """Train on the demonstrations for one epoch, with cross-entropy on the answers and their end tokens.
 
     The optimizer is AdamW with a cosine schedule, a warm-up over the first 5 % of the steps, and gradients clipped at
-    norm 1. A batch holds demonstrations of similar length, to save padding; batches are shuffled.
+    norm 1. A batch holds demonstrations of similar length, to save padding; batches are shuffled. Two threads compute
+    half of each batch, on any number of cores, so the weights do not depend on it.
 
     Args:
         model: trained in place and left in evaluation mode.
@@ -189,20 +192,34 @@ def fit_lm(
     batches = list(_batches(rows, batch_size, random.Random(seed)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 20, len(batches))
+    weights = list(model.parameters())
     model.train()
     losses = []
-    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
-    for batch in bar:
-        ids, labels = _collate(batch, tokenizer.pad_token_id)
+
+    def half(rows: list) -> tuple[torch.Tensor, ...]:
+        """Return the summed loss of the rows, and its gradients."""
+        ids, labels = _collate(rows, tokenizer.pad_token_id)
         # padding on the right needs no mask in a causal model
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        answers = targets != _IGNORED
+        loss = nn.functional.cross_entropy(model.lm_head(states[answers]), targets[answers], reduction="sum")
+        return loss.detach(), *torch.autograd.grad(loss, weights)
+
+    bar = tqdm(batches, desc="reference: language modelling", unit="step", disable=hidden(progress))
+    with one_thread(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for batch in bar:
+            tokens = sum(len(answer) for _, answer in batch)
+            halves = [rows for rows in (batch[::2], batch[1::2]) if rows]
+            loss, *gradients = (sum(parts) / tokens for parts in zip(*pool.map(half, halves), strict=True))
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    optimizer.zero_grad(set_to_none=True)
     model.eval()
     return losses
 
