@@ -169,7 +169,7 @@ class _Reference(_Train):
 @dataclass(frozen=True)
 class _Report:
     folder: Positional[Path]
-    """folder of a finished run, its --out."""
+    """folder of a finished run, its --out; or the output folder of BetaDPOTrainer or another trainer."""
     lang: Literal["en", "zh"] = "en"
     """language of the report and its figures: English or Chinese."""
 
@@ -275,10 +275,18 @@ def _reference(given: _Reference) -> None:
 
 def _report(given: _Report) -> None:
     from dpoviz.experiments.folder import report
+    from dpoviz.learn.trl_run import TrlRun, find_log
 
+    folder = given.folder
+    log = None if (folder / "run.json").is_file() else find_log(folder)  # without: of dpoviz, finished or not
     with in_language(given.lang):
-        _say_findings(report(given.folder).findings)
-    _say_where(given.folder)
+        if log is None:
+            found = report(folder)
+        else:
+            run = TrlRun(folder, log)
+            found, folder = run.report(), run.tables_folder
+        _say_findings(found.findings)
+    _say_where(folder)
 
 
 def _notebooks(given: _Notebooks) -> None:

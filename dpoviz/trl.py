@@ -33,6 +33,7 @@ from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import perturbed_directions
 from dpoviz.training.probes import Models, first_prompts, means_by_task, sampled_kl
 from dpoviz.training.state import adamw
+from dpoviz.trl_held_out import ROW, HeldOutPairs, cannot_keep, number_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ COLUMNS = ("task", "ref_entropy", "ref_features")
 
 OF_ANSWERS = "ref_answer_entropy"
 """The column that MallowsPO reads: the reference's entropy along the answers, in nats per token."""
+
+_SETTINGS = (
+    *("form", "initial_scale", "scale_min", "scale_max", "alpha", "lambda_range", "lambda_smoothness"),
+    *("lambda_consistency", "lambda_entropy", "beta_learning_rate", "beta_max_norm", "max_new_tokens", "probe_prompts"),
+)
+"""The settings of `TrainConfig` that the trainer reads; `args` has the others."""
 
 _READ = {"task": "task", "ref_entropy": "ref_entropy", "x": "ref_features"}
 """The column of each input that a rule may read."""
@@ -53,10 +60,10 @@ def trl_dataset(scored: Dataset) -> Dataset:
         scored: the return value of `reference_pass`.
 
     Returns:
-        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`, and
-        `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts are chats, and texts
-        otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL tokenises differently, so
-        `BetaDPOTrainer` computes its own.
+        A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`,
+        ref_entropy_se, and `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts
+        are chats, and texts otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL
+        tokenises differently, so `BetaDPOTrainer` computes its own.
 
     Raises:
         ValueError: the data set mixes texts and chats, which TRL does not accept.
@@ -68,7 +75,7 @@ def trl_dataset(scored: Dataset) -> Dataset:
             "dpoviz.data.as_chat turns texts into chats"
         )
     texts = ("prompt", "chosen", "rejected")
-    kept = scored.select_columns([*texts, *COLUMNS, "ref_chosen_logps", "ref_rejected_logps"])
+    kept = scored.select_columns([*texts, *COLUMNS, "ref_entropy_se", "ref_chosen_logps", "ref_rejected_logps"])
     if set(ANSWER_ENTROPY) <= set(scored.column_names):
         read = scored.select_columns([*ANSWER_ENTROPY, "chosen_ids", "rejected_ids"])[:]
         kept = kept.add_column(OF_ANSWERS, answer_entropy(read).tolist())
@@ -95,6 +102,8 @@ class _Collator:
             for name in ("ref_entropy", "ref_features", OF_ANSWERS)
             if name in examples[0]
         }
+        if ROW in examples[0]:
+            more[ROW] = torch.tensor([example[ROW] for example in examples])
         if "task" in examples[0]:
             more["task"] = [example["task"] for example in examples]
         return {**self.own(examples), **more}
@@ -150,6 +159,9 @@ class BetaDPOTrainer(DPOTrainer):
     regulariser, and pull/<term>/<task>, the fraction of each term, "dpo" among them, in the pulls on beta (their
     absolute values; see `gradients_on_beta`).
 
+    Of the prompts of eval_dataset, β, s, h and the pulls at each evaluation are kept beside each saved beta, in the
+    folder _run, in the files of a run (`dpoviz.trl_held_out`); `load_run` opens them.
+
     Several processes have one beta, initialised from the main process; rules, batch norm and regularisers see the
     batch of all processes. FSDP and DeepSpeed may shard the policy; every process holds all of beta. A rule that reads
     both models' logits or samples answers (`EpsilonDPO`, `DualKL`) needs them whole.
@@ -176,6 +188,7 @@ class BetaDPOTrainer(DPOTrainer):
     """
 
     _tag_names = [*DPOTrainer._tag_names, "dpoviz"]  # noqa: RUF012
+    _own_columns = (*COLUMNS, OF_ANSWERS, ROW)
     args: DPOConfig
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -216,6 +229,9 @@ class BetaDPOTrainer(DPOTrainer):
         if self.learns:
             self.beta_optimizer = adamw(rule, config.beta_learning_rate)
         self.data_collator = _Collator(self.data_collator)
+        self._best_step: int | None = None  # the step of the beta that was loaded at the end, if it is not the last
+        self._evaluates = False  # all of eval_dataset
+        self._held_out = self._keep_held_out()
 
     def _columns(self) -> list[str]:
         """Return the columns that the rule and its regularisers read."""
@@ -264,13 +280,33 @@ class BetaDPOTrainer(DPOTrainer):
         if "kl" in self.rule.needs and isinstance(self.train_dataset, IterableDataset):
             raise ValueError(f"train_dataset: got a stream, expected a Dataset: {name} samples answers to its prompts")
 
+    def _keep_held_out(self) -> HeldOutPairs | None:
+        """Number the pairs of eval_dataset, and return what the main process keeps of them; None elsewhere."""
+        data: Any = self.eval_dataset
+        if not data:
+            return None
+        why = "it has images" if self._is_vision_dataset else cannot_keep(data)
+        if why:
+            logger.warning("eval_dataset: %s; nothing of its single pairs is kept", why)
+            return None
+        self.eval_dataset = number_rows(data)
+        if not self.is_world_process_zero():
+            return None
+        args, tokens = self.args, self._tokenizer
+        plain = self.loss_types == ["sigmoid"] and args.f_divergence_type == "reverse_kl"
+        plain = plain and not (args.label_smoothing or args.use_weighting or args.ld_alpha)
+        return HeldOutPairs(
+            data, self.rule, self.config, self.regularization, seed=args.seed, plain=plain,
+            eos_token=tokens.eos_token, device=self.accelerator.device,
+        )  # fmt: skip
+
     def _in_pieces(self) -> bool:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [name for name in (*COLUMNS, OF_ANSWERS) if name not in self._signature_columns]
+        self._signature_columns += [name for name in self._own_columns if name not in self._signature_columns]
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         found = super()._prepare_dataset(dataset, *args, **kwargs)
@@ -285,6 +321,7 @@ class BetaDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         columns, inputs = self._split(inputs)
+        rows = columns.pop(ROW, None)  # of pairs of eval_dataset
         outputs = self._scores(model, inputs)
         if not self.precompute_ref_logps:
             ref = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
@@ -293,6 +330,8 @@ class BetaDPOTrainer(DPOTrainer):
         observation = self._observe(columns, inputs, ratios)
         self.rule.train(self.model.training)
         output = self.rule(observation)  # of the whole batch, on every process
+        if rows is not None and self._evaluates:
+            self._keep_scores(rows, inputs, ratios, output.beta)
         size = len(inputs["ref_chosen_logps"])
         own = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
         s = scale(output.beta, self.config.form)[own]
@@ -304,14 +343,19 @@ class BetaDPOTrainer(DPOTrainer):
         total = loss + sum(added.terms.values())
         return (total, found) if return_outputs else total
 
+    def _keep_scores(self, rows: Tensor, inputs: dict[str, Any], ratios: Tensor, beta: Tensor) -> None:
+        ref = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], dim=1)
+        rows, ref = self.accelerator.gather(rows), self.accelerator.gather(ref)
+        if self._held_out is not None:
+            self._held_out.add(rows, ratios, ref, beta.detach())
+
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the columns that beta reads, and the rest, laid out in shared-prefix rows if that was asked for."""
-        ours = (*COLUMNS, OF_ANSWERS)
-        rest = {name: value for name, value in inputs.items() if name not in ours}
+        rest = {name: value for name, value in inputs.items() if name not in self._own_columns}
         if "shared_rows" not in rest and self._shares():
             masks = (rest["attention_mask"], rest["completion_mask"])
             rest["shared_rows"] = lay_out_rows(rest["input_ids"], *masks, room=2 * int(self._longest))
-        return {name: inputs[name] for name in ours if name in inputs}, rest
+        return {name: inputs[name] for name in self._own_columns if name in inputs}, rest
 
     def _scores(self, model, inputs: dict[str, Any]) -> Any:
         """Return the policy's scores of the tokens, from the call that TRL makes."""
@@ -488,6 +532,8 @@ class BetaDPOTrainer(DPOTrainer):
     def _cannot_share(self, models: list) -> str:
         """Return why batches cannot be laid out in shared-prefix rows; "" if they can."""
         if self._in_pieces():
+            # accelerate's FSDP2 holds the last norm and the head as one piece: after the backward pass of the head,
+            # which is called once more here, it frees the weights of both, and that of the norm reads freed memory
             return "FSDP or ZeRO-3 has cut up the model"
         if self._is_vision_dataset:
             return "the data set has images"
@@ -524,7 +570,14 @@ class BetaDPOTrainer(DPOTrainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         if not isinstance(eval_dataset, str):
             _require_columns("eval_dataset", eval_dataset, self._needed)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is not None:  # another set, or within the evaluation of several
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        self._evaluates = True
+        found = super().evaluate(None, *args, **kwargs)
+        self._evaluates = False
+        if self._held_out is not None:
+            self._held_out.end_evaluation(self.state.global_step)
+        return found
 
     def training_step(self, *args, **kwargs) -> Tensor:
         group = self.optimizer.param_groups[0]  # read before the step: DeepSpeed's engine also advances the schedule
@@ -557,12 +610,26 @@ class BetaDPOTrainer(DPOTrainer):
             if known is None:  # else it was trained before, and knows its reference
                 self.beta_module.made_for = MadeFor(self.config.form, str(about["reference"]), None, FEATURES)
             self.beta_module.save(Path(folder) / "beta", **about)
+            if self._held_out is not None:
+                step = self.state.global_step if self._best_step is None else self._best_step
+                self._held_out.write(Path(folder), step, self._facts())
         super().save_model(output_dir, *args, **kwargs)
 
     def _about(self) -> dict[str, str | None]:
         """Return what the card and config.json say of beta besides its arguments."""
         reference = self.model if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         return {"form": self.config.form, "paper": self.rule.paper, "reference": reference.config._name_or_path or None}
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what run.json says of a run, as far as this trainer has it."""
+        form, config, args = self.config.form, self.config, self.args
+        found: dict[str, Any] = {name: {form: getattr(config, name)} for name in ("beta0", "beta_min", "beta_max")}
+        alpha = None if self.regularization is None else self.regularization.alpha
+        batch = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        own = {name: getattr(config, name) for name in _SETTINGS} | {"batch_size": batch, "seed": args.seed}
+        if isinstance(self.train_dataset, Dataset):
+            found["training pairs"] = len(self.train_dataset)
+        return {**found, "alpha": {} if alpha is None else {form: alpha}, "baseline": None, "training": {form: own}}
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
@@ -596,8 +663,11 @@ policy, beta = AutoModelForCausalLM.from_pretrained("{name}"), load_beta("{name}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # always called, unlike _load_from_checkpoint
+        self._best_step = None
         if checkpoint is not None:
             self._load_beta(checkpoint)
+            if self._held_out is not None:
+                self._held_out.restore(Path(checkpoint))
             saved = Path(checkpoint) / "beta" / "optimizer.pt"
             if self.learns and saved.is_file():  # absent with save_only_model
                 self.beta_optimizer.load_state_dict(torch.load(saved, weights_only=True))
@@ -606,6 +676,9 @@ policy, beta = AutoModelForCausalLM.from_pretrained("{name}"), load_beta("{name}
         super()._load_best_model()
         assert self.state.best_model_checkpoint is not None
         self._load_beta(self.state.best_model_checkpoint)
+        self._best_step = self.state.best_global_step
+        if self._held_out is not None:  # log-ratios of the best policy, not of the last
+            self._held_out.restore(Path(self.state.best_model_checkpoint), steps=False)
 
     def _load_beta(self, checkpoint: str) -> None:
         self.beta_module.load_state_dict(load_file(Path(checkpoint) / "beta" / "model.safetensors"))

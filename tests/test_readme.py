@@ -8,6 +8,7 @@ import torch
 from helpers.readme import README, ROOT, blocks
 
 from dpoviz.cli import main
+from dpoviz.experiments.bench import INSIDE, OURS
 
 
 def run_blocks():
@@ -47,6 +48,9 @@ def test_measured_numbers_are_those_of_the_tables():
     said += [f"{steps.loc[ours, 'seconds']:.3f} with ours and {steps.loc[learned, 'seconds']:.3f} with β(x)"]
     said += [f"TRL over ours {steps.loc[ours, 'ratio']:.2f}", f"{steps.loc[trl, 'tokens']:,} tokens"]
     said += [f"ours adds {steps.loc[ours, 'memory']:,.0f} MiB, TRL {steps.loc[trl, 'memory']:,.0f}"]
+    inside = pd.read_csv(measured / "steps_inside.csv").set_index(["who", "task"])["ratio"]
+    ratios = [" and ".join(f"{inside[who, task]:.1f}" for task in ("math", "dialogue")) for who in (INSIDE, OURS)]
+    said += ["on math and dialogue TRL over it is {}, TRL over ours {}".format(*ratios)]
     assert [text for text in said if text not in README] == []
     assert (steps["share_of_matrix_rate"].dropna().round(2) == 0.02).all()
 

@@ -892,10 +892,11 @@ class TestTwoProcesses:
                 for i, word in enumerate("efghijklmnopqrst")]  # fmt: skip
         (tmp_path / "my-pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (script,) = blocks("py")
-        assert "logging_steps=1" in script
+        assert "logging_steps=1" in script and 'report_to="trackio"' in script
         # three steps of its learning rate would be lost in bfloat16
         settings = "logging_steps=1, learning_rate=1e-2" + (", use_cpu=True, bf16=False" if kind == 1 else "")
-        (tmp_path / "dpo.py").write_text(script.replace("logging_steps=1", settings))
+        script = script.replace('report_to="trackio"', "report_to=[]").replace("logging_steps=1", settings)
+        (tmp_path / "dpo.py").write_text(script)
         line, environment = launched(kind, tmp_path / "dpo.py")
         finish(line, cwd=tmp_path, **environment)
         (left,) = (tmp_path / "my-dpo").glob("checkpoint-*")
@@ -910,6 +911,11 @@ class TestTwoProcesses:
         assert beta.layers[-1].weight.abs().max() > 0
         assert torch.equal(load_beta(tmp_path / "my-dpo").layers[-1].weight, beta.layers[-1].weight)
         assert (policy.lm_head.weight.float() - start.lm_head.weight).abs().max() > 1e-2
+        run = load_run(tmp_path / "my-dpo", reference=tmp_path / "my-model")
+        assert len(run.table) == len(run.scores) == 2 and len(run.steps) == 3  # epochs
+        betas = [run.beta(prompt) for prompt in run.table["prompt"]]
+        assert betas == pytest.approx(run.table["beta"].tolist(), rel=1e-3)
+        assert run.scores["h"].abs().min() > 0 and not run.missing()[:-1]
 
 
 class TestData:

@@ -112,6 +112,7 @@ def diagnose(
     metadata: Mapping[str, Any],
     entropies: pd.DataFrame | None = None,
     betas: pd.DataFrame | None = None,
+    remedy: str | None = None,
 ) -> list[Finding]:
     """Return what looks wrong in a run: warnings first, then notes, then what could not be checked.
 
@@ -123,6 +124,7 @@ def diagnose(
         metadata: the facts of the run (run.json).
         entropies: the reference's entropy by estimator (entropy.csv), or None.
         betas: beta at each held-out prompt and logged step: form, step, task, prompt, beta; None for an older run.
+        remedy: the advice on what could not be checked; None: to run again with this version.
 
     Raises:
         ValueError: a table lacks the columns that every version of the library wrote.
@@ -132,9 +134,8 @@ def diagnose(
         if missing := sorted(needed[name] - set(given.columns)):
             raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
     case = _Case(table, history, scores, metadata, config, entropies, betas)
-    return _examine(
-        _CHECKS, case, key("Run again with this version to have it checked, if beta is a function of the prompt.")
-    )
+    again = key("Run again with this version to have it checked, if beta is a function of the prompt.")
+    return _examine(_CHECKS, case, remedy or again)
 
 
 def _examine(checks: Mapping[str, Callable[[Any], Iterator[_Suspicion]]], case: Any, remedy: str) -> list[Finding]:
@@ -243,6 +244,8 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
         weight, alpha = case.setting("lambda_entropy", form) / case.line("beta0", form) ** 2, case.line("alpha", form)
         if weight == 0 or len(rows) < 3:
             continue
+        if rows["ref_entropy"].isna().any():
+            raise _Lacking(say("the entropy of the reference is not known at every held-out prompt"))
         target = alpha * rows["ref_entropy"].to_numpy()
         loss = np.mean((_pull_of_the_loss(case, form, rows) / (2 * weight)) ** 2)
         entropy = target.var()
@@ -268,7 +271,7 @@ def _follows_the_entropy(case: _Case) -> Iterator[_Suspicion]:
 def _pull_of_the_loss(case: _Case, form: Form, rows: pd.DataFrame) -> np.ndarray:
     """Return ∂ℓ/∂β = −σ(−s·h)·h·ds/dβ at each prompt of a form's table, the mean over the prompt's pairs."""
     scores = case.scores[(case.scores["variant"] == form) & (case.scores["form"] == form)]
-    pairs = scores.merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
+    pairs = scores[["task", "prompt", "h"]].merge(rows[["task", "prompt", "beta", "scale"]], on=["task", "prompt"])
     if pairs.empty:
         raise _Lacking(say("held_out.csv has no pairs of the {form} form", form=say(form)))
     h, s = pairs["h"].to_numpy(), pairs["scale"].to_numpy()
@@ -289,6 +292,8 @@ def _one_term_swamps(case: _Case) -> Iterator[_Suspicion]:
     """
     for form in case.forms():
         rows = case.last_rows(form, 1 / 2)
+        if any(name.startswith("pull/") for name in rows) and not any(name.startswith("grad/") for name in rows):
+            raise _Lacking(say("a trainer's log has the sizes of the pulls, without their signs"))
         for task in case.tasks:
             names = {f"grad/{term}/{task}": term for term in _SWAMPED}
             pulls = rows[[name for name in names if name in rows]].rename(columns=names)

@@ -347,10 +347,10 @@ def figure_beta_by_task(
     beta_min: Mapping[str, float] | None = None,
     beta_max: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Draw beta by task (left) and against entropy (right), a row per form.
+    """Draw beta by task (left) and against entropy (right), a row per form; the right only if entropies are known.
 
     Args:
-        table: the table of `beta_table`, for one form or concatenated for two.
+        table: the table of `beta_table`, for one form or concatenated for two; ref_entropy may be NaN.
         alpha: beta per nat of entropy, by form.
         beta0: the fixed beta of stage 1, by form.
         beta_min: lower end of the range, by form.
@@ -360,16 +360,18 @@ def figure_beta_by_task(
         ValueError: an empty table or missing columns.
     """
     forms = _forms(table, "table")
-    figure = Figure(figsize=(9, 3.9 * len(forms)), layout="constrained")
+    known = bool(table["ref_entropy"].notna().any())
+    figure = Figure(figsize=(9 if known else 5, 3.9 * len(forms)), layout="constrained")
     constrained: Any = figure.get_layout_engine()
     constrained.set(hspace=0.06, wspace=0.04)
-    panels = figure.subplots(len(forms), 2, squeeze=False, width_ratios=(1, 1.1))
-    for form, (left, right) in zip(forms, panels, strict=True):
+    panels = figure.subplots(len(forms), 1 + known, squeeze=False, width_ratios=(1, 1.1)[: 1 + known])
+    for form, (left, *right) in zip(forms, panels, strict=True):
         rows = table[table["form"] == form]
         given = {"beta0": beta0, "beta_min": beta_min, "beta_max": beta_max}
         lines = {name: by_form.get(form) for name, by_form in given.items() if by_form is not None}
         plot_beta_by_task(rows, ax=left, **lines)
-        plot_beta_vs_entropy(rows, ax=right, alpha=None if alpha is None else alpha.get(form), **lines)
+        for ax in right:
+            plot_beta_vs_entropy(rows, ax=ax, alpha=None if alpha is None else alpha.get(form), **lines)
         left.set_title(label(_FORMULAS[form]), loc="left", fontsize="large", pad=12)
     return figure
 
@@ -484,8 +486,8 @@ def figure_beta_steps(betas: pd.DataFrame, *, beta0: Mapping[str, float] | None 
 def figure_log_ratios(history: pd.DataFrame) -> Figure:
     """Draw the log-ratios of chosen and rejected answers over the steps: a row per form, a panel per task.
 
-    Lines are means over the pairs of the training batch before its update, with their quartiles as bands; points are
-    means over the held-out pairs after it.
+    Lines are means over the pairs of the training batch before its update, with their quartiles as bands if it has
+    them; points are means over the held-out pairs after it.
 
     Args:
         history: the history of `train`, of one form or of two, with the columns logratio/<answer>/<task>.
@@ -534,8 +536,10 @@ def plot_log_ratios(history: pd.DataFrame, *, task: str, ax: Axes | None = None)
         _lines(
             ax, history, name, label=label("{answer}, training batch", answer=label(answer)), color=color, linewidth=1.3
         )
-        band = history.dropna(subset=[name, f"{name}/q25"])
-        ax.fill_between(band["step"], band[f"{name}/q25"], band[f"{name}/q75"], color=color, alpha=0.15, linewidth=0)
+        if f"{name}/q25" in history:  # a trainer's log has means alone
+            band = history.dropna(subset=[name, f"{name}/q25"])
+            ends = band[f"{name}/q25"], band[f"{name}/q75"]
+            ax.fill_between(band["step"], *ends, color=color, alpha=0.15, linewidth=0)
         if held_out in history:
             style: dict[str, Any] = {"marker": "o", "markersize": 4.5, "linestyle": "none", "markeredgecolor": "white"}
             _lines(

@@ -401,9 +401,11 @@ def _points(figure: Figure, table: pd.DataFrame) -> _Points:
             continue
         places = collection.get_offset_transform().transform(collection.get_offsets())
         for (x, y), row in zip(places, rows.itertuples(), strict=True):
-            numbers = f"β {number(row.beta)}, s {number(row.scale)}, H {number(row.ref_entropy)} ± "
-            text = f"{row.task}: {numbers}{number(row.ref_entropy_se)}\n{short(row.prompt, 160)}"
-            named.append((round(float(x), 1), round(float(height - y), 1), text))
+            if math.isfinite(x):  # an entropy that is not known has no place
+                entropy = f", H {number(row.ref_entropy)} ± {number(row.ref_entropy_se)}"
+                numbers = f"β {number(row.beta)}, s {number(row.scale)}{entropy * math.isfinite(row.ref_entropy)}"
+                text = f"{row.task}: {numbers}\n{short(row.prompt, 160)}"
+                named.append((round(float(x), 1), round(float(height - y), 1), text))
     return _Points(width, height, named)
 
 

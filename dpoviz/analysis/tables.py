@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from pyarrow import parquet
 from scipy import stats
 
 from dpoviz.analysis.statistics import bootstrap, order_share, percentile_interval
@@ -160,7 +162,8 @@ def summarize(table: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.D
         A row per form and task, and one per form over all tasks (`task` "all"): form, task, n (prompts),
         beta_median, beta_q1, beta_q3, scale_median, ref_entropy_mean (nats per token), rho, rho_low,
         rho_high, order_share. Forms are in the order "inverse", "standard"; tasks as in `in_order`, "all" last. rho and
-        its interval are NaN if beta or the entropy is constant, or if there are fewer than three prompts. order_share,
+        its interval are NaN if beta or the entropy is constant, or if there are fewer than three prompts; prompts whose
+        entropy is unknown (NaN) do not count for it, nor for ref_entropy_mean. order_share,
         the same in all rows of a form, is the fraction of resamples of each task's prompts in which the medians of beta
         keep the order of beta_median (a tie counts as a change). It reflects the choice of prompts only, not variation
         between training runs; it is NaN if there is only one task, or a task with one prompt.
@@ -223,9 +226,13 @@ def _rank_correlation(beta: np.ndarray, entropy: np.ndarray, n_boot: int, seed: 
         resampled = (values[prompts].reshape(len(prompts), -1) for values in (beta, entropy))
         return _spearman(*resampled)
 
+    known = ~np.isnan(entropy).all(axis=1)
+    beta, entropy = beta[known], entropy[known]
     n = len(beta)
+    if n < 3:
+        return np.nan, np.nan, np.nan
     estimate = float(rho(np.arange(n)[None])[0])
-    if n < 3 or np.isnan(estimate):
+    if np.isnan(estimate):
         return np.nan, np.nan, np.nan
     resampled = bootstrap(rho, n, resamples=n_boot, rng=np.random.default_rng(seed))
     return estimate, *percentile_interval(resampled)
@@ -398,6 +405,17 @@ def write_table(table: pd.DataFrame, path: Path | str) -> None:
     # quote all text: the csv module leaves a lone carriage return unquoted, which would end the row
     quoting = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
     pd.DataFrame(written, columns=table.columns).to_csv(path, index=False, encoding="utf-8", **quoting)
+
+
+def write_parquet(out: Path, **tables: pd.DataFrame) -> None:
+    """Write tables into the folder, each as <name>.parquet; equal tables give equal files.
+
+    A column of arrays is written as lists.
+    """
+    for name, table in tables.items():
+        if not table.empty:
+            written = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
+            parquet.write_table(written, out / f"{name}.parquet")
 
 
 _RENAMED = {"arm": "variant"}

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 from datasets.table import InMemoryTable
@@ -458,3 +459,14 @@ def _components(pairs: Dataset) -> list[int]:
             a, b = sorted((root(i), root(first.setdefault(key, i))))
             parent[b] = a
     return [root(i) for i in range(n)]
+
+
+def pairs_table(held_out: Dataset) -> pd.DataFrame:
+    """Return the texts of the held-out pairs, in the order of held_out.csv.
+
+    Returns:
+        task, prompt, chosen, rejected, messages (JSON of the chat; "" where the prompt is a text), prompt_ids.
+    """
+    rows = held_out.select_columns(["task", "prompt", "chosen", "rejected", "prompt_ids"]).to_pandas()
+    chats = held_out["messages"][:] if "messages" in held_out.column_names else [None] * len(rows)
+    return rows.assign(messages=[json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats])

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
-import pyarrow as pa
-from pyarrow import parquet
 
 from dpoviz.analysis.diagnose import Finding, diagnose
 from dpoviz.analysis.gain import gain_of_run, reading_of_retilt
@@ -165,17 +163,6 @@ def write_tables(out: Path, *, metadata: Mapping[str, object], **tables: pd.Data
     (out / "run.json").write_text(json.dumps(metadata, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def write_parquet(out: Path, **tables: pd.DataFrame) -> None:
-    """Write tables into the folder, each as <name>.parquet; equal tables give equal files.
-
-    A column of arrays is written as lists.
-    """
-    for name, table in tables.items():
-        if not table.empty:
-            written = pa.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
-            parquet.write_table(written, out / f"{name}.parquet")
-
-
 class Report(NamedTuple):
     """The contents of a report.
 
@@ -203,6 +190,33 @@ def report(out: Path) -> Report:
     files = {name: out / f"{name}.csv" for name in TABLES}
     tables = {name: read_table(path) for name, path in files.items() if path.is_file()}
     metadata, config = read_json(out / "run.json"), read_json(out / "config.json")
+    kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
+    betas = betas_of_steps(out, tables["beta"]) if kept else None
+    findings = _findings(tables, config, metadata, betas)
+    return write_page(out, tables, metadata=metadata, config=config, betas=betas, findings=findings)
+
+
+def write_page(
+    out: Path,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    betas: pd.DataFrame | None,
+    findings: list[Finding] | None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Draw the pictures of a run's tables and write report.html into a folder.
+
+    Args:
+        out: the folder.
+        tables: some of `TABLES`, history among them.
+        metadata: as in run.json.
+        config: as in config.json.
+        betas: beta at each held-out prompt and logged step (`betas_of_steps`); None if it was not kept.
+        findings: what looks wrong in the run; None if it was not looked for.
+        notes: sentences for the top of the page.
+    """
     figures: dict[str, Any] = {}
     found, sentences = {}, []
     baseline = metadata.get("baseline")
@@ -236,15 +250,14 @@ def report(out: Path) -> Report:
             figures["beta_gradients"] = figure_beta_gradients(shown)
         if log_ratio_tasks(shown):
             figures["log_ratios"] = figure_log_ratios(shown)
-    if "beta" in tables and (out / "beta_steps.parquet").is_file():
-        figures["beta_steps"] = figure_beta_steps(betas_of_steps(out, tables["beta"]), beta0=metadata["beta0"])
-    findings = _findings(out, tables, config, metadata)
+    if betas is not None:
+        figures["beta_steps"] = figure_beta_steps(betas, beta0=metadata["beta0"])
     write_report(
         out / "report.html",
         table=tables.get("beta"),
         history=tables["history"],
         summary=found.get("summary"),
-        config=config | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
+        config={**config} | {name: value for name, value in metadata.items() if name not in ("baseline", "training")},
         figures=figures,
         reading=sentences,
         findings=findings,
@@ -253,27 +266,32 @@ def report(out: Path) -> Report:
         slopes=found.get("slopes"),
         answers=_with_beta(tables.get("answers"), tables.get("beta")),
         log_ratios=reading_of_log_ratios(shown, log_ratio_tasks(shown)),
-        notes=[*([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])), *_font_note(tables)],
+        notes=[
+            *([] if config.get("fast") else tiny_note(tables.get("beta"), tables["history"])),
+            *notes,
+            *_font_note(tables),
+        ],
     )
     return Report(found, sentences, findings)
 
 
 def _findings(
-    out: Path, tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    betas: pd.DataFrame | None,
 ) -> list[Finding] | None:
     """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
     if "held_out" not in tables:
         return None
-    table = tables.get("beta", pd.DataFrame(columns=list(COLUMNS)))
-    kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
     return diagnose(
-        table=table,
+        table=tables.get("beta", pd.DataFrame(columns=list(COLUMNS))),
         history=tables["history"],
         scores=tables["held_out"],
         config=config,
         metadata=metadata,
         entropies=tables.get("entropy"),
-        betas=betas_of_steps(out, table) if kept else None,
+        betas=betas,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,14 +58,3 @@ def frozen_table(pairs: Dataset, h: Mapping[Form, np.ndarray]) -> pd.DataFrame:
     rows = pairs.select_columns(["task", "prompt", "ref_entropy", "ref_features"]).to_pandas()
     rows = rows.rename(columns={"ref_features": "features"})
     return rows.assign(**{f"h/{form}": values for form, values in h.items()})
-
-
-def pairs_table(held_out: Dataset) -> pd.DataFrame:
-    """Return the texts of the held-out pairs, in the order of held_out.csv.
-
-    Returns:
-        task, prompt, chosen, rejected, messages (JSON of the chat; "" where the prompt is a text), prompt_ids.
-    """
-    rows = held_out.select_columns(["task", "prompt", "chosen", "rejected", "prompt_ids"]).to_pandas()
-    chats = held_out["messages"][:] if "messages" in held_out.column_names else [None] * len(rows)
-    return rows.assign(messages=[json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats])

@@ -15,14 +15,16 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoviz.analysis.diagnose import reference_ranks
-from dpoviz.analysis.tables import beta_table
+from dpoviz.analysis.tables import beta_table, write_parquet
 from dpoviz.beta import Beta, MadeFor
+from dpoviz.data.records import pairs_table
 from dpoviz.data.tokens import end_id
-from dpoviz.experiments.folder import environment, write_parquet, write_tables
-from dpoviz.experiments.kept import frozen_rows, frozen_table, pairs_table, reference_record, save_if_small
+from dpoviz.experiments.folder import environment, write_tables
+from dpoviz.experiments.kept import frozen_rows, frozen_table, reference_record, save_if_small
 from dpoviz.forms import Form
 from dpoviz.lm.models import add_lora
 from dpoviz.lm.processes import processes
+from dpoviz.lm.reference import reference_columns
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import FEATURES
 from dpoviz.rules import PromptRule
@@ -164,15 +166,6 @@ def run(
             tables["entropy"] = scored.entropy
         write_tables(out, metadata=metadata, **tables, answers=results.answers)
     return results
-
-
-def reference_columns(pairs: Dataset) -> pd.DataFrame:
-    """Return task, group and prompt of scored pairs, the reference's log-probability of each answer, and its length."""
-    own = ["ref_chosen_logps", "ref_rejected_logps", "chosen_ids", "rejected_ids"]
-    rows = pairs.select_columns(["task", "group", "prompt", *own]).to_pandas()
-    for answer in ("chosen", "rejected"):
-        rows[f"{answer}_tokens"] = rows.pop(f"{answer}_ids").map(len)
-    return rows.rename(columns={"ref_chosen_logps": "ref_chosen", "ref_rejected_logps": "ref_rejected"})
 
 
 def _answers_cut(scored: ScoredPairs) -> dict[str, float]:

@@ -213,7 +213,11 @@ def _points(run: Run, prompts: pd.DataFrame, pulls: list[dict]) -> tuple[list[di
 
 def _pairs(run: Run) -> tuple[dict[str, list[dict]], list[str]]:
     """Return the pairs of each prompt: log π/π_ref and h by variant, and the texts if the run kept them; and notes."""
-    by_variant = {str(name): rows for name, rows in run.scores.groupby("variant", sort=False)}
+    try:
+        scores = run.scores
+    except ValueError as error:  # a trainer's folder without an evaluation
+        return {}, [f"The pairs are not shown: {error}"]
+    by_variant = {str(name): rows for name, rows in scores.groupby("variant", sort=False)}
     rows = next(iter(by_variant.values()))
     found: list[dict[str, Any]] = [{"ratios": {}} for _ in range(len(rows))]
     for name, own in by_variant.items():  # every variant has the same pairs, in the same order

@@ -68,8 +68,8 @@ def load_run(
     """Open a run, wherever its folder lies now: of `dpoviz demo` or `dpoviz train`, or the output folder of a trainer.
 
     Args:
-        folder: the run's --out; or what TRL or LLaMA-Factory wrote (`dpoviz.learn.trl_run.TrlRun`): their logs, and the
-            β that `BetaDPOTrainer` leaves.
+        folder: the run's --out; or what TRL or LLaMA-Factory wrote (`dpoviz.learn.trl_run.TrlRun`): their logs, and
+            what `BetaDPOTrainer` leaves: its β, and the numbers of the pairs of its eval_dataset.
         reference: the model that the run started from, or where it is; needed only for new prompts, and only if the
             folder does not hold it and it is no longer where the run found it.
         beta: the β of TRL's own `DPOTrainer` or of LLaMA-Factory, which their logs do not name; turns the rewards of
@@ -114,6 +114,11 @@ class Run:
         self._entropies: dict[tuple[int, ...], tuple[float, float]] = {}
         self._betas: dict[str, Beta] = {}
         self._sampled: dict[tuple[int, ...], pd.DataFrame] = {}
+
+    @property
+    def tables_folder(self) -> Path:
+        """The folder of the run's tables."""
+        return self.folder
 
     def _facts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the settings and the metadata."""
@@ -185,7 +190,7 @@ class Run:
     @cached_property
     def _all_betas(self) -> pd.DataFrame:
         self._kept("beta_steps")  # raises if there is none
-        return betas_of_steps(self.folder, self.table)
+        return betas_of_steps(self.tables_folder, self.table)
 
     def pulls(self) -> pd.DataFrame:
         """Return the pull of each term on beta at each held-out prompt after the last step (`gradients_on_beta`).
@@ -207,7 +212,7 @@ class Run:
             config=self.config,
             metadata=self.metadata,
             entropies=self.entropies,
-            betas=self.betas() if (self.folder / "beta_steps.parquet").is_file() else None,
+            betas=self.betas() if (self.tables_folder / "beta_steps.parquet").is_file() else None,
         )
 
     def answers(self, prompt: Prompt, *, sample: bool = False) -> pd.DataFrame:
@@ -260,23 +265,27 @@ class Run:
         """
         if isinstance(prompt, str):
             known = self.table[self.table["prompt"] == prompt]
-            if len(known):
+            if len(known) and known["ref_entropy"].notna().all():
                 return float(known["ref_entropy"].iloc[0]), float(known["ref_entropy_se"].iloc[0])
         ids = tuple(self._ids(prompt))
         if ids not in self._entropies:
-            world = self.config.get("world", {})
-            training = self.config["training"]
+            samples, max_new_tokens, seed = self._sampling()
             found = estimate_entropy(
                 self._reference.model,
                 [list(ids)],
-                samples=(world or self.config)["entropy_samples"],
-                max_new_tokens=(world or training)["max_new_tokens"],
+                samples=samples,
+                max_new_tokens=max_new_tokens,
                 eos_id=self._end(prompt),
                 pad_id=self._reference.tokenizer.pad_token_id,
-                seed=(world or training)["seed"],
+                seed=seed,
             ).per_token
             self._entropies[ids] = float(found.value[0]), float(found.se[0])
         return self._entropies[ids]
+
+    def _sampling(self) -> tuple[int, int, int]:
+        """Return how the entropy of a prompt was sampled: answers, the most tokens of each, and the seed."""
+        settings = self.config.get("world") or {**self.config, **self.config["training"]}
+        return settings["entropy_samples"], settings["max_new_tokens"], settings["seed"]
 
     def frozen(self, form: Form) -> Frozen:
         """Return the quantities that training beta alone holds fixed, of the training pairs.
@@ -309,17 +318,21 @@ class Run:
 
     def _read(self, name: str, *default: Any) -> Any:
         """Return a table of the run; without its file the default, or an error if there is none."""
-        file = self.folder / f"{name}.csv"
+        file = self.tables_folder / f"{name}.csv"
         if file.is_file():
             return read_table(file)
         if default:
             return default[0]
-        raise ValueError(f"{name}: {file} is missing; {_OLDER}")
+        raise ValueError(f"{name}: {file} is missing; {self._why_missing(name)}")
+
+    def _why_missing(self, name: str) -> str:
+        """Return why the run has no table of this name."""
+        return _OLDER
 
     def _kept(self, name: str) -> pd.DataFrame:
-        file = self.folder / f"{name}.parquet"
+        file = self.tables_folder / f"{name}.parquet"
         if not file.is_file():
-            raise ValueError(f"{name}: {file} is missing; {_OLDER}")
+            raise ValueError(f"{name}: {file} is missing; {self._why_missing(name)}")
         return pd.read_parquet(file)
 
     @cached_property
@@ -403,7 +416,7 @@ class Run:
 
     @cached_property
     def _known_ids(self) -> dict[str, list[int]]:
-        if not (self.folder / "pairs.parquet").is_file():
+        if not (self.tables_folder / "pairs.parquet").is_file():
             return {}
         rows = self.pairs.drop_duplicates("prompt")
         return {prompt: ids.tolist() for prompt, ids in zip(rows["prompt"], rows["prompt_ids"], strict=True)}

@@ -6,6 +6,7 @@ alone, so that a plain trainer's β has to be given.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,13 +18,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dpoviz.analysis.diagnose import Finding, diagnose_log
+from dpoviz.analysis.diagnose import Finding, diagnose, diagnose_log
 from dpoviz.beta import Beta, EntropyBeta, TaskBeta
+from dpoviz.experiments.folder import Report, write_page
 from dpoviz.forms import Form
 from dpoviz.learn.run import Prompt, Run
 from dpoviz.lm.cache import read_json
 from dpoviz.lm.models import LanguageModel
+from dpoviz.lm.reference import reference_pass
 from dpoviz.training.methods import load_beta
+from dpoviz.translation import key, say
+from dpoviz.trl_held_out import EVALUATED, FOLDER
 
 STATE, LINES = "trainer_state.json", "trainer_log.jsonl"
 
@@ -71,14 +76,15 @@ def _of_trainer(file: Path) -> dict[str, Any]:
 class TrlRun(Run):
     """A run of another trainer: the history of its log, and the β that `BetaDPOTrainer` left.
 
-    A log has means over batches and tasks, and no single prompts or pairs. So `table`, `scores`, `betas`, `pulls`,
-    `answers`, `frozen` and `entropy` raise a ValueError that says what is missing; β by task over the steps is in
-    `history`.
+    A log has means over batches and tasks. `BetaDPOTrainer` also keeps β, s, h and the pulls at the prompts of its
+    eval_dataset; without that, `table`, `scores`, `pairs`, `betas` and `pulls` raise a ValueError that says what is
+    missing, as `frozen` and sampled answers always do. β by task over the steps is in `history`.
 
     Attributes:
         folder: the trainer's output folder.
         config: the form and rule of the saved β, and `beta`, as far as known.
-        metadata: the name of the reference, and log: the file that was read.
+        metadata: the name of the reference, and log: the file that was read; and what `BetaDPOTrainer` kept of its
+            settings, with step (after which β is that of `table`) and "evaluated at step" (of `scores` and `pulls`).
     """
 
     def __init__(
@@ -103,7 +109,20 @@ class TrlRun(Run):
         metadata: dict[str, Any] = {"log": str(self.log.relative_to(self.folder)), "reference": {}}
         if about.get("reference") not in (None, "None"):  # the trainer did not know it
             metadata["reference"] = {"name": about["reference"], "fingerprint": about.get("fingerprint")}
+        if self._keeps:
+            kept = read_json(self.tables_folder / "run.json")
+            config["training"] = kept["training"][config["form"]]
+            metadata = kept | metadata | {"reference": kept["reference"] | metadata["reference"]}
         return config, metadata
+
+    @property
+    def tables_folder(self) -> Path:
+        """The folder of the tables, beside the saved β."""
+        return (self.folder if self._saved is None else self._saved.parent) / FOLDER
+
+    @property
+    def _keeps(self) -> bool:
+        return (self.tables_folder / "run.json").is_file()
 
     @cached_property
     def _saved(self) -> Path | None:
@@ -189,12 +208,84 @@ class TrlRun(Run):
         return table.assign(**more)
 
     def diagnose(self) -> list[Finding]:
-        """Return what looks wrong in the log (`diagnose_log`): log-ratios and accuracy; the rest is "not checked"."""
+        """Return what looks wrong: in the single pairs, as `Run.diagnose`, if they were kept; else in the log.
+
+        In a log (`diagnose_log`) only log-ratios and accuracy are looked at; the rest is "not checked".
+        """
+        if self._has("held_out"):
+            kinds = {"ConstantBeta": "constant", "EntropyBeta": "entropy"}
+            return diagnose(
+                table=self.table,
+                history=self.history,
+                scores=self.scores,
+                config=self.config | {"rule": kinds.get(self.config["rule"])},
+                metadata=self.metadata,
+                betas=self.betas() if self._has("beta_steps") else None,
+                remedy=key("Train with `dpoviz train`, which keeps what this check needs."),
+            )
         pairs = 1
         if self.log.name == STATE:
             state = _of_trainer(self.log)
             pairs = max(1, int((state.get("train_batch_size") or 1) * (state.get("logging_steps") or 1)))
         return diagnose_log(self.history, row_pairs=pairs, has_reference=_has_reference(self.history))
+
+    def _has(self, name: str) -> bool:
+        return any((self.tables_folder / f"{name}.{kind}").is_file() for kind in ("csv", "parquet"))
+
+    def missing(self) -> list[str]:
+        """Return sentences on what a run of `dpoviz train` has and this one has not, or has of other steps."""
+        if not self._keeps:
+            return [
+                say(
+                    "This is the log of a trainer, without single prompts or pairs: BetaDPOTrainer keeps those of its "
+                    "eval_dataset."
+                )
+            ]
+        found = []
+        step, evaluated = self.metadata["step"], self.metadata[EVALUATED]
+        if not self._has("beta"):
+            found.append(say("β is not a function of the prompt alone, so there is no table of it."))
+        elif self.table["ref_entropy"].isna().any():
+            found.append(say("The eval_dataset has no entropies of the reference (ref_entropy, by reference_pass)."))
+        if evaluated is None:
+            found.append(say("The eval_dataset was not evaluated, so there are no log-ratios of its pairs."))
+        else:
+            if evaluated != step:
+                found.append(
+                    say(
+                        "Log-ratios and pulls are those of the last evaluation, at step {evaluated}; β is that of step "
+                        "{step}.",
+                        evaluated=evaluated,
+                        step=step,
+                    )
+                )
+            if self._has("beta") and not self._has("pulls"):
+                found.append(say("The pulls on β are kept only for the plain loss −log σ(s·h)."))
+        found.append(
+            say(
+                "No policy was trained with one constant β beside this one; no answers were sampled, and h of the "
+                "training pairs was not kept."
+            )
+        )
+        return found
+
+    def report(self) -> Report:
+        """Draw the pictures, and write report.html into `tables_folder`, as far as the data goes."""
+        seed = self.config.get("training", {}).get("seed", 0)
+        tables = {"history": self.history.assign(seed=seed)}
+        for name, table in (("beta", lambda: self.table), ("held_out", lambda: self.scores)):
+            if self._has(name):
+                tables[name] = table()
+        self.tables_folder.mkdir(exist_ok=True)
+        return write_page(
+            self.tables_folder,
+            tables,
+            metadata={"beta0": {}, "beta_min": {}, "beta_max": {}, "alpha": {}} | self.metadata,
+            config=self.config,
+            betas=self.betas() if self._has("beta_steps") else None,
+            findings=self.diagnose(),
+            notes=self.missing(),
+        )
 
     def beta(
         self, prompt: Prompt, *, form: str | None = None, task: str | None = None, ref_entropy: float | None = None
@@ -207,8 +298,9 @@ class TrlRun(Run):
         Args:
             prompt: a text, which stays one, or a chat.
             form: that of the run, as a check; None takes it.
-            task: the task of the prompt, for a β by task.
-            ref_entropy: the reference's entropy at the prompt in nats per token, for an `EntropyBeta`.
+            task: the task of the prompt, for a β by task; None: that of a held-out prompt that was kept.
+            ref_entropy: the reference's entropy at the prompt in nats per token, for an `EntropyBeta`; None: that of
+                `entropy`, if held-out pairs were kept.
 
         Raises:
             ValueError: no β was saved; it is a rule, whose β reads more than the prompt; another form; no reference;
@@ -226,6 +318,10 @@ class TrlRun(Run):
             )
         if form is not None:
             beta.require_made_for(form=form)
+        if self._keeps and isinstance(beta, TaskBeta):
+            task = self._task(prompt, task)
+        if self._keeps and isinstance(beta, EntropyBeta) and ref_entropy is None:
+            ref_entropy = self.entropy(prompt)[0]
         if isinstance(beta, EntropyBeta) and ref_entropy is None:
             raise ValueError("ref_entropy: got None, expected the reference's entropy at the prompt (nats per token)")
         if isinstance(beta, TaskBeta) and task not in beta.tasks:
@@ -240,16 +336,40 @@ class TrlRun(Run):
         return None if self._saved is None else load_beta(self._saved)
 
     def entropy(self, prompt: Prompt) -> tuple[float, float]:
-        """Raise: a trainer's folder does not say how the entropy was sampled."""
-        raise ValueError("entropy: a trainer's folder has no settings for sampling it; use reference_pass")
+        """Return the reference's entropy at a prompt in nats per token (`per_token`), and its standard error.
+
+        That of a held-out prompt is read from the table, if it is there; else answers are sampled as `reference_pass`
+        does by default, with the trainer's max_new_tokens and seed.
+
+        Raises:
+            ValueError: the folder keeps no settings for it; or as `beta`.
+        """
+        if not self._keeps:
+            raise ValueError("entropy: a trainer's folder has no settings for sampling it; use reference_pass")
+        return super().entropy(prompt)
+
+    def _sampling(self) -> tuple[int, int, int]:
+        samples = inspect.signature(reference_pass).parameters["entropy_samples"].default
+        return samples, self.config["training"]["max_new_tokens"], self.config["training"]["seed"]
+
+    def answers(self, prompt: Prompt, *, sample: bool = False) -> pd.DataFrame:
+        """Return no rows; raise if they are to be sampled: the trainer keeps no answers."""
+        if sample or not self._keeps:
+            raise ValueError(f"answers: {self._why_missing('answers')}; sample them from the saved policy")
+        return pd.DataFrame(columns=["variant", "answer"])
 
     def _read(self, name: str, *default: Any) -> Any:
-        return None if name == "entropy" else self._kept(name)
+        if name == "entropy":
+            return None
+        return super()._read(name, *(default if self._keeps else ()))
 
-    def _kept(self, name: str) -> pd.DataFrame:
-        raise ValueError(
-            f"{name}: {self.folder} is a trainer's output folder, whose log has means over batches and no {name} of "
-            "single prompts or pairs; `history` has what it logged, and `dpoviz train` keeps the rest"
+    def _why_missing(self, name: str) -> str:
+        if self._keeps and name != "answers":
+            return "a trainer's folder has it only as far as `missing` says: " + " ".join(self.missing())
+        return (
+            f"{self.folder} is a trainer's output folder, whose log has means over batches and no {name} of single "
+            "prompts or pairs; `history` has what it logged, BetaDPOTrainer keeps those of its eval_dataset, and "
+            "`dpoviz train` the rest"
         )
 
 

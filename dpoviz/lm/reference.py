@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -236,3 +237,12 @@ def _score(
         parts = map_over_processes(range(len(batches)), score)
     back = np.argsort([row for some in batches for row in some])
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+
+
+def reference_columns(pairs: Dataset) -> pd.DataFrame:
+    """Return task, group and prompt of scored pairs, the reference's log-probability of each answer, and its length."""
+    own = ["ref_chosen_logps", "ref_rejected_logps", "chosen_ids", "rejected_ids"]
+    rows = pairs.select_columns(["task", "group", "prompt", *own]).to_pandas()
+    for answer in ("chosen", "rejected"):
+        rows[f"{answer}_tokens"] = rows.pop(f"{answer}_ids").map(len)
+    return rows.rename(columns={"ref_chosen_logps": "ref_chosen", "ref_rejected_logps": "ref_rejected"})
