@@ -22,7 +22,7 @@ from dpoviz.experiments.comparison_config import CompareConfig
 from dpoviz.experiments.config import BenchConfig, DemoConfig, RealConfig, SampleConfig
 from dpoviz.experiments.options import parse, read_settings
 from dpoviz.experiments.retilt_config import RetiltConfig
-from dpoviz.translation import in_language
+from dpoviz.translation import in_language, key, say, translate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,10 +108,13 @@ def _parse(name: str, command: Command, arguments: list[str]) -> object:
             settings = command.settings(True)
             found = read_settings(Path(file), settings, name)
         settings = _one_seed(found, settings)
+    default = command.options(settings=settings)
+    if "--fast" in arguments or getattr(settings, "fast", None) is True:
+        default = replace(default, out=Path(f"{default.out}-fast"))
     found = parse(
         command.options,
         arguments,
-        default=command.options(settings=settings),
+        default=default,
         prog=prog,
         description=(type(settings).__doc__ or "").split("Attributes:")[0],
     )
@@ -142,11 +145,11 @@ def _one_seed(found: Any, default: Any) -> Any:
 class _Demo:
     settings: Annotated[DemoConfig, arg(name="")]
     out: Path = Path("dpoviz-demo")
-    """folder to which the results are written."""
+    """folder to which the results are written; by default, with --fast, dpoviz-demo-fast."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a run; options override it."""
     lang: Literal["en", "zh"] = "en"
-    """language of the report and its figures: English or Chinese."""
+    """language of what is printed, of the report and of its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class _Train:
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a run; options override it."""
     lang: Literal["en", "zh"] = "en"
-    """language of the report and its figures: English or Chinese."""
+    """language of what is printed, of the report and of its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ class _Report:
     folder: Positional[Path]
     """folder of a finished run, its --out; or the output folder of BetaDPOTrainer or another trainer."""
     lang: Literal["en", "zh"] = "en"
-    """language of the report and its figures: English or Chinese."""
+    """language of what is printed, of the report and of its figures: English or Chinese."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ class _Retilt:
 class _Compare:
     settings: Annotated[CompareConfig, arg(name="")]
     out: Path = Path("dpoviz-compare")
-    """folder to which the results are written."""
+    """folder to which the results are written; by default, with --fast, dpoviz-compare-fast."""
     config: Path | None = None
     """YAML or JSON file of settings, such as the config.json of a comparison; options override it."""
     fast: bool = False
@@ -229,9 +232,9 @@ def _demo(given: _Demo) -> None:
     from dpoviz.lm.workers import cores
 
     workers = 1 if given.settings.fast else cores()  # a worker starts in the time that the fast version trains
-    with locked_run(given.out, "demo", given.settings):
-        results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir(), workers=workers)
     with in_language(given.lang):
+        with locked_run(given.out, "demo", given.settings):
+            results = run_demo(given.settings, out=given.out, cache_dir=default_cache_dir(), workers=workers)
         _say_results(given.out, results, given.settings.training.seed)
 
 
@@ -243,15 +246,15 @@ def _train(given: _Train) -> None:
 
     config = given.settings
     config.require_data()
-    with locked_run(given.out, "train", config):
-        loaded = load(config)
-        _say_loaded(config, loaded)
-        _say_memory(config, loaded)
-        _say_time(config, loaded, variants=len(config.forms) + 1)
-        scored = score(config, loaded, cache_dir=default_cache_dir())
-        results = run_real(config, scored, out=given.out)
-    if processes().is_main_process:
-        with in_language(given.lang):
+    with in_language(given.lang):
+        with locked_run(given.out, "train", config):
+            loaded = load(config)
+            _say_loaded(config, loaded)
+            _say_memory(config, loaded)
+            _say_time(config, loaded, variants=len(config.forms) + 1)
+            scored = score(config, loaded, cache_dir=default_cache_dir())
+            results = run_real(config, scored, out=given.out)
+        if processes().is_main_process:
             _say_results(given.out, results, config.training.seed)
 
 
@@ -262,15 +265,17 @@ def _reference(given: _Reference) -> None:
     from dpoviz.lm.reference import default_cache_dir
 
     given.settings.require_data()
-    with locked_run(given.out, "reference", given.settings):
-        loaded = load(given.settings, training=False)
-        _say_loaded(given.settings, loaded)
-        _say_time(given.settings, loaded, variants=0)
-        scored = score(given.settings, loaded, cache_dir=default_cache_dir())
-        if processes().is_main_process:
-            write_entropy(given.out, scored)
-    _say_entropy(scored.entropy)
-    print(f"\nthe picture: {given.out / 'entropy.png'}\nbeside it:   entropy.csv, config.json")
+    with in_language(given.lang):
+        with locked_run(given.out, "reference", given.settings):
+            loaded = load(given.settings, training=False)
+            _say_loaded(given.settings, loaded)
+            _say_time(given.settings, loaded, variants=0)
+            scored = score(given.settings, loaded, cache_dir=default_cache_dir())
+            if processes().is_main_process:
+                write_entropy(given.out, scored)
+        _say_entropy(scored.entropy)
+        print(say("\nthe picture: {path}", path=given.out / "entropy.png"))
+        print(say("beside it: {names}", names="entropy.csv, config.json"))
 
 
 def _report(given: _Report) -> None:
@@ -286,7 +291,7 @@ def _report(given: _Report) -> None:
             run = TrlRun(folder, log)
             found, folder = run.report(), run.tables_folder
         _say_findings(found.findings)
-    _say_where(folder)
+        _say_where(folder)
 
 
 def _notebooks(given: _Notebooks) -> None:
@@ -379,40 +384,46 @@ def _bench(given: _Bench) -> None:
 
 def _say_loaded(config: RealConfig, loaded: Loaded) -> None:
     tasks = Counter([*loaded.train["task"], *loaded.held_out["task"]])
-    counts = ", ".join(f"{n} of {task}" for task, n in sorted(tasks.items()))
+    counts = say(", ").join(say("{n} of {task}", n=n, task=task) for task, n in sorted(tasks.items()))
     print(
-        f"{config.model}: {loaded.model.num_parameters():,} parameters; {len(loaded.train)} pairs to train on, "
-        f"{len(loaded.held_out)} held out ({counts})"
-    )
+        say(
+            "{model}: {size:,} parameters; {train} pairs to train on, {held_out} held out ({counts})",
+            model=config.model, size=loaded.model.num_parameters(), train=len(loaded.train),
+            held_out=len(loaded.held_out), counts=counts,
+        )
+    )  # fmt: skip
 
 
 def _say_time(config: RealConfig, loaded: Loaded, *, variants: int) -> None:
     from dpoviz.experiments.time_estimate import estimate_seconds
 
     parts = estimate_seconds(config, loaded, variants=variants)
-    shown = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in parts.items())
-    print(f"about {_minutes(sum(parts.values()))} if nothing is cached from an earlier run: {shown}", flush=True)
+    shown = say(", ").join(f"{translate(name)} {_minutes(seconds)}" for name, seconds in parts.items())
+    total = _minutes(sum(parts.values()))
+    print(say("about {total} if nothing is cached from an earlier run: {shown}", total=total, shown=shown), flush=True)
 
 
 def _say_memory(config: RealConfig, loaded: Loaded) -> None:
     from dpoviz.experiments.memory_estimate import require_memory
 
     needed = require_memory(config, loaded)
-    print(f"about {needed.total / 1e9:.2g} GB of memory for a training step", flush=True)
+    print(say("about {size:.2g} GB of memory for a training step", size=needed.total / 1e9), flush=True)
 
 
 def _minutes(seconds: float) -> str:
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return say("{n:.0f} s", n=seconds)
+    return say("{n:.0f} min", n=seconds / 60) if seconds < 5400 else say("{n:.1f} h", n=seconds / 3600)
 
 
 def _say_entropy(entropy: pd.DataFrame) -> None:
     from dpoviz.analysis.tables import summarize_estimators
     from dpoviz.analysis.text import entropy_as_text
 
-    print("\nentropy of the reference, mean ± standard error over prompts; per_token, teacher_forced: nats per token")
-    print(entropy_as_text(summarize_estimators(entropy[~entropy["example"]])))
+    said = key(
+        "entropy of the reference, mean ± standard error over prompts; per_token, teacher_forced: nats per token"
+    )
+    print(f"\n{say(said)}\n{entropy_as_text(summarize_estimators(entropy[~entropy['example']]))}")
 
 
 def _say_results(out: Path, results: Results, seed: int) -> None:
@@ -423,10 +434,11 @@ def _say_results(out: Path, results: Results, seed: int) -> None:
     if results.entropy is not None:
         _say_entropy(results.entropy)
     if "summary" in found.tables:
-        print(f"\nbeta(x) on held-out prompts, seed {seed}\n{as_text(found.tables['summary'])}")
+        title = say("beta(x) on held-out prompts, seed {seed}", seed=seed)
+        print(f"\n{title}\n{as_text(found.tables['summary'])}")
     if "accuracy" in found.tables:
-        print("\nreward accuracy on held-out pairs, 95 % bootstrap intervals")
-        print(accuracy_as_text(found.tables["accuracy"]))
+        title = say("reward accuracy on held-out pairs, 95 % bootstrap intervals")
+        print(f"\n{title}\n{accuracy_as_text(found.tables['accuracy'])}")
     print()
     for line in found.sentences:
         print(f"  {line}")
@@ -436,14 +448,13 @@ def _say_results(out: Path, results: Results, seed: int) -> None:
 
 def _say_findings(findings: Sequence[Finding] | None) -> None:
     from dpoviz.analysis.text import findings_as_text
-    from dpoviz.translation import say
 
     if findings is not None:
         print(f"\n{say('what looks wrong')}\n{findings_as_text(findings)}")
 
 
 def _say_where(out: Path) -> None:
-    print(f"\nthe report: {out / 'report.html'}")
+    print(say("\nthe report, to open in a browser: {path}", path=out / "report.html"))
 
 
 class Command(NamedTuple):

@@ -1,4 +1,4 @@
-"""The language of figures, sliders, exercises and reports.
+"""The language of figures, sliders, exercises, reports and printed lines.
 
 A sentence is written in English where it is used, and is the key of its translation in translations/<language>.json. A
 sentence without a translation stays English.
@@ -29,7 +29,7 @@ _now = "en"
 
 
 def language(name: str) -> None:
-    """Set the language of figures, sliders, exercises and reports made from now on.
+    """Set the language of figures, sliders, exercises, reports and printed lines made from now on.
 
     In Chinese, matplotlib draws the characters that its default font lacks in the first installed font of
     `CHINESE_FONTS`. If none is installed, a warning names one to install, and figures stay English.

@@ -1,6 +1,7 @@
 """The explorer of a run and the live training of β, without a browser: what they show is what the run kept."""
 
 import base64
+import re
 import shutil
 import tomllib
 from dataclasses import replace
@@ -20,6 +21,7 @@ from dpoviz.learn.explore_beta import LEARNING_RATE, _caption, _some, explore_be
 from dpoviz.learn.explorer import explore_run
 from dpoviz.learn.run import Frozen, load_run
 from dpoviz.training.config import TrainConfig
+from dpoviz.translation import chinese_font, in_language
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,27 @@ def test_without_a_kernel_the_picture_remains(explorer):
     assert bundle["text/plain"] == repr(explorer) == f"RunExplorer('my run', step {explorer.step})"
 
 
+@pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
+def test_its_words_are_in_the_language_in_which_it_was_made(run, explorer):
+    assert explorer.contents["words"] == {}
+    with in_language("zh"):
+        chinese = explore_run(run).contents
+    assert len(chinese["words"]) > 60
+    assert [
+        text for text in chinese["words"].values() if not re.search(r"[\u4e00-\u9fff]|^DPO$|^nat|^{form}$", text)
+    ] == []
+    assert [estimator["label"] for estimator in chinese["estimators"]] == ["每 token（nat/token）", "整个序列（nat）"]
+
+
+def test_no_text_of_its_javascript_stands_outside_word():
+    source = (files("dpoviz.learn") / "explorer.js").read_text(encoding="utf-8")
+    said = r"/\*.*?\*/|//[^\n]*|\bword\(\"[^\"]*\"|\b(?:class|style|type): (?:\"[^\"]*\"|`[^`]*`)"
+    texts = re.findall(r"\"([^\"\n]*)\"|`([^`\n]*)`", re.sub(said, "", source, flags=re.DOTALL))
+    plain = [re.sub(r"\$\{[^}]*\}", "", quoted or template) for quoted, template in texts]
+    assert len(plain) > 100
+    assert [text for text in plain if re.search(r"[A-Za-z]{2,} [a-z]|^ [a-z]|[A-Z][a-z]+ $", text)] == []
+
+
 def test_its_files_lie_in_the_package_and_load_nothing_from_elsewhere():
     here = files("dpoviz.learn")
     packed = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
@@ -264,3 +287,10 @@ class TestExploreBeta:
     def test_says_what_is_held_fixed(self, run):
         said = explore_beta(run).figure.get_suptitle()
         assert f"{len(run.frozen('inverse').h)} training pairs" in said and "Held fixed" in said
+
+    @pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
+    def test_says_so_in_chinese(self, run):
+        with in_language("zh"):
+            chinese = explore_beta(run)
+        said = [chinese.figure.get_suptitle(), *(control.description for control in chinese.controls.values())]
+        assert [text for text in said if not re.search(r"[\u4e00-\u9fff]|^α", text)] == []

@@ -1,4 +1,7 @@
-"""The Chinese README has the commands, numbers, tables and links of the English one, section by section."""
+"""The Chinese README has the commands, numbers, tables and links of the English one, section by section.
+
+Its commands may end in --lang zh.
+"""
 
 import re
 from collections import Counter
@@ -29,7 +32,7 @@ NAMES = [english.splitlines()[0].lstrip("# ") for english, _ in PAIRS]
 
 def blocks(text: str) -> list[str]:
     """Return the blocks of code; of the tree of modules, which has no language, the names alone."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.M | re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text.replace(" --lang zh", ""), flags=re.M | re.S)
     return [code if language else "\n".join(re.findall(r"[\w*./]+\.py|\w+/", code)) for language, code in found]
 
 
@@ -43,7 +46,7 @@ def numbers(text: str) -> Counter:
 
 
 def words_of_code(text: str) -> Counter:
-    return Counter(re.findall(r"`([^`\n]+)`", prose(text)))
+    return Counter(re.findall(r"`([^`\n]+)`", prose(text.replace(" --lang zh", ""))))
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -66,6 +69,12 @@ def in_chinese(link: str) -> str:
 
 def test_each_links_to_the_other_in_its_first_line():
     assert "(README.zh.md)" in README.splitlines()[0] and "(README.md)" in CHINESE.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_the_first_command_speaks_chinese(command):
+    first = re.search(rf"^pip .*&& dpoviz {command} .*$", CHINESE, flags=re.M)
+    assert first.group().endswith(" --lang zh")
 
 
 def test_has_as_many_sections():
@@ -99,6 +108,12 @@ def test_differences_are_seen():
     pairs = list(zip(sections(README), sections(changed), strict=True))
     for read in (blocks, numbers, words_of_code, tables):
         assert any(read(one) != read(other) for one, other in pairs), read.__name__
+
+
+def test_marks_in_chinese_are_full_width():
+    half = re.compile(r"[\u4e00-\u9fff）]\s?[,;:(]|[\u4e00-\u9fff]\)|[,;](?=[\u4e00-\u9fff])|[`)\]][,;:(](?!https?|\w)")
+    text = re.sub(r"\]\([^)\n]*\)", "]", prose(CHINESE))
+    assert [line for line in text.splitlines() if half.search(re.sub(r"`[^`\n]*`", "``", line))] == []
 
 
 def test_is_chinese():

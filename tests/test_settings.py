@@ -145,6 +145,18 @@ def test_what_a_run_saves_gives_its_settings_again(name, tmp_path):
     assert parsed(name, "--config", file) == settings == parsed(name, f"--config={file}")
 
 
+@pytest.mark.parametrize("name", ["demo", "compare"])
+def test_a_first_look_leaves_the_folder_of_the_full_run_free(name, tmp_path):
+    def out(*options):
+        return str(cli._parse(name, COMMANDS[name], list(map(str, options))).out)
+
+    assert (out(), out("--fast")) == (f"dpoviz-{name}", f"dpoviz-{name}-fast")
+    assert out("--fast", "--out", "here") == "here"
+    if name == "demo":  # whose settings say whether they are those of --fast
+        (tmp_path / "s.json").write_text('{"fast": true}')
+        assert out("--config", tmp_path / "s.json") == "dpoviz-demo-fast"
+
+
 class TestPrecedence:
     def test_an_option_stands_above_the_file_and_the_file_above_the_default(self, tmp_path):
         file = tmp_path / "s.yaml"

@@ -1,9 +1,12 @@
 """Every sentence that figures, sliders, exercises and reports speak has its translation, and they speak it."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from string import Formatter
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
@@ -14,11 +17,13 @@ from matplotlib.font_manager import fontManager
 from matplotlib.text import Text
 
 import dpoviz
-from dpoviz import translation
+from dpoviz import cli, translation
 from dpoviz.analysis.diagnose import Finding
 from dpoviz.analysis.plots import figure_beta_by_task
 from dpoviz.analysis.report import reading, write_report
 from dpoviz.analysis.tables import summarize
+from dpoviz.experiments import folder, memory_estimate, time_estimate
+from dpoviz.experiments.config import RealConfig
 from dpoviz.forms import FORMS
 from dpoviz.learn import checks, sliders
 from dpoviz.translation import catalogue, in_language, say
@@ -55,7 +60,8 @@ def keys_of_template(source: str) -> set[str]:
 def keys() -> set[str]:
     code = [keys_of_code(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
     pages = [keys_of_template(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.j2")]
-    return set().union(*code, *pages)
+    widgets = [re.findall(r'\bword\("([^"]*)"', path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.js")]
+    return set().union(*code, *pages, *widgets)
 
 
 class TestCatalogue:
@@ -196,6 +202,76 @@ class TestSpoken:
         assert left == []
         assert all(text in page for text in ("说明：提示太少", "未检查：", "每 nat 的奖励", "训练之后的 β"))
         assert not re.search(r"note|few prompts|not checked|>run<|>fixed<", shown.replace('class="note"', ""))
+
+
+TWO_WORDS = re.compile(r"\b(?!dpoviz )[A-Za-z]{2,} [a-z]{2,}")  # but the name of a command
+
+
+@pytest.fixture
+def say_all(tmp_path, monkeypatch, capsys):
+    """Call what `dpoviz demo` and `train` print with; return the lines."""
+    table = betas()
+    pairs = table.loc[table["form"] == "standard", ["task", "prompt"]].assign(
+        variant="fixed", form="standard", group=None, h=1.0, chosen=-1.0, rejected=-2.0, ref_chosen=-5.0,
+        ref_rejected=-4.0, chosen_tokens=4, rejected_tokens=5,
+    )  # fmt: skip
+    history = pd.DataFrame({"variant": FORMS, "form": FORMS, "seed": 0, "step": 0, "stage": 2})
+    entropy = table[["task", "prompt"]].assign(estimator="per_token", entropy=table["ref_entropy"], example=False)
+    lines = {name: {form: scale for form in FORMS} for name, scale in
+             {"beta0": 1.0, "beta_min": 0.1, "beta_max": 9.0, "alpha": 1.0}.items()}  # fmt: skip
+    folder.write_tables(
+        tmp_path, metadata=lines | {"baseline": "fixed"}, beta=table, history=history, entropy=entropy,
+        held_out=pd.concat([pairs, pairs.assign(variant="inverse", form="inverse", h=-1.0)]),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"fast": True}))
+    for drawn in [name for name in vars(folder) if name.startswith(("figure_", "plot_", "write_report"))]:
+        monkeypatch.setattr(folder, drawn, MagicMock())  # takes seconds, and prints nothing
+    seconds = {"reference": 9.0, "entropy": 200.0, "training": 9000.0}
+    monkeypatch.setattr(time_estimate, "estimate_seconds", lambda *_, **__: seconds)
+    monkeypatch.setattr(memory_estimate, "require_memory", lambda *_: SimpleNamespace(total=2e9))
+    loaded = SimpleNamespace(train=table, held_out=table, model=SimpleNamespace(num_parameters=lambda: 7))
+
+    def call() -> list[str]:
+        cli._say_loaded(RealConfig(), loaded)
+        cli._say_memory(RealConfig(), loaded)
+        cli._say_time(RealConfig(), loaded, variants=3)
+        cli._say_results(tmp_path, SimpleNamespace(entropy=entropy), 0)
+        return [line.replace(str(tmp_path), "") for line in capsys.readouterr().out.splitlines() if line]
+
+    return call
+
+
+@needs_font
+def test_no_printed_line_of_a_run_is_left_in_english(say_all):
+    english = say_all()
+    with in_language("zh"):
+        chinese = say_all()
+    assert len(english) == len(chinese) > 25 and sum(map(bool, map(TWO_WORDS.search, english))) > 15
+    assert [line for line in chinese if TWO_WORDS.search(line)] == []
+    # a row of a table may be numbers and the names of data alone
+    assert [line for line in chinese if not CHINESE.search(line) and not re.search(r" \d", line)] == []
+
+
+def test_all_that_demo_and_train_print_is_said():
+    """Nothing else in them prints, and no text stands in a print but through say."""
+    tree = ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8"))
+    names = re.compile("_say_.*|_demo|_train|_reference|_report")
+    own = [node for node in tree.body if isinstance(node, ast.FunctionDef) and names.fullmatch(node.name)]
+    prints = [call for node in own for call in ast.walk(node) if isinstance(call, ast.Call) and named(call) == "print"]
+    assert len(prints) > 10
+    assert [text for call in prints for text in plain(call) if re.search(r"[A-Za-z]{2}", text)] == []
+
+
+def named(call: ast.Call) -> str:
+    return getattr(call.func, "id", "")
+
+
+def plain(node: ast.AST) -> list[str]:
+    """The texts below a node that are printed as they are: not those in a call of say, or the name of a column."""
+    if isinstance(node, ast.Subscript) or (isinstance(node, ast.Call) and named(node) in ("say", "key")):
+        return []
+    own = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+    return own + [text for child in ast.iter_child_nodes(node) for text in plain(child)]
 
 
 def _escaped(text: str) -> str:

@@ -72,7 +72,6 @@ class _Case:
     metadata: Mapping[str, Any]
     config: Mapping[str, Any]
     entropies: pd.DataFrame | None
-    betas: pd.DataFrame | None
 
     @property
     def tasks(self) -> list[str]:
@@ -111,7 +110,6 @@ def diagnose(
     config: Mapping[str, Any],
     metadata: Mapping[str, Any],
     entropies: pd.DataFrame | None = None,
-    betas: pd.DataFrame | None = None,
     remedy: str | None = None,
 ) -> list[Finding]:
     """Return what looks wrong in a run: warnings first, then notes, then what could not be checked.
@@ -123,7 +121,6 @@ def diagnose(
         config: the settings of the run (config.json).
         metadata: the facts of the run (run.json).
         entropies: the reference's entropy by estimator (entropy.csv), or None.
-        betas: beta at each held-out prompt and logged step: form, step, task, prompt, beta; None for an older run.
         remedy: the advice on what could not be checked; None: to run again with this version.
 
     Raises:
@@ -133,7 +130,7 @@ def diagnose(
     for name, given in (("history", history), ("scores", scores)):
         if missing := sorted(needed[name] - set(given.columns)):
             raise ValueError(f"{name}: missing columns {missing}, expected those of a run's {name}")
-    case = _Case(table, history, scores, metadata, config, entropies, betas)
+    case = _Case(table, history, scores, metadata, config, entropies)
     again = key("Run again with this version to have it checked, if beta is a function of the prompt.")
     return _examine(_CHECKS, case, remedy or again)
 
@@ -162,40 +159,49 @@ def _start(text: str) -> str:
 # ------------------------------------------------------------------------------------------ what moves beta
 
 
-def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
-    """More than half of a task's prompts touch the same end of the range in the last quarter of the logged steps.
+_NEAR = 0.05
 
-    Exact, no test: the median of beta that the report prints is then the bound itself, chosen by beta_min or beta_max
-    and not by the data. Touched, not only crossed: at a bound that holds, the range term pushes beta back, and its
-    share of steps outside is the other terms' pull over λ1, which can be small. Without the path of beta, the value
-    after the last step is taken.
+
+def _at_a_bound(case: _Case) -> Iterator[_Suspicion]:
+    """After the last step, more than half of a task's prompts have beta at one end of the range, pressed outward.
+
+    Exact: beta is at an end if it lies there, beyond it, or inside by at most 5 % of the width of the range, on the log
+    scale. It is pressed outward if the pulls of all terms but the range's, added up, do not point inward on average
+    over the last quarter of the logged steps of stage 2. The median of beta that the report prints is then the choice
+    of beta_min or beta_max. Where no pulls with their signs were logged (of a beta that does not learn, or by another
+    trainer), the place alone counts, and the evidence does not speak of them.
     """
     for form in case.forms():
         low, high = case.line("beta_min", form), case.line("beta_max", form)
-        rows = case.table[case.table["form"] == form]
-        if case.betas is not None and len(case.betas):
-            rows = case.betas[case.betas["form"] == form]
-            steps = np.sort(rows["step"].unique())
-            rows = rows[rows["step"].isin(steps[-math.ceil(len(steps) / 4) :])]
-        for task, of_task in rows.groupby("task"):
-            ends = of_task.groupby("prompt")["beta"].agg(["min", "max"])
-            rounding = 1e-6  # relative, of float32
-            for name, bound, touched in (
-                (key("lower"), low, ends["min"] <= low * (1 + rounding)),
-                (key("upper"), high, ends["max"] >= high * (1 - rounding)),
+        near = (high / low) ** _NEAR
+        for task, beta in case.table[case.table["form"] == form].groupby("task")["beta"]:
+            pull = _pull_without_the_range(case, form, str(task))  # positive lowers beta
+            for name, bound, limit, there, outward in (
+                (key("lower"), low, low * near, beta <= low * near, pull is None or pull >= 0),
+                (key("upper"), high, high / near, beta >= high / near, pull is None or pull <= 0),
             ):
-                if touched.mean() > 0.5:
+                if there.mean() > 0.5 and outward:
                     evidence = say(
-                        "{form} form: {touched} of {n} prompts of {task} have β at the {end} end of the range, "
-                        "{bound}, at the end of training: the range decides their β.",
-                        form=say(form), touched=touched.sum(), n=len(touched), task=task, end=say(name),
-                        bound=number(bound),
+                        "{form} form: after the last step, {there} of {n} prompts of {task} have β at the {end} end of "
+                        "the range, {bound}, beyond it, or inside by at most 5 % of its width on the log scale (as far "
+                        "as {limit}){back}: the range decides it.",
+                        form=say(form), there=there.sum(), n=len(beta), task=task, end=say(name), bound=number(bound),
+                        limit=number(limit),
+                        back="" if pull is None else say(", and the other terms together do not pull β back"),
                     )  # fmt: skip
                     advice = say(
                         "Widen the range (scale_min, scale_max), or ask which term pushes β there (the pulls): with "
                         "separable pairs the loss alone pushes without end, and λ3 or fewer steps hold it."
                     )
                     yield _Suspicion(Finding("beta at a bound", str(task), "warning", evidence, advice))
+
+
+def _pull_without_the_range(case: _Case, form: Form, task: str) -> float | None:
+    """Return the mean pull on beta of all terms but the range's, added up, late in stage 2; None if none was logged."""
+    rows = case.last_rows(form, 1 / 4)
+    names = [f"grad/{term}/{task}" for term in _SWAMPED if term != "range"]
+    pulls = rows[[name for name in names if name in rows]].dropna(how="all", axis=1).dropna()
+    return None if pulls.empty else float(pulls.sum(axis=1).mean())
 
 
 _SAME = 0.01

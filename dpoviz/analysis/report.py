@@ -69,7 +69,7 @@ def tiny_note(table: pd.DataFrame | None, history: pd.DataFrame) -> list[str]:
     found = []
     if table is not None:
         counts = table.drop_duplicates(["task", "prompt"])["task"].value_counts()
-        few = ", ".join(f"{n} {task}" for task, n in counts.items() if n < MIN_PROMPTS)
+        few = say(", ").join(f"{n} {task}" for task, n in counts.items() if n < MIN_PROMPTS)
         if few:
             found.append(say("{few} held-out prompts, fewer than {least} per task", few=few, least=MIN_PROMPTS))
     trained = history[history["stage"] == 2]
@@ -79,7 +79,7 @@ def tiny_note(table: pd.DataFrame | None, history: pd.DataFrame) -> list[str]:
             found.append(say("about {steps} steps of β(x), fewer than {least}", steps=steps, least=FEW_STEPS))
     if not found:
         return []
-    return [say("This is a tiny run: {found}. Its numbers say little about β(x).", found="; ".join(found))]
+    return [say("This is a tiny run: {found}. Its numbers say little about β(x).", found=say("; ").join(found))]
 
 
 def reading(summary: pd.DataFrame) -> list[str]:
@@ -122,7 +122,7 @@ def reading(summary: pd.DataFrame) -> list[str]:
 def _order(form: str, rows: pd.DataFrame) -> str:
     counts = dict(zip(rows["task"], rows["n"], strict=True))
     if len(counts) > 1 and min(counts.values()) < MIN_PROMPTS:
-        prompts = ", ".join(f"{n} {task}" for task, n in counts.items())
+        prompts = say(", ").join(f"{n} {task}" for task, n in counts.items())
         return say(
             "{form} form: too few prompts to say anything about the order of the tasks: {prompts}; expected at least "
             "{least} per task.",
@@ -171,7 +171,7 @@ def _correlations(form: str, rows: pd.DataFrame) -> str:
     return say(
         "{form} form: Spearman’s ρ of β and H (95 % bootstrap interval) is {parts}.",
         form=say(form),
-        parts=", ".join(parts),
+        parts=say(", ").join(parts),
     )
 
 
@@ -223,7 +223,7 @@ def reading_of_log_ratios(history: pd.DataFrame, tasks: Sequence[str]) -> list[s
                 wrong=wrong,
             )
             groups.setdefault(_direction(chosen, rejected), []).append(text)
-    return [f"{say(verdict)}. {', '.join(named)}." for verdict, named in groups.items()]
+    return [say("{text}.", text=say(verdict) + say(". ") + say(", ").join(named)) for verdict, named in groups.items()]
 
 
 def _direction(chosen: float, rejected: float) -> str:

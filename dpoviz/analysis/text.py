@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dpoviz.analysis.tables import POOLED
 from dpoviz.translation import say, translate
 
 if TYPE_CHECKING:
@@ -62,40 +63,53 @@ def as_text(summary: pd.DataFrame) -> str:
     """Return the table of `summarize` as text, for a terminal."""
     rows = [
         {
-            "form": row.form,
-            "task": row.task,
-            "prompts": row.n,
-            "beta (median)": number(row.beta_median),
-            "quartiles": f"{number(row.beta_q1)} to {number(row.beta_q3)}",
-            "s (median)": number(row.scale_median),
-            "H, nats/token": number(row.ref_entropy_mean),
-            "rho(beta, H)": rho(row),
+            say("form"): translate(row.form),
+            say("task"): _task(row.task),
+            say("prompts"): row.n,
+            say("beta (median)"): number(row.beta_median),
+            say("quartiles"): say("{low} to {high}", low=number(row.beta_q1), high=number(row.beta_q3)),
+            say("s (median)"): number(row.scale_median),
+            say("H, nats/token"): number(row.ref_entropy_mean),
+            say("rho(beta, H)"): rho(row),
         }
         for row in summary.itertuples()
     ]
-    return pd.DataFrame(rows).to_string(index=False)
+    return _in_columns(pd.DataFrame(rows), index=False)
 
 
 def entropy_as_text(summary: pd.DataFrame) -> str:
     """Return the table of `summarize_estimators` as text, a row per estimator and a column per task."""
     cells = [f"{number(row.mean)} ± {number(row.se)} (n={row.n})" for row in summary.itertuples()]
     wide = summary.assign(cell=cells).pivot(index="estimator", columns="task", values="cell")
-    return wide.loc[summary["estimator"].unique(), summary["task"].unique()].to_string(na_rep=MISSING)
+    wide = wide.loc[summary["estimator"].unique(), summary["task"].unique()]
+    return _in_columns(wide.rename_axis(index=say("estimator"), columns=say("task")), na_rep=MISSING)
 
 
 def accuracy_as_text(accuracy: pd.DataFrame) -> str:
     """Return the table of `summarize_accuracy` as text."""
     rows = [
         {
-            "run": row.variant,
-            "task": row.task,
-            "pairs": row.n,
-            "accuracy": interval(row.accuracy, row.accuracy_low, row.accuracy_high, 3),
-            "difference from fixed": interval(row.difference, row.difference_low, row.difference_high, 3, sign=True),
+            say("run"): translate(row.variant),
+            say("task"): _task(row.task),
+            say("pairs"): row.n,
+            say("accuracy"): interval(row.accuracy, row.accuracy_low, row.accuracy_high, 3),
+            say("difference from fixed"): interval(
+                row.difference, row.difference_low, row.difference_high, 3, sign=True
+            ),
         }
         for row in accuracy.itertuples()
     ]
-    return pd.DataFrame(rows).to_string(index=False)
+    return _in_columns(pd.DataFrame(rows), index=False)
+
+
+def _task(name: str) -> str:
+    return say("all") if name == POOLED else name
+
+
+def _in_columns(table: pd.DataFrame, **options: Any) -> str:
+    """Return a table as text, a Chinese character as wide as two letters, as terminals draw it."""
+    with pd.option_context("display.unicode.east_asian_width", True):
+        return table.to_string(**options)
 
 
 def slopes_as_text(slopes: pd.DataFrame) -> str:

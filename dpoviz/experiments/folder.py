@@ -192,7 +192,7 @@ def report(out: Path) -> Report:
     metadata, config = read_json(out / "run.json"), read_json(out / "config.json")
     kept = "beta" in tables and (out / "beta_steps.parquet").is_file()
     betas = betas_of_steps(out, tables["beta"]) if kept else None
-    findings = _findings(tables, config, metadata, betas)
+    findings = _findings(tables, config, metadata)
     return write_page(out, tables, metadata=metadata, config=config, betas=betas, findings=findings)
 
 
@@ -276,10 +276,7 @@ def write_page(
 
 
 def _findings(
-    tables: Mapping[str, pd.DataFrame],
-    config: Mapping[str, Any],
-    metadata: Mapping[str, Any],
-    betas: pd.DataFrame | None,
+    tables: Mapping[str, pd.DataFrame], config: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[Finding] | None:
     """Return what looks wrong in the run of a folder; None if it holds no scores of held-out pairs."""
     if "held_out" not in tables:
@@ -291,7 +288,6 @@ def _findings(
         config=config,
         metadata=metadata,
         entropies=tables.get("entropy"),
-        betas=betas,
     )
 
 

@@ -18,6 +18,7 @@ from dpoviz.experiments.real import Loaded
 from dpoviz.lm.processes import processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
+from dpoviz.translation import key
 
 _FEW, _MORE = 1, 9  # lengths of the answers that are sampled to time sampling, in tokens
 
@@ -112,7 +113,8 @@ def time_parts(
     return {
         "reference": forward * (sum(length) + sum(held)),
         "entropy": prompts * (few + token * samples * max_new_tokens),
-        "training": training * mean * batch_size * steps + forward * (sum(held) * evaluations + mean * scored_again),
+        key("training"): training * mean * batch_size * steps
+        + forward * (sum(held) * evaluations + mean * scored_again),
     }
 
 

@@ -21,6 +21,7 @@ from dpoviz.learn.sliders import Explorer
 from dpoviz.losses import Logps, total_loss
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.state import adamw
+from dpoviz.translation import label, say
 
 STEPS = 60
 """Steps of the live training, each on all of its pairs."""
@@ -124,24 +125,29 @@ def explore_beta(run: Run) -> Explorer:
     assert settings.alpha is not None  # `Run.frozen` fills it in
     late: dict[str, Any] = {"continuous_update": False, **_WIDE}  # each change is a training
     controls: dict[str, Any] = {
-        "form": widgets.ToggleButtons(options=list(frozen), value=first, description="form", style=_WIDE["style"]),
-        "lambda_range": _weight("λ1 (range)", settings.lambda_range),
-        "lambda_smoothness": _weight("λ2 (gradient penalty)", settings.lambda_smoothness),
-        "lambda_consistency": _weight("λ2 (variance within a task)", settings.lambda_consistency),
-        "lambda_entropy": _weight("λ3 (entropy)", settings.lambda_entropy),
+        "form": widgets.ToggleButtons(
+            options=[(say(form), form) for form in frozen], value=first, description=say("form"), style=_WIDE["style"]
+        ),
+        "lambda_range": _weight(say("λ1 (range)"), settings.lambda_range),
+        "lambda_smoothness": _weight(say("λ2 (gradient penalty)"), settings.lambda_smoothness),
+        "lambda_consistency": _weight(say("λ2 (variance within a task)"), settings.lambda_consistency),
+        "lambda_entropy": _weight(say("λ3 (entropy)"), settings.lambda_entropy),
         "alpha": widgets.FloatLogSlider(
             settings.alpha,
             min=math.log10(settings.alpha / 8),
             max=math.log10(settings.alpha * 8),
             step=0.05,
-            description="α (β₀ per nat)",
+            description=say("α (β₀ per nat)"),
             readout_format=".3g",
             **late,
         ),
         "width": widgets.SelectionSlider(
-            options=[("as in the run", None), *((f"s₀/{w:g} to {w:g}·s₀", w) for w in (1.5, 2, 4, 8, 16, 64))],
+            options=[
+                (say("as in the run"), None),
+                *((say("s₀/{w:g} to {w:g}·s₀", w=w), w) for w in (1.5, 2, 4, 8, 16, 64)),
+            ],
             index=0,  # None alone would mean that nothing is selected
-            description="range of s",
+            description=say("range of s"),
             **late,
         ),
     }
@@ -161,10 +167,12 @@ def _weight(label: str, value: float) -> widgets.SelectionSlider:
 
 def _caption(form: Form, count: int, of: int, beyond: int) -> str:
     """Return what is held fixed and what is trained, for the top of the picture."""
-    pairs = f"{count} training pairs" if count == of else f"{count} of {of} training pairs"
-    said = f"Held fixed: the reference's features and H, and h of the {form} form after the last step, at {pairs}.\n"
-    said += f"Trained: the β-network alone, {STEPS} steps from β₀, on all of these pairs at once."
-    edge = f" {beyond} prompts lie beyond β₀/{_FAR:g} to {_FAR:g}·β₀: drawn at the edge."
+    said = label(
+        "Held fixed: the reference's features and H, and h of the {form} form after the last step, at {count} of {of} "
+        "training pairs.\nTrained: the β-network alone, {steps} steps from β₀, on all of these pairs at once.",
+        form=label(form), count=count, of=of, steps=STEPS,
+    )  # fmt: skip
+    edge = label(" {n} prompts lie beyond β₀/{far:g} to {far:g}·β₀: drawn at the edge.", n=beyond, far=_FAR)
     return said + edge if beyond else said
 
 

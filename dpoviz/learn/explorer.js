@@ -104,6 +104,10 @@ function render({ model, el }) {
     model.save_changes();
   };
 
+  /** Return a text in the language of the widget, its {name} fields filled; every text in a call is a key of words. */
+  const word = (text, values = {}) => (run.words[text] ?? text).replace(/\{(\w+)\}/g, (_, name) => values[name]);
+  const formName = (form) => word("{form} form", { form: word(form.name) });
+
   // -- what the state says --------------------------------------------------------------------------------
   const position = () => Math.max(0, steps.indexOf(model.get("step")));
   const betaAt = (f, step, point) => betas[(f * steps.length + step) * points.length + point];
@@ -125,9 +129,9 @@ function render({ model, el }) {
   const shownTasks = () => tasks.filter((task) => !model.get("hidden_tasks").includes(task.name));
 
   // -- the head: the run, the step, and what is shown -----------------------------------------------------
-  const root = html("div", { class: "dpoviz", role: "group", "aria-label": `explorer of the run ${run.run}` });
+  const root = html("div", { class: "dpoviz", role: "group", "aria-label": word("explorer of the run {run}", { run: run.run }) });
   const slider = html("input", {
-    type: "range", min: 0, max: steps.length - 1, step: 1, "aria-label": "training step",
+    type: "range", min: 0, max: steps.length - 1, step: 1, "aria-label": word("training step"),
     disabled: steps.length < 2, oninput: () => set("step", steps[Number(slider.value)]),
   });
   const stepText = html("output", { "data-role": "step" });
@@ -145,18 +149,18 @@ function render({ model, el }) {
       }, 1000 / TIMES_PER_SECOND);
     }
     play.textContent = timer === null ? "▶" : "❚❚";
-    play.setAttribute("aria-label", timer === null ? "play the training steps" : "pause");
+    play.setAttribute("aria-label", timer === null ? word("play the training steps") : word("pause"));
     play.title = play.getAttribute("aria-label");
   }
 
-  function switchOf(name, key, attributes) {
+  function switchOf(name, key, attributes, text = name) {
     const node = html("button", {
       type: "button", ...attributes,
       onclick: () => {
         const off = model.get(key);
         set(key, off.includes(name) ? off.filter((other) => other !== name) : [...off, name]);
       },
-    }, name);
+    }, text);
     node.update = () => node.setAttribute("aria-pressed", String(!model.get(key).includes(name)));
     return node;
   }
@@ -170,31 +174,31 @@ function render({ model, el }) {
 
   const switches = [
     ...tasks.map((task) => switchOf(task.name, "hidden_tasks", { class: "toggle task", style: `--task: ${task.color}` })),
-    ...forms.map((form) => switchOf(form.name, "hidden_forms", { class: "toggle" })),
+    ...forms.map((form) => switchOf(form.name, "hidden_forms", { class: "toggle" }, word(form.name))),
   ];
   const choices = [
-    choice("entropy on the x axis", estimators.map((e) => e.label), "estimator", Number, String),
-    choice("β axis", ["linear", "log"], "log_beta", (v) => v === "1", Number),
-    choice("entropy axis", ["linear", "log"], "log_entropy", (v) => v === "1", Number),
+    choice(word("entropy on the x axis"), estimators.map((e) => e.label), "estimator", Number, String),
+    choice(word("β axis"), [word("linear"), word("log")], "log_beta", (v) => v === "1", Number),
+    choice(word("entropy axis"), [word("linear"), word("log")], "log_entropy", (v) => v === "1", Number),
   ];
   root.append(
     html("header", {},
       html("strong", {}, run.run),
-      html("span", {}, `${points.length} held-out prompts`),
+      html("span", {}, word("{n} held-out prompts", { n: points.length })),
       html("div", { class: "time" }, play, slider, stepText)),
     ...run.notes.map((note) => html("div", { class: "note" }, note)),
     html("div", { class: "controls" },
-      html("div", { class: "group" }, html("span", {}, "tasks"), ...switches.slice(0, tasks.length)),
-      html("div", { class: "group" }, html("span", {}, "forms"), ...switches.slice(tasks.length)),
+      html("div", { class: "group" }, html("span", {}, word("tasks")), ...switches.slice(0, tasks.length)),
+      html("div", { class: "group" }, html("span", {}, word("forms")), ...switches.slice(tasks.length)),
       html("label", { class: "group" }, html("span", {}, "H"), choices[0]),
-      html("label", { class: "group" }, html("span", {}, "β axis"), choices[1]),
-      html("label", { class: "group" }, html("span", {}, "H axis"), choices[2])));
+      html("label", { class: "group" }, html("span", {}, word("β axis")), choices[1]),
+      html("label", { class: "group" }, html("span", {}, word("H axis")), choices[2])));
 
   // -- the picture ----------------------------------------------------------------------------------------
   const RADIUS = points.length < 150 ? 4 : points.length < 600 ? 3 : 2.2;
   let shades = {}; // the colour of each task on the ground of the theme
   const plots = html("div", { class: "plots" });
-  const details = html("aside", { "aria-live": "polite", "aria-label": "the selected prompt", tabindex: 0, class: "scroll" });
+  const details = html("aside", { "aria-live": "polite", "aria-label": word("the selected prompt"), tabindex: 0, class: "scroll" });
   const tip = html("div", { class: "tip", hidden: true, role: "tooltip" });
   let panels = [];
 
@@ -207,12 +211,12 @@ function render({ model, el }) {
     for (const f of shownForms()) {
       const [strips, cloud] = ["strips", "cloud"].map((kind) => panelOf(f, kind));
       panels.push(strips, cloud);
-      const what = inverse(forms[f]) ? "loss −log σ(h/β(x))" : "loss −log σ(β(x)·h)";
+      const what = inverse(forms[f]) ? word("loss −log σ(h/β(x))") : word("loss −log σ(β(x)·h)");
       plots.append(
-        html("h4", {}, `${forms[f].name} form`, html("span", {}, what)),
+        html("h4", {}, formName(forms[f]), html("span", {}, what)),
         html("div", { class: "row" }, strips.box, cloud.box));
     }
-    if (!panels.length) plots.append(html("p", { class: "hint" }, "Both forms are switched off."));
+    if (!panels.length) plots.append(html("p", { class: "hint" }, word("Both forms are switched off.")));
     for (const panel of panels) panel.draw();
     move();
   }
@@ -232,11 +236,11 @@ function render({ model, el }) {
 
   function panelOf(f, kind) {
     const form = forms[f];
-    const about = kind === "strips" ? "β by task" : "β against the entropy of the reference";
+    const about = kind === "strips" ? word("β by task") : word("β against the entropy of the reference");
     const canvas = html("canvas"); // the points: thousands of SVG circles would take a second to move
     const node = svg("svg", {
       tabindex: 0, role: "img", "data-form": form.name, "data-kind": kind,
-      "aria-label": `${about}, ${form.name} form. Arrow keys go through the prompts in the order of β.`,
+      "aria-label": word("{about}, {form}. Arrow keys go through the prompts in the order of β.", { about, form: formName(form) }),
       onpointermove: (event) => hover(panel, event),
       onpointerleave: () => hover(panel, null),
       onclick: (event) => {
@@ -287,7 +291,7 @@ function render({ model, el }) {
       if (kind === "strips") {
         for (const [i, task] of shownTasks().entries()) {
           const line = svg("line", { class: "median", x1: panel.columns(i) - 17, x2: panel.columns(i) + 17 },
-            svg("title", {}, `median of ${task.name}`));
+            svg("title", {}, word("median of {task}", { task: task.name })));
           panel.medians.push([task.name, line]);
           parts.push(line);
         }
@@ -301,17 +305,17 @@ function render({ model, el }) {
   }
 
   function stripAxis(panel, right, bottom) {
-    const names = [...shownTasks().map((task) => task.name), ...(asked().length ? ["typed"] : [])];
+    const names = [...shownTasks().map((task) => task.name), ...(asked().length ? [word("typed")] : [])];
     const width = (right - MARGIN.left) / Math.max(1, names.length);
     panel.columns = (i) => MARGIN.left + (i + 0.5) * width;
     for (const point of everyPoint()) {
-      const column = names.indexOf(taskOf(point) ?? "typed");
+      const column = names.indexOf(taskOf(point) ?? word("typed"));
       // the fractional parts of multiples of the golden ratio spread evenly, and stay where they are
       const spread = (((point + 1) * 0.618034) % 1) - 0.5;
       panel.x.set(point, panel.columns(column) + spread * Math.min(0.7 * width, 110));
     }
     return names.flatMap((name, i) => {
-      const count = everyPoint().filter((point) => (taskOf(point) ?? "typed") === name).length;
+      const count = everyPoint().filter((point) => (taskOf(point) ?? word("typed")) === name).length;
       const at = { x: panel.columns(i), "text-anchor": "middle" };
       return [svg("text", { class: "title", ...at, y: bottom + 15 }, oneLine(name, Math.max(5, Math.floor(width / 6.5)))),
         svg("text", { ...at, y: bottom + 29 }, `n=${count}`)];
@@ -329,9 +333,9 @@ function render({ model, el }) {
     }
     const parts = ticks(x.low, x.high, log).map((tick) =>
       svg("text", { x: x(tick), y: bottom + 15, "text-anchor": "middle" }, tickText(tick)));
-    const refused = model.get("log_entropy") && !log ? " (not log: some are 0)" : "";
+    const refused = model.get("log_entropy") && !log ? word(" (not log: some are 0)") : "";
     parts.push(svg("text", { class: "title", x: (MARGIN.left + right) / 2, y: bottom + 30, "text-anchor": "middle" },
-      `H of the reference, ${estimators[estimator()].label}${refused}`));
+      word("H of the reference, {estimator}", { estimator: estimators[estimator()].label }) + refused));
     if (estimator() === 0 && form.alpha !== null) { // α is per nat of this estimator only
       const path = [];
       for (let i = 0; i <= 60; i++) {
@@ -371,8 +375,8 @@ function render({ model, el }) {
       mark(panel);
     }
     slider.value = String(step);
-    slider.setAttribute("aria-valuetext", `step ${steps[step]}`);
-    stepText.textContent = `step ${steps[step]} of ${steps.at(-1)}`;
+    slider.setAttribute("aria-valuetext", word("step {step}", { step: steps[step] }));
+    stepText.textContent = word("step {step} of {last}", { step: steps[step], last: steps.at(-1) });
     for (const update of pathUpdates) update(step);
     list();
   }
@@ -459,7 +463,7 @@ function render({ model, el }) {
 
   function tagOf(point) {
     const task = taskOf(point);
-    return html("span", { class: "tag task", style: task === null ? "" : `--task: ${colors[task]}` }, task ?? "typed");
+    return html("span", { class: "tag task", style: task === null ? "" : `--task: ${colors[task]}` }, task ?? word("typed"));
   }
 
   function table(head, rows) {
@@ -471,30 +475,27 @@ function render({ model, el }) {
     const point = model.get("selected");
     pathUpdates = [];
     if (point < 0 || point >= points.length + asked().length) {
-      details.replaceChildren(html("h4", {}, "No prompt is selected"),
-        html("p", { class: "hint" }, "Point at a point for its prompt, click it to keep it here. With the keyboard: "
-          + "Tab to a panel, then the arrow keys."),
-        html("p", { class: "hint" }, "The slider goes through the logged training steps; the axes stand still. "
-          + "Bars are the medians of the tasks. The line αH is where the entropy term alone would put β."));
+      details.replaceChildren(html("h4", {}, word("No prompt is selected")),
+        html("p", { class: "hint" }, word("Point at a point for its prompt, click it to keep it here. With the keyboard: Tab to a panel, then the arrow keys.")),
+        html("p", { class: "hint" }, word("The slider goes through the logged training steps; the axes stand still. Bars are the medians of the tasks. The line αH is where the entropy term alone would put β.")));
       return;
     }
     const [value, se] = entropyOf(point);
-    const head = html("h4", {}, tagOf(point), isAsked(point) ? " prompt" : ` prompt ${point + 1} of ${points.length}`);
+    const head = html("h4", {}, tagOf(point), isAsked(point) ? word(" prompt") : word(" prompt {i} of {n}", { i: point + 1, n: points.length }));
     const betaRows = html("tbody");
     const parts = [head, html("p", { class: "text", "data-role": "prompt" }, textOf(point)),
       html("table", { style: "margin-top: 8px" },
-        html("thead", {}, html("tr", {}, ...["form", "β", "s", "β/β₀"].map((name) => html("th", {}, name)))), betaRows),
-      html("p", { class: "hint" }, `H ${entropyText(value, se)} (± one standard error; ${estimators[estimator()].label})`)];
+        html("thead", {}, html("tr", {}, ...[word("form"), "β", "s", "β/β₀"].map((name) => html("th", {}, name)))), betaRows),
+      html("p", { class: "hint" }, word("H {value} (± one standard error; {estimator})", { value: entropyText(value, se), estimator: estimators[estimator()].label }))];
     pathUpdates.push((step) => {
       betaRows.replaceChildren(...forms.map((form, f) => {
         const beta = betaOf(f, point, step);
-        const cells = [form.name, number(beta), number(scaleOf(form, beta)), number(beta / form.beta0)];
+        const cells = [word(form.name), number(beta), number(scaleOf(form, beta)), number(beta / form.beta0)];
         return html("tr", {}, ...cells.map((cell) => html("td", {}, cell)));
       }));
     });
     if (isAsked(point)) {
-      parts.push(html("p", { class: "hint" }, "Of the trained β(x), after the last step. A typed prompt has no pair, so "
-        + "no h and no pulls."));
+      parts.push(html("p", { class: "hint" }, word("Of the trained β(x), after the last step. A typed prompt has no pair, so no h and no pulls.")));
     } else {
       parts.push(...detailsOfPoint(point));
     }
@@ -507,18 +508,18 @@ function render({ model, el }) {
     const { task, pulls, pairs, answers } = points[point];
     const parts = [];
     if (steps.length > 1) {
-      parts.push(html("h5", {}, "β over the steps"),
+      parts.push(html("h5", {}, word("β over the steps")),
         html("div", { class: "paths task", style: `--task: ${colors[task]}` }, ...forms.map((_, f) => pathOf(f, point))));
     }
     const pulled = forms.filter((form) => pulls[form.name]);
     if (pulled.length) {
-      parts.push(html("h5", {}, "Pulls on β after the last step (positive lowers it)"), pullTable(pulls, pulled));
+      parts.push(html("h5", {}, word("Pulls on β after the last step (positive lowers it)")), pullTable(pulls, pulled));
     }
     if (pairs.length) parts.push(pairsOf(pairs));
     if (answers.length) {
-      parts.push(html("h5", {}, "Answers, sampled before and after training"), ...answers.map(([variant, answer]) =>
+      parts.push(html("h5", {}, word("Answers, sampled before and after training")), ...answers.map(([variant, answer]) =>
         html("p", { class: "text" },
-          html("span", { class: "who" }, variant === "reference" ? "before (reference)" : `after (${variant})`), answer)));
+          html("span", { class: "who" }, variant === "reference" ? word("before (reference)") : word("after ({variant})", { variant: word(variant) })), answer)));
     }
     return parts;
   }
@@ -541,15 +542,15 @@ function render({ model, el }) {
       : svg("line", { class: "beta0", x1: left, x2: width, y1: y(forms[f].beta0), y2: y(forms[f].beta0) });
     const marks = [Math.min(...values), Math.max(...values)].filter(Number.isFinite);
     const apart = Math.abs(y(marks[0]) - y(marks[1])) > 12 ? marks : marks.slice(0, 1);
-    return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `β over the steps, ${forms[f].name}` },
-      svg("text", { class: "title", x: left, y: 10 }, forms[f].name), level,
+    return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${word("β over the steps")}: ${word(forms[f].name)}` },
+      svg("text", { class: "title", x: left, y: 10 }, word(forms[f].name)), level,
       ...apart.map((v) => svg("text", { x: left - 4, y: y(v) + 4, "text-anchor": "end" }, number(v))),
       svg("polyline", { class: "path", points: line.join(" ") }), now);
   }
 
   function pullTable(pulls, pulled) {
     const names = Object.keys(terms).filter((term) => pulled.some((form) => term in pulls[form.name]));
-    const rows = names.map((term) => [term, ...pulled.map((form) => {
+    const rows = names.map((term) => [word(term), ...pulled.map((form) => {
       const own = Object.values(pulls[form.name]).map((v) => Math.abs(v ?? 0));
       const value = pulls[form.name][term] ?? NaN;
       const part = Number.isFinite(value) ? (50 * Math.abs(value)) / Math.max(...own, 1e-300) : 0;
@@ -557,7 +558,7 @@ function render({ model, el }) {
         html("span", { class: "bar" }, html("i", { style: `width: ${part}%; left: ${value < 0 ? 50 - part : 50}%` })),
         ` ${signed(value)}`);
     })]);
-    return table(["term", ...pulled.map((form) => form.name)], rows);
+    return table([word("term"), ...pulled.map((form) => word(form.name))], rows);
   }
 
   function pairsOf(pairs) {
@@ -569,16 +570,16 @@ function render({ model, el }) {
     };
     const show = () => {
       const pair = pairs[at];
-      const title = html("h5", {}, pairs.length > 1 ? `Pair ${at + 1} of ${pairs.length} ` : "Pair ");
+      const title = html("h5", {}, pairs.length > 1 ? word("Pair {i} of {n} ", { i: at + 1, n: pairs.length }) : word("Pair "));
       if (pairs.length > 1) {
-        title.append(html("button", { type: "button", "aria-label": "previous pair", onclick: () => turn(-1) }, "‹"), " ",
-          html("button", { type: "button", "aria-label": "next pair", onclick: () => turn(1) }, "›"));
+        title.append(html("button", { type: "button", "aria-label": word("previous pair"), onclick: () => turn(-1) }, "‹"), " ",
+          html("button", { type: "button", "aria-label": word("next pair"), onclick: () => turn(1) }, "›"));
       }
       const texts = ["chosen", "rejected"].filter((side) => pair[side] !== undefined).map((side) =>
-        html("p", { class: "text", "data-role": side }, html("span", { class: "who" }, side), pair[side]));
-      const rows = Object.entries(pair.ratios).map(([variant, values]) => [variant, ...values.map(signed)]);
+        html("p", { class: "text", "data-role": side }, html("span", { class: "who" }, word(side)), pair[side]));
+      const rows = Object.entries(pair.ratios).map(([variant, values]) => [word(variant), ...values.map(signed)]);
       box.replaceChildren(title, ...texts,
-        html("div", { style: "margin-top: 4px" }, table(["log π/π_ref", "chosen", "rejected", "h"], rows)));
+        html("div", { style: "margin-top: 4px" }, table(["log π/π_ref", word("chosen"), word("rejected"), "h"], rows)));
     };
     show();
     return box;
@@ -586,7 +587,7 @@ function render({ model, el }) {
 
   // -- a new prompt ---------------------------------------------------------------------------------------
   const box = html("textarea", {
-    "aria-label": "a new prompt", placeholder: "Type a prompt and press Enter (Shift+Enter: a new line)",
+    "aria-label": word("a new prompt"), placeholder: word("Type a prompt and press Enter (Shift+Enter: a new line)"),
     onkeydown: (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
@@ -597,20 +598,20 @@ function render({ model, el }) {
   const newline = html("input", { type: "checkbox" });
   newline.checked = newlines;
   const chat = html("input", { type: "checkbox" });
-  const button = html("button", { type: "button", onclick: () => ask() }, "compute β and H");
+  const button = html("button", { type: "button", onclick: () => ask() }, word("compute β and H"));
   const status = html("div", { class: "state", role: "status" });
   let asking = null;
 
   function ask() {
     if (asking !== null) return;
     if (!box.value.trim()) {
-      say("Type a prompt first.", "bad");
+      say(word("Type a prompt first."), "bad");
       return;
     }
     const text = newline.checked && !box.value.endsWith("\n") ? `${box.value}\n` : box.value;
     asking = `${Date.now()}-${Math.random().toString(36).slice(2)}`; // another view may ask at the same time
     button.disabled = true;
-    say("The kernel computes β and H …", "busy");
+    say(word("The kernel computes β and H …"), "busy");
     set("question", { id: asking, prompt: chat.checked ? [{ role: "user", content: text }] : text });
   }
 
@@ -629,27 +630,27 @@ function render({ model, el }) {
       say(one.error, "bad");
       return;
     }
-    const values = forms.map((form) => `β ${number(one.beta[form.name])} (${form.name})`).join(", ");
-    say(`${values}, H ${entropyText(one.entropy, one.se)} nats per token`);
+    const values = forms.map((form) => `β ${number(one.beta[form.name])} (${word(form.name)})`).join(", ");
+    say(`${values}, H ${entropyText(one.entropy, one.se)} ${word("nats per token")}`);
     set("selected", points.length + asked().length - 1);
   }
 
   // -- prompts by β or by a word --------------------------------------------------------------------------
-  const query = html("input", { type: "search", placeholder: "search in prompts", "aria-label": "search in prompts", oninput: () => list() });
-  const ofTask = html("select", { "aria-label": "task of the list", onchange: () => list() },
-    html("option", { value: "" }, "all tasks"), ...tasks.map((task) => html("option", { value: task.name }, task.name)));
-  const ofForm = html("select", { "aria-label": "form of the list", onchange: () => list() },
-    ...forms.map((form, f) => html("option", { value: f }, form.name)));
-  const order = html("select", { "aria-label": "order of the list", onchange: () => list() },
-    html("option", { value: "high" }, "highest β"), html("option", { value: "low" }, "lowest β"));
-  const listed = html("ol", { "aria-label": "prompts by β" });
+  const query = html("input", { type: "search", placeholder: word("search in prompts"), "aria-label": word("search in prompts"), oninput: () => list() });
+  const ofTask = html("select", { "aria-label": word("task of the list"), onchange: () => list() },
+    html("option", { value: "" }, word("all tasks")), ...tasks.map((task) => html("option", { value: task.name }, task.name)));
+  const ofForm = html("select", { "aria-label": word("form of the list"), onchange: () => list() },
+    ...forms.map((form, f) => html("option", { value: f }, word(form.name))));
+  const order = html("select", { "aria-label": word("order of the list"), onchange: () => list() },
+    html("option", { value: "high" }, word("highest β")), html("option", { value: "low" }, word("lowest β")));
+  const listed = html("ol", { "aria-label": word("prompts by β") });
   const count = html("p", { class: "hint" });
 
   function list() {
-    const words = query.value.trim().toLowerCase();
+    const sought = query.value.trim().toLowerCase();
     const f = Number(ofForm.value), sign = order.value === "high" ? -1 : 1;
     const found = [...points.keys()].filter((i) =>
-      (!ofTask.value || points[i].task === ofTask.value) && (!words || points[i].prompt.toLowerCase().includes(words)));
+      (!ofTask.value || points[i].task === ofTask.value) && (!sought || points[i].prompt.toLowerCase().includes(sought)));
     found.sort((a, b) => sign * (betaOf(f, a) - betaOf(f, b)));
     const top = found.slice(0, 10);
     while (listed.children.length > top.length) listed.lastChild.remove();
@@ -668,18 +669,19 @@ function render({ model, el }) {
       item.firstChild.textContent = number(betaOf(f, point));
       item.lastChild.textContent = oneLine(points[point].prompt, 160);
     });
-    count.textContent = `${top.length} of ${found.length} prompts, ${forms[f].name} form, step ${steps[position()]}`;
+    count.textContent = word("{n} of {all} prompts, {form}, step {step}",
+      { n: top.length, all: found.length, form: formName(forms[f]), step: steps[position()] });
   }
 
   const lower = html("div", { class: "lower" },
-    html("section", { class: "ask" }, html("h4", {}, "A prompt of your own"), box,
+    html("section", { class: "ask" }, html("h4", {}, word("A prompt of your own")), box,
       html("div", { class: "group" },
         html("div", { class: "group" },
-          newlines ? html("label", { title: "All prompts of this run end with a line break." }, newline, " end with a line break") : null,
-          run.chat ? html("span", {}, "sent as a user's message") // as all prompts of this run
-            : html("label", { title: "As a user's message, through the model's chat template." }, chat, " as a chat message")),
+          newlines ? html("label", { title: word("All prompts of this run end with a line break.") }, newline, word(" end with a line break")) : null,
+          run.chat ? html("span", {}, word("sent as a user's message")) // as all prompts of this run
+            : html("label", { title: word("As a user's message, through the model's chat template.") }, chat, word(" as a chat message"))),
         button), status),
-    html("section", { class: "find" }, html("h4", {}, "Prompts by β"),
+    html("section", { class: "find" }, html("h4", {}, word("Prompts by β")),
       html("div", { class: "group" }, query, ofTask, order, ofForm), listed, count));
   root.append(html("div", { class: "body" }, plots, details), lower, tip);
   el.append(root);

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import traitlets
 
 from dpoviz.analysis.plots import ESTIMATORS, figure_beta_by_task
 from dpoviz.analysis.style import TERM_COLORS, task_colors
+from dpoviz.forms import FORMS
 from dpoviz.learn.run import Run
+from dpoviz.translation import current_language, say, translate
 
 logger = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
 _LINES = ("beta0", "beta_min", "beta_max", "alpha")
-_OWN = "per token (nats per token)"
-"""The label of the entropy with which β was trained, first among the estimators."""
 
 
 class RunExplorer(anywidget.AnyWidget):
@@ -78,6 +79,7 @@ class RunExplorer(anywidget.AnyWidget):
             "estimators": _estimators(run, prompts),
             "points": points,
             "notes": notes + of_pulls + of_points,
+            "words": _words(),
         }
         self.set_trait("contents", contents)
         self.observe(self._answer, "question")
@@ -124,7 +126,7 @@ class RunExplorer(anywidget.AnyWidget):
 
 
 def explore_run(run: Run) -> RunExplorer:
-    """Return the explorer of a run, a widget for JupyterLab.
+    """Return the explorer of a run, a widget for JupyterLab, in the current language (`dpoviz.language`).
 
     It shows β(x) by task and against the entropy of the reference, at each logged step. A point can be pointed at and
     clicked: its prompt, its answers, the pulls on its β, its β over the steps. A prompt that is typed in gets its β
@@ -139,6 +141,14 @@ def explore_run(run: Run) -> RunExplorer:
     if run.table.empty:
         raise ValueError(f"run: {run.folder} has no β(x), expected a run whose rule makes β a function of the prompt")
     return RunExplorer(run)
+
+
+def _words() -> dict[str, str]:
+    """Return the translation of each text that explorer.js says; none in English."""
+    if current_language() == "en":
+        return {}
+    said = re.findall(r'\bword\("([^"]*)"', (_HERE / "explorer.js").read_text(encoding="utf-8"))
+    return {text: translate(text) for text in [*said, *FORMS, "reference", "fixed", *TERM_COLORS]}
 
 
 def _finite(value: float) -> float | None:
@@ -156,7 +166,7 @@ def _by_step(run: Run, forms: list[str], prompts: pd.DataFrame) -> tuple[list[in
         betas, notes = run.betas(), []
     except ValueError as error:  # a folder from before runs kept it
         last = int(run.history["step"].max())
-        betas, notes = run.table.assign(step=last), [f"Only the last step is shown: {error}"]
+        betas, notes = run.table.assign(step=last), [say("Only the last step is shown: {error}", error=error)]
     steps = sorted(int(step) for step in betas["step"].unique())
     wide = betas.pivot(index=["form", "step"], columns="prompt", values="beta")
     rows = pd.MultiIndex.from_product([forms, steps])
@@ -169,7 +179,7 @@ def _pulls(run: Run, prompts: pd.DataFrame) -> tuple[list[dict], list[str]]:
     try:
         pulls = run.pulls()
     except ValueError as error:
-        return [{} for _ in range(len(prompts))], [f"The pulls on β are not shown: {error}"]
+        return [{} for _ in range(len(prompts))], [say("The pulls on β are not shown: {error}", error=error)]
     terms = [term for term in TERM_COLORS if term in pulls.columns]
     found: dict[str, dict] = {prompt: {} for prompt in prompts["prompt"]}
     for row in pulls.to_dict("records"):
@@ -181,18 +191,22 @@ def _pulls(run: Run, prompts: pd.DataFrame) -> tuple[list[dict], list[str]]:
 def _estimators(run: Run, prompts: pd.DataFrame) -> list[dict]:
     """Return the entropies of the prompts by estimator: first those that the run was trained with."""
     own = run.table.drop_duplicates("prompt").set_index("prompt").loc[prompts["prompt"]]
-    tables = {_OWN: (own["ref_entropy"], own["ref_entropy_se"])}  # the estimator per_token
+    tables = {_label("per_token"): (own["ref_entropy"], own["ref_entropy_se"])}
     if run.entropies is not None:
         of_data = run.entropies[~run.entropies["example"].astype(bool)]
         for name in (name for name in ESTIMATORS if name != "per_token"):
             rows = of_data[of_data["estimator"] == name].drop_duplicates("prompt").set_index("prompt")
             rows = rows.reindex(prompts["prompt"])
             if rows["entropy"].notna().any():
-                tables[" ".join(ESTIMATORS[name].split())] = (rows["entropy"], rows["se"])
+                tables[_label(name)] = (rows["entropy"], rows["se"])
     return [
         {"label": label, "values": [_finite(v) for v in values], "se": [_finite(v) for v in errors]}
         for label, (values, errors) in tables.items()
     ]
+
+
+def _label(estimator: str) -> str:
+    return translate(ESTIMATORS[estimator]).replace("\n（", "（").replace("\n", " ")
 
 
 def _points(run: Run, prompts: pd.DataFrame, pulls: list[dict]) -> tuple[list[dict], list[str]]:
@@ -216,7 +230,7 @@ def _pairs(run: Run) -> tuple[dict[str, list[dict]], list[str]]:
     try:
         scores = run.scores
     except ValueError as error:  # a trainer's folder without an evaluation
-        return {}, [f"The pairs are not shown: {error}"]
+        return {}, [say("The pairs are not shown: {error}", error=error)]
     by_variant = {str(name): rows for name, rows in scores.groupby("variant", sort=False)}
     rows = next(iter(by_variant.values()))
     found: list[dict[str, Any]] = [{"ratios": {}} for _ in range(len(rows))]
@@ -228,7 +242,7 @@ def _pairs(run: Run) -> tuple[dict[str, list[dict]], list[str]]:
         for pair, chosen, rejected in zip(found, run.pairs["chosen"], run.pairs["rejected"], strict=True):
             pair |= {"chosen": chosen, "rejected": rejected}
     except ValueError as error:
-        notes = [f"The answers of the pairs are not shown: {error}"]
+        notes = [say("The answers of the pairs are not shown: {error}", error=error)]
     of_prompt: dict[str, list[dict]] = {}
     for prompt, pair in zip(rows["prompt"], found, strict=True):
         of_prompt.setdefault(prompt, []).append(pair)

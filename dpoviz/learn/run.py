@@ -212,7 +212,6 @@ class Run:
             config=self.config,
             metadata=self.metadata,
             entropies=self.entropies,
-            betas=self.betas() if (self.tables_folder / "beta_steps.parquet").is_file() else None,
         )
 
     def answers(self, prompt: Prompt, *, sample: bool = False) -> pd.DataFrame:

@@ -220,7 +220,6 @@ class TrlRun(Run):
                 scores=self.scores,
                 config=self.config | {"rule": kinds.get(self.config["rule"])},
                 metadata=self.metadata,
-                betas=self.betas() if self._has("beta_steps") else None,
                 remedy=key("Train with `dpoviz train`, which keeps what this check needs."),
             )
         pairs = 1

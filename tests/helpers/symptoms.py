@@ -19,7 +19,6 @@ from datasets import Dataset
 
 from dpoviz.analysis.diagnose import diagnose
 from dpoviz.experiments.config import WorldConfig
-from dpoviz.experiments.folder import betas_of_steps
 from dpoviz.experiments.pipeline import ScoredPairs, run
 from dpoviz.experiments.small import World, small_world
 from dpoviz.forms import FORMS
@@ -110,7 +109,8 @@ PLANTS = {
     "healthy": Plant(None),
     "bound": Plant(
         "beta at a bound",
-        {"scale_min": 0.095, "scale_max": 0.105, "lambda_entropy": 0.0, "beta_learning_rate": 3e-2},
+        # slowly, and long enough to rest there
+        {"scale_max": 0.105, "lambda_entropy": 0.0, "beta_learning_rate": 1e-3, "stage2_steps": 48},
     ),
     "constant": Plant("beta constant", {"lambda_smoothness": 1e3}),
     "entropy": Plant("beta follows the entropy", {"lambda_entropy": 30.0, "beta_learning_rate": 2e-2}),
@@ -158,12 +158,10 @@ def trained_run(world: World, name: str, seed: int) -> dict[str, Any]:
         variants = {form: Variant.of("network", settings.in_form(form))}
         done = run(scored, variants, out=Path(out), answers=0, progress=False)
         metadata = json.loads((Path(out) / "run.json").read_text())
-        betas = betas_of_steps(Path(out), done.table)
     return {
         "table": done.table,
         "history": done.history,
         "scores": done.scores,
-        "betas": betas,
         "config": {"training": asdict(settings)},
         "metadata": metadata,
     }
