@@ -22,6 +22,7 @@ from dpoviz.experiments.comparison_config import CompareConfig
 from dpoviz.experiments.config import BenchConfig, DemoConfig, RealConfig, SampleConfig
 from dpoviz.experiments.options import parse, read_settings
 from dpoviz.experiments.retilt_config import RetiltConfig
+from dpoviz.experiments.study_config import StudyConfig
 from dpoviz.translation import in_language, key, say, translate
 
 if TYPE_CHECKING:
@@ -202,6 +203,19 @@ class _Compare:
 
 
 @dataclass(frozen=True)
+class _Study:
+    settings: Annotated[StudyConfig, arg(name="")]
+    out: Path = Path("dpoviz-study")
+    """folder to which the results are written."""
+    config: Path | None = None
+    """YAML or JSON file of settings, such as the config.json of a study; options override it."""
+    workers: int | None = None
+    """number of processes; None: one per core, and on a GPU one."""
+    most: int | None = None
+    """train at most so many policies now; the same command goes on later."""
+
+
+@dataclass(frozen=True)
 class _Sample:
     settings: Annotated[SampleConfig, arg(name="")]
     out: Path = Path("pairs.jsonl")
@@ -347,6 +361,27 @@ def _compare(given: _Compare) -> None:
         print(f"  {line}")
     beside = sorted(path.name + "/" * path.is_dir() for path in given.out.iterdir())
     print(f"\nin {given.out}: {', '.join(beside)}")
+
+
+def _study(given: _Study) -> None:
+    from dpoviz.experiments.folder import locked_run
+    from dpoviz.experiments.study_config import jobs
+    from dpoviz.experiments.study_report import write_study
+    from dpoviz.experiments.study_runs import study
+    from dpoviz.lm.reference import default_cache_dir
+
+    config = given.settings
+    config.real().require_data()
+    with locked_run(given.out, "study", config):
+        done = sum((given.out / "runs" / f"{job.name}.json").is_file() for job in jobs(config))
+        print(f"{len(jobs(config)) - done} of {len(jobs(config))} trainings to do", flush=True)
+        left = study(config, given.out, cache_dir=default_cache_dir(), workers=given.workers, most=given.most)
+    if left:
+        print(f"{left} of {len(jobs(config))} trainings are left; the same command goes on")
+        return
+    print("\n".join(write_study(config, given.out)))
+    print(f"\nthe picture: {given.out / 'study.png'}")
+    print("beside it:   slopes.csv, gains.csv, betas.csv, accuracy.csv, study.txt")
 
 
 def _sample(given: _Sample) -> None:
@@ -508,6 +543,12 @@ COMMANDS = {
         _Compare,
         lambda fast: CompareConfig.fast() if fast else CompareConfig(),
         _compare,
+    ),
+    "study": Command(
+        "train every arm with each fold of your pairs held out in turn: reward per nat, the bound, β against entropy",
+        _Study,
+        lambda _: StudyConfig(),
+        _study,
     ),
     "sample": Command(
         "sample preference pairs from a model, labelled by programs", _Sample, lambda _: SampleConfig(), _sample

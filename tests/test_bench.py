@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from dpoviz.experiments.bench import (
     ALONE,
+    COMPILED,
     INSIDE,
     LEARNED,
     OURS,
@@ -20,6 +21,7 @@ from dpoviz.experiments.bench import (
     bench,
     bench_lengths,
     bench_pairs,
+    bench_sampling,
     bench_shared_prompts,
     bench_steps,
     bench_vocabulary,
@@ -120,6 +122,7 @@ def test_all_of_it(world, monkeypatch):
     assert list(profiled.index) == list(dict.fromkeys(found["steps"]["who"]))
     parts = profiled[["matrix", "attention", "optimizer", "other"]]
     assert (parts >= 0).all(axis=None) and parts.sum(axis=1).to_numpy() == pytest.approx(1)
+    assert profiled["top"].str.fullmatch(r"(\S.* \d+%, ){2}\S.* \d+%").all()
     assert (parts.loc[OURS] > 0).all() and parts.loc[ALONE, "attention"] == 0  # no model runs there
     assert (profiled[["gpu", "copies", "gpu_share", "kernels"]].max() > 0).all() == torch.cuda.is_available()
     assert all(isinstance(table, pd.DataFrame) and len(table) for table in found.values())
@@ -127,6 +130,17 @@ def test_all_of_it(world, monkeypatch):
         shares = found[name][found[name]["who"] != ALONE if name == "steps" else slice(None)]["share_of_matrix_rate"]
         assert ((shares > 0) & (shares < 1)).all(), name
     assert found["pairs"]["pairs"].tolist() == [20, 40]
+
+
+def test_sampling_from_a_cache_of_fixed_size_too(world):
+    model, tokenizer, scored = world
+    prompts = scored["prompt_ids"][:3]
+    found = bench_sampling(
+        model, tokenizer, prompts, samples=2, new_tokens=4, repeats=1, at_once=(2,), compiled=True, progress=False
+    )
+    assert found["who"].tolist() == [who + end for end in ("", COMPILED)
+                                     for who in ("generate alone", "answers and entropies")]  # fmt: skip
+    assert (found["tokens_per_second"] > 0).all() and found["ratio"].min() > 0
 
 
 def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):

@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 import dpoviz.lm.entropy as module
+import dpoviz.lm.sampling as drawing
 from dpoviz.lm import cache as journal
 from dpoviz.lm import processes
 from dpoviz.lm.entropy import _ratio, estimate_entropy
+from dpoviz.lm.sampling import _Way as Way
+from dpoviz.lm.sampling import sampling
 
 EOS, LIMIT = 0, 3
 
@@ -306,3 +310,31 @@ class TestKeep:
         assert "7/7" in shown
         assert "prompt/s" in shown
         assert "sampling" not in shown
+
+
+class TestStaticCache:
+    @pytest.mark.parametrize("kind", ["llama", "gpt2"])
+    def test_answers_and_entropies_are_those_of_the_growing_cache(self, make_model, kind):
+        own = make_model(kind, dtype=torch.float32, seed=3, initializer_range=0.25)
+        found = []
+        for static_cache in (False, True):
+            settings = {"max_new_tokens": 20, "eos_id": EOS, "pad_id": EOS, "seed": 0, "scores": True}
+            with sampling(own, PROMPTS, 4, **settings, static_cache=static_cache) as sampler:
+                found.append(sampler.draw(PROMPTS))
+        (answers, scores), (expected, right) = found
+        assert answers == expected and len({len(a) for some in answers for a in some}) > 1
+        for name in ("logps", "entropy_sums", "first_entropies"):
+            torch.testing.assert_close(getattr(scores, name), getattr(right, name), rtol=1e-5, atol=1e-5)
+        assert ways(own) == {Way.SHARED: Way.SHARED, Way.STATIC: Way.STATIC}
+
+    def test_where_layers_have_windows_the_cache_grows(self):
+        torch.manual_seed(0)
+        small = {"vocab_size": 30, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        own = MistralForCausalLM(MistralConfig(**small, **heads, sliding_window=8, pad_token_id=0)).eval()
+        assert estimate(own, PROMPTS, 2, static_cache=True).samples == 2
+        assert ways(own) == {Way.STATIC: Way.SHARED}
+
+
+def ways(model):
+    return {first: way for first, (_, way) in drawing._TRIED[model].items()}

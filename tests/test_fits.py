@@ -8,7 +8,6 @@ import torch
 from helpers.worlds import COMMON, SMALL, by_hand, network, run, small_model, small_pairs, weights
 
 from dpoviz.beta import ConstantBeta
-from dpoviz.data.tokens import token_counts
 from dpoviz.experiments import memory_estimate
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.real import Loaded
@@ -130,14 +129,28 @@ class TestEstimate:
         lora_rank = more.pop("lora_rank", 0)
         return RealConfig(lora_rank=lora_rank, training=TrainSettings(batch_size=6, warmup_steps=1, **more))
 
-    def test_what_is_kept_is_what_a_larger_batch_keeps(self, loaded):
-        constant, per_token = memory_estimate.kept(loaded.model, loaded.train, checkpointing=False)
+    @pytest.mark.parametrize("rank", [0, 2])
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_what_is_kept_is_what_a_larger_batch_keeps(self, loaded, rank, checkpointing):
+        model = copy.deepcopy(loaded.model).cpu()
         rows = loaded.train.select(range(12))
         answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-        tokens = int(token_counts(rows).sum())
-        measured = memory_estimate._kept_bytes(loaded.model, rows["prompt_ids"][:], answers, False)
-        # masks grow with the square of a row, and rows end in padding
-        assert constant + per_token * tokens == pytest.approx(measured, rel=0.25)
+        with memory_estimate._as_trained(model, rank):
+            _, constant, per_token, per_square = memory_estimate.kept(model, checkpointing=checkpointing)
+            _, count, width, measured = memory_estimate._kept_bytes(
+                model, rows["prompt_ids"][:], answers, checkpointing
+            )
+        assert count > 1 and per_token > 0
+        expected = constant + per_token * count * width + per_square * count * width**2
+        assert expected == pytest.approx(measured, rel=0.02)
+        assert all(p.requires_grad for p in model.parameters())  # as it was
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in loaded.model.named_parameters()]
+
+    def test_masks_grow_with_the_square_of_a_row(self, loaded):
+        """Each layer of attention keeps its mask, as numbers; layers that are computed again keep none."""
+        for checkpointing, layers in ((False, 2), (True, 0)):
+            found = memory_estimate.kept(copy.deepcopy(loaded.model).cpu(), checkpointing=checkpointing)
+            assert found[-1] == pytest.approx(layers * 4, abs=0.05)
 
     def test_weights_and_moments_are_those_of_a_run(self, loaded):
         needed = memory_estimate.estimate_memory(self.config(), loaded)
@@ -155,6 +168,18 @@ class TestEstimate:
         frozen = sum(p.numel() * 4 for p in policy.parameters() if not p.requires_grad)
         needed = memory_estimate.estimate_memory(self.config(lora_rank=3), loaded)
         assert (needed.weights, needed.training) == (frozen + adapters, 4 * adapters)
+
+    def test_with_checkpointing_one_layer_is_there_at_a_time(self, loaded):
+        """Of two layers: half of what is kept without it, besides the inputs of both and the masks."""
+        rows = loaded.train.select(range(6))
+        loaded = loaded._replace(model=copy.deepcopy(loaded.model).cpu(), train=rows)  # one batch
+        answers = [list(own) for own in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+        sizes = {}
+        for on in (False, True):
+            _, count, width, sizes[on] = memory_estimate._kept_bytes(loaded.model, rows["prompt_ids"][:], answers, on)
+        found = memory_estimate.estimate_memory(self.config(gradient_checkpointing=True), loaded).activations
+        masks = count * width**2 * (1 + 4)
+        assert found - masks == pytest.approx(sizes[True] + sizes[False] / 2, rel=0.02)
 
     def test_each_advice_saves(self, loaded):
         whole = memory_estimate.estimate_memory(self.config(), loaded).activations

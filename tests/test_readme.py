@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.readme import README, ROOT, blocks
 
-from dpoviz.cli import main
+from dpoviz.cli import COMMANDS, _parse, main
 from dpoviz.experiments.bench import INSIDE, OURS
 
 
@@ -71,6 +71,15 @@ def test_options_that_it_names_exist(capsys):
     assert len(named) > 10
     for option in named:
         assert f"{option} " in known, option
+
+
+def test_its_commands_have_only_options_that_there_are():
+    lines = [part.split("#")[0].split() for block in blocks("bash") for part in re.split(r"\n|&&", block)]
+    of_us = [words[words.index("dpoviz") + 1 :] for words in lines if "dpoviz" in words]
+    known = [words for words in of_us if words[0] in COMMANDS and "--config" not in words]
+    assert {words[0] for words in known} >= {"demo", "train", "retilt", "compare", "study", "bench"}
+    for name, *options in known:
+        _parse(name, COMMANDS[name], options)
 
 
 def test_what_it_names_is_there():

@@ -28,6 +28,7 @@ OTHER = {
     "strength": 0.25,
     "tasks": ("code",),
     "dtype": "bfloat16",
+    "precision": "bfloat16",
     "contenders": ("constant", "lsc"),
     "constants": (0.3, 0.5),
     "scales": (0.3, 0.5),
@@ -54,6 +55,8 @@ OTHER = {
     "max_new_tokens": 47,
     "device": "cpu",
     "tables": ("steps",),
+    "arms": ("constant", "slopes"),
+    "epochs": (1, 3),
 }
 OPEN = {"rescore-reference"}
 """Yes, no or None: said by a word."""

@@ -14,8 +14,10 @@ from dpoviz.analysis.statistics import (
     detectable_mean,
     effect,
     holm,
+    mcnemar,
     order_share,
     percentile_interval,
+    t_interval,
 )
 
 PROBABILITIES = st.lists(st.floats(0.01, 1), min_size=4, max_size=4)
@@ -154,3 +156,26 @@ class TestHolm:
         adjusted = holm(p)
         assert (adjusted >= np.array(p) - 1e-12).all()
         assert (adjusted <= np.minimum(1, len(p) * np.array(p)) + 1e-12).all()
+
+
+class TestMcNemar:
+    def test_against_a_count_of_coins(self):
+        first = [1] * 7 + [0] * 2 + [1] * 5 + [0] * 4
+        second = [0] * 7 + [1] * 2 + [1] * 5 + [0] * 4
+        found = mcnemar(first, second)
+        # seven of nine fair coins or more, on both sides; the items on which both agree do not count
+        assert (found.gained, found.lost) == (7, 2)
+        assert found.p == pytest.approx(2 * sum(math.comb(9, n) for n in (7, 8, 9)) / 2**9)
+        assert mcnemar(second, first) == (2, 7, found.p)
+        assert mcnemar([1, 0], [1, 0]) == (0, 0, 1.0)
+
+    def test_other_items_are_refused(self):
+        with pytest.raises(ValueError, match=r"first, second: got shapes \(2,\), \(3,\)"):
+            mcnemar([1, 0], [1, 0, 1])
+
+
+def test_the_t_interval_is_that_of_scipy():
+    values = [0.3, 0.1, 0.4, 0.7]
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert t_interval(values) == pytest.approx((0.375, expected.low, expected.high))
+    assert t_interval([2.0])[0] == 2.0 and math.isnan(t_interval([2.0])[1])

@@ -104,6 +104,23 @@ class TestAgainstALoopByHand:
         assert torch.allclose(weights(a), weights(b), atol=1e-5)
 
 
+def test_what_measures_after_each_update_changes_nothing(world):
+    config = TrainConfig.around(0.1, "standard", **SMALL)
+    plain, _ = run(world, config, network())
+    policy, beta, seen = copy.deepcopy(world[0]), network(), []
+
+    def measure(updates):
+        ratios = probes.log_ratios(policy, world[2], pad_id=PAD, batch_size=4, progress=False)
+        beta.eval()  # as a probe of the loop does
+        seen.append((updates, np.abs(ratios).max()))
+
+    common = {"stage": 2, "pad_id": PAD, "eos_id": EOS, "held_out": world[2], "reference": world[0]}
+    train(policy, beta, world[1], config, **common, after=measure, progress=False)
+    assert torch.equal(weights(policy), weights(plain))
+    assert [updates for updates, _ in seen] == list(range(1, 8))
+    assert seen[0][1] < 1e-5 < 1e-2 < seen[-1][1]  # the first step warms up from a rate of 0
+
+
 class TestResume:
     @pytest.mark.parametrize("killed_after", [1, 3, 4, 6, 7])
     def test_ends_as_if_it_had_not_been_killed(self, world, tmp_path, killed_after):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
-from scipy.stats import nct, t, ttest_1samp
+from scipy.stats import binomtest, nct, t, ttest_1samp
 
 _BLOCK = 100
 """Number of resamples computed at once: limits memory, does not change the result."""
@@ -188,3 +188,44 @@ def holm(p: Mapping[str, float] | Sequence[float]) -> np.ndarray:
     adjusted = np.empty(len(values))
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order]))
     return adjusted
+
+
+class Paired(NamedTuple):
+    """Two methods on the same items, right or wrong on each.
+
+    Attributes:
+        gained: items on which the first alone is right.
+        lost: items on which the second alone is right.
+        p: two-sided p-value of McNemar's exact test; it takes the items as independent.
+    """
+
+    gained: int
+    lost: int
+    p: float
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike) -> Paired:
+    """Compare two methods by McNemar's exact test: given that one alone is right, each is so with probability ½.
+
+    McNemar 1947, "Note on the sampling error of the difference between correlated proportions", Psychometrika 12.
+
+    Args:
+        first: (N,) whether the first is right.
+        second: (N,) whether the second is right, on the same items.
+    """
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if first.ndim != 1 or first.shape != second.shape:
+        raise ValueError(f"first, second: got shapes {first.shape}, {second.shape}, expected (N,) twice")
+    gained, lost = int((first & ~second).sum()), int((second & ~first).sum())
+    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return Paired(gained, lost, p)
+
+
+def t_interval(values: ArrayLike) -> tuple[float, float, float]:
+    """Return the mean of (N,) values and the ends of its 95 % t interval; NaN at the ends for N = 1."""
+    values = np.asarray(values, dtype=float)
+    n, mean = len(values), float(values.mean())
+    if n == 1:
+        return mean, float("nan"), float("nan")
+    error = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
+    return mean, mean - error, mean + error

@@ -29,7 +29,7 @@ EXPECTED_ORDER = ("math", "code", "dialogue")
 POOLED = "all"
 """The task of summary rows over all tasks; no task may have this name."""
 
-TEXT_COLUMNS = ("form", "task", "prompt", "answer", "variant", "group", "estimator", "rule", "unit", "half")
+TEXT_COLUMNS = ("form", "task", "prompt", "answer", "variant", "group", "estimator", "rule", "unit", "half", "arm")
 """The text columns in the files of a run; all other columns hold numbers or booleans."""
 
 OPTIONAL_TEXT = ("group",)

@@ -424,7 +424,7 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: got {held_out}, expected a fraction between 0 and 1")
-    group = _components(pairs)
+    group = components(pairs)
     of_task: dict[str, list[int]] = {}
     tasks = pairs["task"][:]
     for g in group:
@@ -441,7 +441,32 @@ def split_by_group(pairs: Dataset, held_out: float, seed: int) -> tuple[Dataset,
     return pairs.select(inside), pairs.select(outside)
 
 
-def _components(pairs: Dataset) -> list[int]:
+def folds_by_group(pairs: Dataset, folds: int, seed: int) -> list[list[int]]:
+    """Return the rows of each fold: each pair is in one, no prompt or group is in two, and tasks are spread evenly.
+
+    Args:
+        pairs: records with `prompt`, `task` and optionally `group`.
+        folds: number of folds, at least 2.
+        seed: random seed.
+
+    Raises:
+        ValueError: a task has fewer groups than there are folds.
+    """
+    group, tasks = components(pairs), pairs["task"][:]
+    of_task: dict[str, list[int]] = {}
+    for g in dict.fromkeys(group):
+        of_task.setdefault(tasks[g], []).append(g)
+    fold_of: dict[int, int] = {}
+    for task, groups in sorted(of_task.items()):
+        if len(groups) < folds:
+            raise ValueError(f"folds: got {folds}, expected at most {len(groups)}, the groups of pairs of {task!r}")
+        random.Random(f"folds {seed} {task}").shuffle(groups)
+        begin = len(fold_of)  # so that the first folds do not get the remainder of every task
+        fold_of |= {g: (begin + i) % folds for i, g in enumerate(groups)}
+    return [[row for row, g in enumerate(group) if fold_of[g] == fold] for fold in range(folds)]
+
+
+def components(pairs: Dataset) -> list[int]:
     """Return, per pair, the index of the first pair it is connected to by shared prompts and groups."""
     n = len(pairs)
     parent = list(range(n))

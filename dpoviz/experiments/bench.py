@@ -288,7 +288,8 @@ def profile_steps(
         A row per method: who, seconds (per step, under the profiler, which slows down a CPU), gpu (seconds that the GPU
         computed), copies (seconds that it copied between itself and the CPU), gpu_share (gpu over seconds), host
         (seconds in which the GPU did neither), kernels (launched per step); and the shares of the operators' own time,
-        on a GPU that of its kernels: matrix, attention, optimizer, other. On a CPU gpu, copies and kernels are 0.
+        on a GPU that of its kernels: matrix, attention, optimizer, other, and top, the three operators with the most
+        time. On a CPU gpu, copies and kernels are 0.
     """
     pairs = scored.shuffle(seed=0).select(range(batch_size))
     calls = _contestants(model, tokenizer, pairs, max_length, compiled)
@@ -309,17 +310,21 @@ def profile_steps(
     return pd.DataFrame(rows)
 
 
-def _profiled(found: profile, seconds: float, steps: int, on_gpu: bool) -> dict[str, float]:
+def _profiled(found: profile, seconds: float, steps: int, on_gpu: bool) -> dict[str, Any]:
     kernels = [event for event in found.events() or [] if event.device_type == DeviceType.CUDA]
     copied = [event for event in kernels if "memcpy" in event.name.lower()]
     took, copies = (1e-6 * sum(e.time_range.elapsed_us() for e in some) / steps for some in (kernels, copied))
     own: Counter[str] = Counter()
+    operators: Counter[str] = Counter()
     for event in found.key_averages():
         if event.device_type == DeviceType.CPU:  # operators; a GPU's kernels are counted where they were launched
             kind = next((k for k, parts in _KINDS.items() if any(part in event.key for part in parts)), "other")
-            own[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            took_itself = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            own[kind] += took_itself
+            operators[event.key.removeprefix("aten::")] += took_itself
     whole = sum(own.values()) or 1
-    shares = {kind: own[kind] / whole for kind in (*_KINDS, "other")}
+    shares: dict[str, Any] = {kind: own[kind] / whole for kind in (*_KINDS, "other")}
+    shares["top"] = ", ".join(f"{name} {value / whole:.0%}" for name, value in operators.most_common(3))
     gpu = took - copies
     host = max(0.0, seconds - took)
     launched = (len(kernels) - len(copied)) / steps
@@ -371,7 +376,7 @@ def bench_reference(
 
 def bench_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], *, samples: int,
-    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8), progress: bool = True,
+    new_tokens: int, repeats: int, at_once: Sequence[int] = (4, 8), compiled: bool = False, progress: bool = True,
 ) -> pd.DataFrame:  # fmt: skip
     """Time entropies from sampled answers against `generate` alone, which gives no entropies.
 
@@ -385,6 +390,7 @@ def bench_sampling(
         new_tokens: tokens per answer.
         repeats: timed calls of each, after an untimed one.
         at_once: batch sizes to try, in prompts.
+        compiled: also time both with a cache of fixed size, for which `transformers` compiles the step on a GPU.
 
     Returns:
         A row per method and batch size: who, prompts (per batch), seconds (median), low, high, tokens_per_second (of
@@ -392,8 +398,8 @@ def bench_sampling(
         size), memory (MiB).
     """
     pad = tokenizer.pad_token_id
-    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                              num_return_sequences=samples, pad_token_id=pad)  # fmt: skip
+    config: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": new_tokens, "pad_token_id": pad,
+                              "min_new_tokens": new_tokens, "num_return_sequences": samples}  # fmt: skip
     prompts = sorted(prompts, key=len)
     generate: Any = model.generate
 
@@ -401,25 +407,26 @@ def bench_sampling(
         return [prompts[start : start + n] for start in range(0, len(prompts), n)]
 
     @torch.no_grad()
-    def peer(n: int) -> None:
+    def peer(n: int, static: bool) -> None:
+        settings = GenerationConfig(**config, cache_implementation="static" if static else None)
         for some in parts(n):
             width = max(map(len, some))
             ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in some], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
-            generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            generate(input_ids=ids, attention_mask=mask, generation_config=settings)
 
     @torch.no_grad()
-    def ours(n: int) -> None:
-        ends: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": None, "pad_id": pad}
+    def ours(n: int, static: bool) -> None:
+        ends: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_id": None, "pad_id": pad, "static_cache": static}
         with sampling(model, prompts, samples, **ends, seed=0, scores=True) as sampler:
             for some in parts(n):
                 sampler.draw(some)
 
     model.eval()
-    calls = {(who, n): partial(call, n) for n in at_once
-             for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
+    calls = {(who + COMPILED * static, n): partial(call, n, static) for static in (False, True)[: 1 + compiled]
+             for n in at_once for who, call in (("generate alone", peer), ("answers and entropies", ours))}  # fmt: skip
     taken = _in_turn(calls, repeats, model.device, "sampling" if progress else None)
-    best = min((key for key in taken if key[0] == "generate alone"), key=lambda key: min(taken[key].seconds))
+    best = min((key for key in taken if key[0].startswith("generate alone")), key=lambda key: min(taken[key].seconds))
     tokens = len(prompts) * samples * new_tokens
     needed = forward_operations(model, prompts, [[[i] * new_tokens for i in range(samples)]] * len(prompts))
     rows = _rows(taken, best, tokens_per_second=tokens, operations=needed)
@@ -638,7 +645,7 @@ def bench(
     seldom = often | {"repeats": min(repeats, 3)}
     size: dict[str, Any] = {"batch_size": batch_size}
     step: dict[str, Any] = {**size, "max_length": max_length, "compiled": compiled}
-    sampled: dict[str, Any] = {"samples": samples, "new_tokens": new_tokens, "at_once": at_once}
+    sampled: dict[str, Any] = {"samples": samples, "new_tokens": new_tokens, "at_once": at_once, "compiled": compiled}
     rate = matrix_rate(model.device, model.dtype, size=8192 if on_gpu else 2048)
 
     def shared(table: pd.DataFrame) -> pd.DataFrame:

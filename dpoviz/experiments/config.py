@@ -125,6 +125,9 @@ class RealConfig:
         max_length: limit of the prompt and one answer together, in tokens; longer pairs are dropped, with a warning.
         entropy_samples: answers per prompt for the entropy of the reference.
         lora_rank: rank of the adapters; 0 trains all weights.
+        precision: what policy and reference compute in: float32; bfloat16, in which frozen weights are stored too; or
+            auto: frozen weights in bfloat16 on a GPU that has it, all else as accelerate launch was told, or float32.
+        four_bit: store the frozen weights under the adapters in 4 bits (NF4), which needs bitsandbytes.
         rule: the rule for beta, trained in each form in which it is defined.
         strength: value of the rule's hyperparameter; None: its default.
         answers: held-out prompts per task whose answers before and after training are saved.
@@ -143,6 +146,8 @@ class RealConfig:
     max_length: int = 512
     entropy_samples: int = 8
     lora_rank: int = 16
+    precision: str = "auto"
+    four_bit: bool = False
     rule: str = "network"
     strength: float | None = None
     answers: int = 3
@@ -153,6 +158,11 @@ class RealConfig:
         if self.pairs_per_task is not None:
             _require_whole(self, {"pairs_per_task": 2})
         _require_fraction("held_out", self.held_out)
+        require_precision(self.precision)
+        if self.four_bit and not self.lora_rank:
+            raise ValueError("four_bit: got true with lora_rank 0, expected adapters: 4 bits are too few to train")
+        if self.four_bit and self.model.startswith("random:"):
+            raise ValueError(f"four_bit: got true with the model {self.model}, expected a folder or hub name")
         if self.rule not in RULES:
             raise ValueError(f"rule: got {self.rule!r}, expected one of {', '.join(RULES)}")
         if self.strength is not None and not RULES[self.rule].setting:
@@ -208,6 +218,17 @@ class SampleConfig:
             raise ValueError(f"tasks: got {list(self.tasks)}, expected some of math, code, dialogue")
 
 
+def require_precision(precision: str) -> None:
+    """Raise ValueError for a precision that is not "auto", "float32" or "bfloat16"."""
+    if precision == "float16":
+        raise ValueError(
+            "precision: got 'float16', expected auto, float32 or bfloat16: float16 needs the loss scaled, for one "
+            "optimizer, and policy and beta have one each"
+        )
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"precision: got {precision!r}, expected auto, float32 or bfloat16")
+
+
 def _require_whole(config: object, least: Mapping[str, int]) -> None:
     for name, smallest in least.items():
         value = getattr(config, name)
@@ -245,7 +266,8 @@ class BenchConfig:
         batch_size: pairs per step.
         dtype: type of the model's weights.
         device: where the model is; auto: a GPU if there is one.
-        compile: also time the steps with compiled layers, which takes minutes to compile.
+        compile: also time the steps with compiled layers, and sampling with a cache of fixed size; compiling takes
+            minutes.
         tables: the measurements to make.
         repeats: timed calls of each.
         seed: random seed.

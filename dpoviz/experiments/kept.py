@@ -21,12 +21,13 @@ SMALL = 64 * 2**20
 
 
 def reference_record(model: PreTrainedModel, held_out: Dataset) -> dict[str, object]:
-    """Return how to find the reference again: name, fingerprint, dtype, and whether its prompts are chats."""
+    """Return how to find the reference again: name, fingerprint, dtype, four_bit, and whether its prompts are chats."""
     chats = held_out["messages"][:] if "messages" in held_out.column_names else [None]
     return {
         "name": model.name_or_path,
         "fingerprint": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "four_bit": getattr(model, "is_loaded_in_4bit", False),
         "chat": all(chats),
     }
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpoviz.data.tokens import token_counts
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.real import Loaded
-from dpoviz.lm.models import lora_targets
+from dpoviz.lm.models import add_lora, lora_targets
 from dpoviz.lm.packing import Tokens
-from dpoviz.lm.processes import autocast
-from dpoviz.lm.scoring import logits_bytes
-from dpoviz.lm.trial import lay_out, predict
+from dpoviz.lm.processes import autocast, in_its_precision
+from dpoviz.lm.scoring import context_length, logits_bytes
+from dpoviz.lm.trial import Road, lay_out, predict
 from dpoviz.training.batch import part_rows
 from dpoviz.training.state import layers_as_set, training_mode
 
@@ -91,6 +93,7 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@in_its_precision
 def estimate_memory(config: RealConfig, loaded: Loaded) -> Memory:
     """Return the estimated memory of the widest step of a run."""
     model, settings = loaded.model, config.settings(len(loaded.train))
@@ -105,11 +108,21 @@ def estimate_memory(config: RealConfig, loaded: Loaded) -> Memory:
         weights, trained = 2 * own, own
     parts = part_rows(settings.batch_size, settings.gradient_accumulation)
     at_once = max(rows.stop - rows.start for rows in parts)
-    lengths = sorted(token_counts(loaded.train).sum(axis=1).tolist(), reverse=True)
-    constant, per_token = kept(model, loaded.train, checkpointing=settings.gradient_checkpointing)
-    widest = sum(lengths[:at_once])
-    activations = int(constant + per_token * widest)
-    return Memory(weights, 4 * trained, activations, logits_bytes(model, widest))
+    order = token_counts(loaded.train).sum(axis=1).argsort(kind="stable")[::-1]
+    widest = loaded.train.select(order[:at_once].tolist())[:]
+    answers = [list(own) for own in zip(widest["chosen_ids"], widest["rejected_ids"], strict=True)]
+    checkpointing = settings.gradient_checkpointing
+    with _as_trained(model, config.lora_rank):
+        road, *sizes = kept(model, checkpointing=checkpointing)
+        rows, width = lay_out(model, widest["prompt_ids"], answers, 0, road)[1].input_ids.shape
+        batch = np.array([1, rows * width, rows * width**2])
+        activations = float(batch @ sizes)
+        if checkpointing:  # the backward pass computes one layer again at a time
+            layers = sum(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+            activations += float(batch @ kept(model, checkpointing=False)[1:]) / layers
+    masks = int(batch[2]) * (1 + model.dtype.itemsize)  # that of the batch, and a layer's copy of it as numbers
+    predicted = sum(len(answer) for own in answers for answer in own)
+    return Memory(weights, 4 * trained, int(activations) + masks, logits_bytes(model, predicted))
 
 
 def _gb(size: int) -> str:
@@ -117,30 +130,56 @@ def _gb(size: int) -> str:
 
 
 def _adapter_weights(layer: Any, rank: int) -> int:
-    return rank * sum(layer.weight.shape)
+    # the weights of a layer in 4 bits are packed, so that their shape says nothing
+    return rank * (layer.in_features + layer.out_features if isinstance(layer, nn.Linear) else sum(layer.weight.shape))
 
 
-def kept(model: PreTrainedModel, pairs: Dataset, *, checkpointing: bool) -> tuple[float, float]:
-    """Return the bytes that a forward pass keeps for the backward pass: a constant, and those per token.
+@contextmanager
+def _as_trained(model: PreTrainedModel, rank: int) -> Iterator[None]:
+    """Give the model adapters of a rank, if it is not 0, and take them off afterwards."""
+    if not rank:
+        yield
+        return
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    policy: Any = add_lora(model, rank=rank)
+    try:
+        yield
+    finally:
+        policy.unload()
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
-    Measured on the shortest pair and on the three shortest. Tensors that share their memory count once, and weights not
-    at all. The head is left out: its memory does not grow with the tokens.
+
+_LONGEST = 64
+"""Tokens of the longest prompt on which memory is measured."""
+
+
+def kept(model: PreTrainedModel, *, checkpointing: bool) -> tuple[Road, float, float, float]:
+    """Return how a pair is laid out, and the bytes that a forward pass keeps for the backward pass.
+
+    Measured on pairs of three lengths, of which each is the double of the one before. Tensors that share their memory
+    count once, and weights not at all. The head is left out: its memory does not grow with the tokens.
+
+    Returns:
+        The way of scoring; and the bytes of a batch, those per token, padding included, and those per square of a row's
+        tokens: attention keeps masks.
     """
-    lengths = token_counts(pairs).sum(axis=1)
-    order = lengths.argsort(kind="stable")
-    tokens, sizes = [], []
-    for rows in (order[:1], order[:3]):
-        some = pairs.select(rows.tolist())[:]
-        answers = [list(own) for own in zip(some["chosen_ids"], some["rejected_ids"], strict=True)]
-        tokens.append(int(lengths[rows].sum()))
-        sizes.append(_kept_bytes(model, some["prompt_ids"], answers, checkpointing))
-    if tokens[0] == tokens[1]:  # a single pair
-        return 0.0, sizes[0] / tokens[0]
-    per_token = (sizes[1] - sizes[0]) / (tokens[1] - tokens[0])
-    return max(0.0, sizes[0] - per_token * tokens[0]), per_token
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    longest = min(_LONGEST, (context_length(model) or _LONGEST) // 2) // 4 * 4
+    shapes, sizes = [], []
+    for n in (longest // 4, longest // 2, longest):
+        prompt, *answers = ([(start + i) % vocabulary for i in range(m)] for start, m in ((3, n), (5, n), (7, n)))
+        road, rows, width, size = _kept_bytes(model, [prompt], [answers], checkpointing)
+        shapes.append([1, rows * width, rows * width**2])
+        sizes.append(size)
+    constant, per_token, per_square = np.linalg.solve(np.array(shapes, float), sizes)
+    return road, max(constant, 0.0), max(per_token, 0.0), max(per_square, 0.0)
 
 
-def _kept_bytes(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], checkpointing: bool) -> int:
+def _kept_bytes(
+    model: PreTrainedModel, prompts: Tokens, answers: Sequence[Tokens], checkpointing: bool
+) -> tuple[Road, int, int, int]:
+    """Return the way of scoring, the rows of the batch, their width, and the bytes that are kept."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, tuple[Tensor, int]] = {}  # the tensor too, so that its memory is not used again
 
@@ -155,4 +194,5 @@ def _kept_bytes(model: PreTrainedModel, prompts: Tokens, answers: Sequence[Token
     saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with layers, training_mode(model, dropout=False), saved, autocast(model.device), torch.enable_grad():
         predict(model, batch, road)
-    return sum(size for _, size in found.values())
+    rows, width = batch.input_ids.shape
+    return road, rows, width, sum(size for _, size in found.values())

@@ -23,7 +23,7 @@ from dpoviz.experiments.pipeline import Results, ScoredPairs, run
 from dpoviz.lm.cache import fingerprint
 from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.models import LanguageModel, load_lm, lora_targets, random_lm, require_peft
-from dpoviz.lm.processes import processes
+from dpoviz.lm.processes import in_its_precision, processes
 from dpoviz.lm.reference import reference_pass, require_room
 from dpoviz.training.methods import require_rule
 from dpoviz.training.stages import Variant
@@ -57,7 +57,32 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
         training: also check what training needs: the rule, the adapters, and at least one batch of pairs.
 
     Raises:
-        ValueError: as `load_pairs`, `load_lm`, `tokenize_pairs` and `split_by_group`; or fewer pairs than a batch.
+        ValueError: as `load_whole` and `split_by_group`; or fewer pairs than a batch.
+        ImportError: adapters are to be trained and peft is not installed.
+    """
+    model, tokenizer, pairs = load_whole(config, training=training)
+    train_pairs, held_out = split_by_group(pairs, config.held_out, config.training.seed)
+    if training:
+        size = config.settings(len(train_pairs)).batch_size
+        assert size is not None  # filled in
+        if len(train_pairs) < size:
+            raise ValueError(
+                f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
+            )
+    return Loaded(model, tokenizer, train_pairs, held_out)
+
+
+def load_whole(
+    config: RealConfig, *, training: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Dataset]:
+    """Load the model, on its device, the tokenizer, and all tokenised pairs, none held out.
+
+    Args:
+        config: the settings.
+        training: also check what training needs: the rule and the adapters.
+
+    Raises:
+        ValueError: as `load_pairs`, `load_lm` and `tokenize_pairs`.
         ImportError: adapters are to be trained and peft is not installed.
     """
     config.require_data()
@@ -82,24 +107,23 @@ def load(config: RealConfig, *, training: bool = True) -> Loaded:
     require_room(model, pairs, config.max_length, config.training.max_new_tokens)
     if config.pairs_per_task is not None:
         pairs = _some(pairs, config.pairs_per_task, config.training.seed)
-    train_pairs, held_out = split_by_group(pairs, config.held_out, config.training.seed)
-    if training:
-        size = config.settings(len(train_pairs)).batch_size
-        assert size is not None  # filled in
-        if len(train_pairs) < size:
-            raise ValueError(
-                f"data: {len(train_pairs)} pairs are left to train on, expected at least batch_size = {size}"
-            )
-    return Loaded(model, tokenizer, train_pairs, held_out)
+    return model, tokenizer, pairs
 
 
 def _language_model(config: RealConfig, pairs: Dataset) -> LanguageModel:
     if config.model.startswith(RANDOM):
         texts = [row[name] for row in pairs for name in ("prompt", "chosen", "rejected")]
-        size, dtype = config.model.removeprefix(RANDOM), torch.float32
-        return random_lm(size, texts, dtype=dtype, device=processes().device)
+        size = config.model.removeprefix(RANDOM)
+        return random_lm(size, texts, dtype=config_dtype(config) or torch.float32, device=processes().device)
+    return load_lm(config.model, dtype=config_dtype(config), four_bit=config.four_bit)
+
+
+def config_dtype(config: RealConfig) -> torch.dtype | None:
+    """Return the type of the model's weights; None: as the device has it."""
     # adapters are trained in float32 whatever the model's dtype; all weights in bfloat16 would lose small updates
-    return load_lm(config.model, dtype=None if config.lora_rank else torch.float32)
+    if not config.lora_rank:
+        return torch.float32
+    return None if config.precision == "auto" else getattr(torch, config.precision)
 
 
 def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:
@@ -112,29 +136,45 @@ def _some(pairs: Dataset, per_task: int, seed: int) -> Dataset:
     return pairs.select(sorted(rows))
 
 
+@in_its_precision
 def score(config: RealConfig, loaded: Loaded, *, cache_dir: Path | str | None, progress: bool = True) -> ScoredPairs:
     """Score the pairs of `load` with the reference, and estimate its entropy at the examples."""
     began = time.monotonic()
     model, tokenizer = loaded.model, loaded.tokenizer
     train, held_out = (
-        reference_pass(
-            model,
-            tokenizer,
-            part,
-            max_length=config.max_length,
-            max_new_tokens=config.training.max_new_tokens,
-            entropy_samples=config.entropy_samples,
-            batch_size=config.training.eval_batch_size,
-            seed=config.training.seed,
-            cache_dir=cache_dir,
-            progress=progress,
-        )
+        score_pairs(config, model, tokenizer, part, cache_dir=cache_dir, progress=progress)
         for part in (loaded.train, loaded.held_out)
     )
     examples = _examples(config, model, tokenizer, cache_dir, progress)
     entropy = pd.concat([*(entropy_table(part) for part in (train, held_out)), examples])
     seconds = {"reference": time.monotonic() - began}
     return ScoredPairs(model, tokenizer, train, held_out, entropy.reset_index(drop=True), seconds=seconds)
+
+
+@in_its_precision
+def score_pairs(
+    config: RealConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Dataset,
+    *,
+    cache_dir: Path | str | None,
+    progress: bool = True,
+) -> Dataset:
+    """Return tokenised pairs with the reference's columns (`reference_pass`), under the settings."""
+    return reference_pass(
+        model,
+        tokenizer,
+        pairs,
+        max_length=config.max_length,
+        max_new_tokens=config.training.max_new_tokens,
+        entropy_samples=config.entropy_samples,
+        batch_size=config.training.eval_batch_size,
+        static_cache=config.training.compile,
+        seed=config.training.seed,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
 
 
 def write_entropy(out: Path, scored: ScoredPairs) -> None:
@@ -212,6 +252,7 @@ def variants(config: RealConfig, pairs: int) -> dict[str, Variant]:
     return {**found, FIXED: Variant.of("constant", settings.in_form("standard"))}
 
 
+@in_its_precision
 def run_real(config: RealConfig, scored: ScoredPairs, *, out: Path, progress: bool = True) -> Results:
     """Run stage 1, then stage 2 of each variant, on scored pairs.
 

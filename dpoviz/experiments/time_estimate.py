@@ -15,7 +15,7 @@ from dpoviz.data.tokens import end_id, token_counts
 from dpoviz.experiments.config import RealConfig
 from dpoviz.experiments.kept import MOST_FROZEN
 from dpoviz.experiments.real import Loaded
-from dpoviz.lm.processes import processes
+from dpoviz.lm.processes import in_its_precision, processes
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
 from dpoviz.translation import key
@@ -23,6 +23,7 @@ from dpoviz.translation import key
 _FEW, _MORE = 1, 9  # lengths of the answers that are sampled to time sampling, in tokens
 
 
+@in_its_precision
 def estimate_seconds(config: RealConfig, loaded: Loaded, *, variants: int) -> dict[str, float]:
     """Return the estimated seconds of each part of a run (`time_parts`), shared by all its processes.
 

@@ -365,7 +365,8 @@ class Run:
             )
         try:
             with no_bars():
-                return load_lm(name, dtype=getattr(torch, record["dtype"]) if "dtype" in record else None)
+                dtype = getattr(torch, record["dtype"]) if "dtype" in record else None
+                return load_lm(name, dtype=dtype, four_bit=record.get("four_bit", False) and not own.is_dir())
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"reference: the run was made with {name}, which cannot be loaded here ({error}); give its place to "

@@ -86,6 +86,7 @@ def estimate_entropy(
     pad_id: int,
     seed: int,
     batch_size: int = 64,
+    static_cache: bool = False,
     keep: Path | str | None = None,
     progress: bool = False,
 ) -> EntropyEstimates:
@@ -103,6 +104,7 @@ def estimate_entropy(
         pad_id: padding token.
         seed: random seed.
         batch_size: prompts per batch; `batch_size` × K answers are sampled in parallel.
+        static_cache: as in `dpoviz.lm.sampling.sampling`.
         keep: folder that stores each batch, by a fingerprint of model, settings and code. A killed run resumes and
             gives the same numbers as an uninterrupted one. None stores nothing.
         progress: show a progress bar.
@@ -115,11 +117,12 @@ def estimate_entropy(
     settings = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "pad_id": pad_id, "seed": seed}
     journal = Journal(None)
     if keep is not None:
-        name = fingerprint(model, {**settings, "samples": samples, "batch_size": batch_size}, __name__)
+        facts = {**settings, "samples": samples, "batch_size": batch_size, "static_cache": static_cache}
+        name = fingerprint(model, facts, __name__)
         journal = Journal(Path(keep) / f"entropy-{name}")
     shown = progress and processes().is_main_process
     with (
-        sampling(model, prompts, samples, **settings, scores=True) as sampler,
+        sampling(model, prompts, samples, **settings, scores=True, static_cache=static_cache) as sampler,
         tqdm(total=len(prompts), desc="entropy of the reference", unit="prompt", disable=hidden(shown)) as bar,
     ):
         numbers = _numbers(prompts, sampler, seed, eos_id, batch_size, journal, bar)

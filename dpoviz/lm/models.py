@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -34,7 +35,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from dpoviz.lm.processes import hidden
+from dpoviz.lm.processes import hidden, processes
 from dpoviz.lm.trial import require_causal
 from dpoviz.lm.workers import one_thread
 
@@ -256,7 +257,7 @@ class LanguageModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageModel:
+def load_lm(name: Path | str, *, dtype: torch.dtype | None = None, four_bit: bool = False) -> LanguageModel:
     """Load a causal language model and its tokenizer, as the reference or for training.
 
     Code in a model's folder is never run (`trust_remote_code=False`).
@@ -269,6 +270,8 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
             hub's HuggingFaceTB/SmolLM2-135M-Instruct.
         dtype: type of the weights; None is bfloat16 if a CUDA device supports it in hardware, else float32.
             Log-probabilities are summed in at least float32 in any case (`dpoviz.lm.scoring`).
+        four_bit: store the weights of linear layers in 4 bits (NF4, Dettmers et al. 2023, arXiv:2305.14314), and
+            compute with them in `dtype`. They cannot be trained, but adapters on them can.
 
     Returns:
         The model, in evaluation mode and on the CPU, and the tokenizer. A tokenizer without a padding token pads with
@@ -279,18 +282,35 @@ def load_lm(name: Path | str, *, dtype: torch.dtype | None = None) -> LanguageMo
             finite; the file is not GGUF, or its rope scaling is not supported; `transformers` does not know the
             architecture; an adapter names no model or cannot be merged; the hub has no such model or does not respond
             within seconds; the model is not causal; the tokenizer has no end token, or more tokens than the model.
-        ImportError: a GGUF needs the package `gguf`, an adapter `peft`.
+        ImportError: a GGUF needs the package `gguf`, an adapter `peft`, 4 bits `bitsandbytes`.
     """
     if dtype is None:
         dtype = torch.bfloat16 if _has_bfloat16() else torch.float32
-    model, tokenizer = _read(name, dtype)
+    more = _four_bits(str(name), dtype) if four_bit else {}
+    model, tokenizer = _read(name, dtype, **more)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # of bitsandbytes: a format on CPUs that has no gradients
+            vars(layer)["support_avx512bf16_for_cpu"] = False
     _require_usable(tokenizer, model)
     _require_finite(model, name)
     require_causal(model)
     return LanguageModel(model.eval(), tokenizer)
 
 
-def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _four_bits(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments with which `transformers` stores weights in 4 bits, or refuse before anything is loaded."""
+    path = Path(name)
+    if path.suffix.lower() == ".gguf" or (name == SMOLLM2 and _packaged_smollm2() is not None):
+        raise ValueError(f"four_bit: got the GGUF file of {name}, expected a folder or hub name; leave four_bit out")
+    if (path / _ADAPTER).is_file():
+        raise ValueError(f"four_bit: got the adapter in {path}, expected a whole model; merge it and save that")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("four_bit: needs the package bitsandbytes: pip install bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": processes().device}}
+
+
+def _read(name: Path | str, dtype: torch.dtype, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     given = str(name)
     if given == SMOLLM2:
         name = _packaged_smollm2() or _SMOLLM2_HUB
@@ -302,13 +322,13 @@ def _read(name: Path | str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
             return _from_adapter(path, dtype)
         if not (path / "config.json").is_file():
             raise ValueError(f"model: {path} holds no config.json; expected a folder that save_pretrained wrote")
-        model, tokenizer = _from_disk(path, path, dtype)
+        model, tokenizer = _from_disk(path, path, dtype, **more)
     elif path.exists():
         raise ValueError(f"model: {path} is a file, expected a folder, a file named .gguf, or a hub name")
     elif not _HUB_NAME.fullmatch(str(name)):
         raise ValueError(f"model: there is no folder {path}, and it is no hub name; {_INSTEAD}")
     else:
-        model, tokenizer = _from_hub(str(name), dtype)
+        model, tokenizer = _from_hub(str(name), dtype, **more)
     # saved adapters store this as the name of their model: it must be loadable from any working directory
     model.name_or_path = str(path.resolve()) if path.exists() and given != SMOLLM2 else given
     return model, tokenizer
@@ -373,7 +393,8 @@ def _from_pretrained(
     name: str, dtype: torch.dtype, *, local: bool, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     more = {**more, "local_files_only": local}
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+    of_text = {key: value for key, value in more.items() if key not in ("quantization_config", "device_map")}
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **of_text)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, output_loading_info=True, trust_remote_code=False, **more
     )
@@ -388,7 +409,7 @@ def _from_pretrained(
 
 
 def _from_disk(
-    path: Path, folder: Path, dtype: torch.dtype, **more: str
+    path: Path, folder: Path, dtype: torch.dtype, **more: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return _from_pretrained(str(folder), dtype, local=True, **more)
@@ -486,15 +507,15 @@ def _mend_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path, rows: int) -
             setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(number.contents())))
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_hub(name: str, dtype: torch.dtype, **more: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        return _from_pretrained(name, dtype, local=True)  # a cached model needs no network
+        return _from_pretrained(name, dtype, local=True, **more)  # a cached model needs no network
     except _Lacking:
         raise
     except (OSError, ValueError):
         pass
     require_on_hub("model", name, _INSTEAD)
-    return _from_pretrained(name, dtype, local=False)
+    return _from_pretrained(name, dtype, local=False, **more)
 
 
 def require_on_hub(argument: str, name: str, instead: str) -> None:
@@ -574,7 +595,9 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     for name, module in model.named_modules():
         path, _, last = name.rpartition(".")
         of_mamba = last in ("out_proj", "dt_proj") and hasattr(model.get_submodule(path), "conv1d")
-        if type(module) in (nn.Linear, Conv1D) and module is not head and not of_mamba:
+        kind = type(module)
+        linear = kind in (nn.Linear, Conv1D) or kind.__name__ == "Linear4bit"  # of bitsandbytes
+        if linear and module is not head and not of_mamba:
             targets.append(name)
     if not targets:
         raise ValueError(

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Concatenate, NoReturn, ParamSpec, Protocol, TypeVar
 
 import datasets
 import torch
@@ -65,8 +66,59 @@ def process_seed(seed: int) -> int:
     return seed + (processes().process_index << 20)
 
 
+_chosen = "auto"
+"""What the matrix products of policy and reference are computed in; auto: as `accelerate launch` was told."""
+
+
+@contextmanager
+def computing_in(precision: str) -> Iterator[None]:
+    """Compute the matrix products of models in a precision; trained weights, sums and losses stay float32.
+
+    Args:
+        precision: "float32", "bfloat16", or "auto", which changes nothing.
+
+    Raises:
+        ValueError: `accelerate launch` was told another one.
+    """
+    global _chosen
+    before, launched = _chosen, _launched()
+    if precision == "float32" and launched != "no":
+        raise ValueError(f"precision: got float32 under --mixed_precision {launched}, expected one of the two alone")
+    _chosen = precision if precision != "auto" else before
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+class _HasPrecision(Protocol):
+    @property
+    def precision(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=_HasPrecision)
+Rest = ParamSpec("Rest")
+
+
+def in_its_precision(
+    work: Callable[Concatenate[Config, Rest], Result],
+) -> Callable[Concatenate[Config, Rest], Result]:
+    """Let a function compute in the precision of its first argument, the settings."""
+
+    @wraps(work)
+    def inside(config: Config, *args: Rest.args, **more: Rest.kwargs) -> Result:
+        with computing_in(config.precision):
+            return work(config, *args, **more)
+
+    return inside
+
+
 def mixed_precision() -> str:
-    """Return accelerate's mixed precision, such as "no" or "bf16", also before an `Accelerator` exists."""
+    """Return the precision, "no" or "bf16", of `computing_in` or else accelerate's, also before an `Accelerator`."""
+    return _launched() if _chosen == "auto" else "bf16" if _chosen == "bfloat16" else "no"
+
+
+def _launched() -> str:
     if is_initialized():
         return AcceleratorState().mixed_precision
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")

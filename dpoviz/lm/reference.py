@@ -48,6 +48,7 @@ def reference_pass(
     entropy_samples: int = 8,
     batch_size: int = 64,
     sampling_batch_size: int | None = None,
+    static_cache: bool = False,
     seed: int = 0,
     too_long: str = "refuse",
     cache_dir: Path | str | None = None,
@@ -67,6 +68,7 @@ def reference_pass(
         batch_size: pairs per batch.
         sampling_batch_size: prompts per batch; K sequences of each, and their KV cache, are in memory. None:
             `batch_size`, and on a GPU as many as fit its free memory.
+        static_cache: sample with a cache of fixed size, as in `dpoviz.lm.sampling.sampling`.
         seed: random seed.
         too_long: "refuse" or "drop" pairs over `max_length`.
         cache_dir: folder, shared by all processes, that stores the result and every finished batch by a fingerprint of
@@ -105,6 +107,7 @@ def reference_pass(
         "max_length": max_length,
         "max_new_tokens": max_new_tokens,
         "entropy_samples": entropy_samples,
+        "static_cache": static_cache,
         "seed": seed,
     }
     ends = {"eos_id": end_id(pairs), "pad_id": tokenizer.pad_token_id}
@@ -185,6 +188,7 @@ def _compute(
         **ends,
         seed=settings["seed"],
         batch_size=settings["sampling_batch_size"],
+        static_cache=bool(settings["static_cache"]),
         keep=keep,
         progress=progress,
     )

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StaticCache,
+)
+from transformers.cache_utils import StaticLayer
 
 from dpoviz.lm.forward import cache_argument, context_length, fill_cache, language_model, plain_logits
 from dpoviz.lm.packing import Tokens, by_length
@@ -55,6 +63,7 @@ class Sampler(NamedTuple):
 class _Way(Enum):
     """Ways to sample answers, the fastest first."""
 
+    STATIC = "a batch, in which keys and values of each prompt are computed once, in a cache of fixed size"
     SHARED = "a batch, in which keys and values of each prompt are computed once"
     BATCH = "a batch, padded on the left"
     ALONE = "prompt by prompt"
@@ -111,6 +120,7 @@ def sampling(
     pad_id: int,
     seed: int,
     scores: bool = False,
+    static_cache: bool = False,
 ) -> Iterator[Sampler]:
     """Yield a sampler of K answers per prompt for batches chosen by the caller.
 
@@ -120,6 +130,9 @@ def sampling(
         prompts: all prompts that will be sampled at; checked in advance.
         eos_id: the end token; None samples `max_new_tokens` tokens of each answer.
         scores: also record the log-probabilities and entropies of the answers while sampling.
+        static_cache: keep keys and values in memory of a fixed size. On a GPU `transformers` then compiles the step and
+            replays it as a CUDA graph: faster steps, after minutes of compiling for each new shape of a batch. The
+            distribution sampled from is the same.
     """
     if k < 1:
         raise ValueError(f"k: got {k}, expected at least 1")
@@ -134,7 +147,7 @@ def sampling(
             f"max_new_tokens: got {max_new_tokens}, but a prompt has {longest} tokens and the context {room}; "
             "expected fewer, or shorter prompts"
         )
-    way = _way(model, longest + max_new_tokens)
+    way = _way(model, longest + max_new_tokens, static_cache)
     config = _settings(way, max_new_tokens, eos_id, pad_id)
 
     def draw(some: Tokens) -> tuple[list[list[list[int]]], AnswerScores | None]:
@@ -190,25 +203,27 @@ def _joined(parts: list[AnswerScores]) -> AnswerScores:
     return AnswerScores(*columns)
 
 
-_TRIED: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, _Way]] = weakref.WeakKeyDictionary()
-"""Per model, the way to sample and the length in tokens up to which it is known to be correct."""
+_TRIED: weakref.WeakKeyDictionary[PreTrainedModel, dict[_Way, tuple[int, _Way]]] = weakref.WeakKeyDictionary()
+"""Per model and first way to try, the way to sample and the length in tokens up to which it is known to be correct."""
 
 _STEPS = 24
 """Tokens sampled in a trial."""
 
 
-def _way(model: PreTrainedModel, longest: int) -> _Way:
+def _way(model: PreTrainedModel, longest: int, static_cache: bool) -> _Way:
     """Return the fastest way whose next-token distributions equal those of plain forward passes, found by a trial.
 
     Args:
         model: a model without PEFT's wrapper.
         longest: maximum length of a prompt with its answer, in tokens.
+        static_cache: begin with the way that has one.
 
     Raises:
         ValueError: no way is correct.
     """
     require_causal(model)
-    tried, known = _TRIED.get(model, (0, _Way.SHARED))
+    first = _Way.STATIC if static_cache else _Way.SHARED
+    tried, known = _TRIED.setdefault(model, {}).get(first, (0, first))
     if longest <= tried:
         return known
     asked = min(1 << (max(longest, 2 * _STEPS) - 1).bit_length(), context_length(model) or 1 << 62)
@@ -221,7 +236,7 @@ def _way(model: PreTrainedModel, longest: int) -> _Way:
         except Exception as error:  # an unfamiliar model may raise anything; the next way is tried
             off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if not off:
-            _TRIED[model] = asked, way
+            _TRIED[model][first] = asked, way
             if way.alone:
                 logger.warning(
                     "%s is sampled %s, which is slow (%s)", type(model).__name__, way.value, "; ".join(differences)
@@ -347,15 +362,18 @@ def _generate(
 ) -> list[list[int]]:
     """Generate k answers per prompt, as token ids without the prompt."""
     width = max(len(prompt) for prompt in prompts)
+    if way is _Way.STATIC:  # few shapes, because each is compiled
+        width = -(-width // _STATIC_WIDTH) * _STATIC_WIDTH
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     more = {}
     # generate() needs a token that is not yet in the cache: the last one of the prompt
-    if way is _Way.SHARED and k > 1 and width > 1:
+    if way is _Way.STATIC or (way is _Way.SHARED and k > 1 and width > 1):
         cache = DynamicCache(config=model.config)
         fill_cache(model, ids[:, :-1], mask[:, :-1], cache)
         cache.batch_repeat_interleave(k)
-        more[cache_argument(model)] = cache
+        static = way is _Way.STATIC
+        more[cache_argument(model)] = _static(model, cache, width + (config.max_new_tokens or 0)) if static else cache
     ids, mask = ids.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
     generate: Any = model.generate
     out = generate(
@@ -365,6 +383,21 @@ def _generate(
     if recorder is not None:
         recorder.drew(out[:, -1])
     return out[:, width:].tolist()
+
+
+_STATIC_WIDTH = 64
+"""Prompts are padded to a multiple of so many tokens where the cache has a fixed size."""
+
+
+def _static(model: PreTrainedModel, filled: DynamicCache, tokens: int) -> StaticCache:
+    """Return a cache of a fixed number of tokens with the keys and values of another one."""
+    cache = StaticCache(config=model.config, max_cache_len=tokens)
+    layers: list[Any] = [*filled.layers]
+    for layer, own in zip(cache.layers, layers, strict=True):
+        if type(layer) is not StaticLayer:
+            raise NotImplementedError(f"a {type(layer).__name__} is not filled from another cache")
+        layer.update(own.keys, own.values)
+    return cache
 
 
 def _until_end(tokens: list[int], eos_id: int | None) -> list[int]:

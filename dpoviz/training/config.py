@@ -74,7 +74,8 @@ class TrainSettings:
             the whole batch, and a step takes a forward pass more.
         gradient_checkpointing: keep only the input of each layer for the backward pass, which saves memory and takes a
             forward pass more.
-        compile: compile the policy's layers, which takes minutes and makes the steps of a small model faster on a GPU.
+        compile: compile the policy's layers, and on a GPU the step that samples for the entropy, which takes minutes
+            and makes the steps of a small model faster on a GPU.
         rescore_reference: score each batch with the reference again, together with the policy, so that both round alike
             and h is exactly 0 at the start; None: only where the precision is below float32.
         log_every: steps between rows of the history; None: about a hundred rows.

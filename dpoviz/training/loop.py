@@ -6,7 +6,7 @@ Stage 1 trains the policy with a fixed beta; stage 2 continues with β(x) and al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -76,6 +76,7 @@ def train(
     reference: PreTrainedModel | None = None,
     beta_pairs: Dataset | None = None,
     out: Path | str | None = None,
+    after: Callable[[int], object] | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Train `policy`, and with it `beta` if it is trainable. Both are changed in place.
@@ -98,6 +99,8 @@ def train(
             there the policy cannot compensate for beta, and beta is identified (not from the literature).
         out: a folder for checkpoints, visible to all processes. A run that finds its own checkpoint there resumes from
             it.
+        after: called after each update with the number of updates so far; it may measure policy and beta, and must
+            leave them and the random state as they were. A run that resumes does not repeat calls.
         progress: show a bar.
 
     Raises:
@@ -150,6 +153,8 @@ def train(
 
             first_loss, *rest = (loss.objective.total for loss in losses)
             norms = state.update(sum(rest, first_loss), batch, logps)
+            if after is not None:
+                after(step + 1)
 
             if log:
                 probe = last or (config.probe_every > 0 and step % config.probe_every == 0)
