@@ -18,8 +18,9 @@ HERE = Path(__file__).parent
 
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """Run all cells in a fresh kernel that works in `folder`, and clean the outputs."""
-    NotebookClient(notebook, timeout=3600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                   store_widget_state=False, resources={"metadata": {"path": str(folder)}}).execute()  # fmt: skip
+    NotebookClient(notebook, timeout=3600, startup_timeout=300, kernel_name="python3", record_timing=False,
+                   coalesce_streams=True, store_widget_state=False,
+                   resources={"metadata": {"path": str(folder)}}).execute()  # fmt: skip
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -9,14 +9,15 @@ import copy
 import itertools
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import ttest_ind, ttest_rel
+from scipy.stats import spearmanr, ttest_ind, ttest_rel
 from torch import Tensor
 
-from dpoviz import allocate, gain_bound, losses, regularizers, tabular
+from dpoviz import EntropyBeta, allocate, beta_table, gain_bound, losses, regularizers, summarize, tabular
 from dpoviz.learn import checks
 from dpoviz.learn.checks import (
     Mistake,
@@ -26,13 +27,16 @@ from dpoviz.learn.checks import (
     check_bound,
     check_completion_logps,
     check_dpo_loss,
+    check_entropy_beta,
     check_entropy_penalty,
     check_optimal_policy,
     check_reward_difference,
+    check_rho_within,
     check_share,
     check_slope,
     check_smoothness_penalty,
     check_tilt,
+    check_token_entropy,
 )
 
 FORMS = ("inverse", "standard")
@@ -48,6 +52,9 @@ ALL = [
     check_slope,
     check_allocation,
     check_bound,
+    check_token_entropy,
+    check_entropy_beta,
+    check_rho_within,
 ]
 
 
@@ -100,7 +107,7 @@ def answers() -> list:
     by_form = (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)
     found = [(f"{numbers.__name__} {form}", numbers(form)) for numbers in by_form for form in FORMS]
     names = ("completion_logps", "optimal_policy", "reward_difference", "entropy_penalty", "smoothness_penalty")
-    names += ("slope", "allocation", "bound", "tilt", "share")
+    names += ("slope", "allocation", "bound", "token_entropy", "entropy_beta", "rho_within", "tilt", "share")
     return found + [(name, getattr(checks, f"{name}_answers")()) for name in names]
 
 
@@ -1167,3 +1174,135 @@ class TestComparison:
     )
     def test_wrong_shares(self, wrong, words):
         says(check_share(wrong), words)
+
+
+class TestCheckTokenEntropy:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda e, m: (e * m).sum() / m.sum(),
+            lambda e, m: e[m].mean(),
+            lambda e, m: torch.where(m, e, 0.0).sum().div(m.sum()).item(),
+            lambda e, m: sum(x[k].sum() for x, k in zip(e, m, strict=True)) / m.sum(),
+            lambda e, m: e.masked_fill(~m, torch.nan).float().nanmean(),
+        ],
+    )
+    def test_right(self, fn):
+        assert check_token_entropy(fn).right
+
+    def test_by_hand(self):
+        assert checks.token_entropy_answers().right.item() == pytest.approx((3.8 + 1.8 + 2.1) / 9, abs=1e-12)
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda e, m: ((e * m).sum(1) / m.sum(1)).mean(), "averaged first"),
+            (lambda e, m: (e * m).mean(), "padding is counted"),
+            (lambda e, m: e.mean(), "mask is not used"),
+            (lambda e, m: e[~m].mean(), "wrong way round"),
+            (lambda e, m: (e * m).sum(1).mean(), "nats per answer"),
+            (lambda e, m: (e * m).sum(), "sum over all answers"),
+            (lambda e, m: e[:, 0].mean(), "first token"),
+            (lambda e, m: (e * m).sum(1) / m.sum(1), "One number per answer"),
+            (lambda e, m: (e * m).sum() / e.shape[1], "longest answer"),
+            (lambda e, m: -e[m].mean(), "not negative"),
+            (lambda e, m: e[m].mean() / torch.tensor(2.0).log(), "bits"),
+            (lambda e, m: e.mul_(m).sum() / m.sum(), "in place"),
+            (lambda e, m: e[m].mean() + 1, "none of the usual mistakes"),
+        ],
+    )
+    def test_wrong(self, fn, words):
+        says(check_token_entropy(fn), words)
+
+
+class TestCheckEntropyBeta:
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda h, b, low, high: (b / h.mean() * h).clamp(low, high),
+            lambda h, b, low, high: torch.clip(h * len(h) * b / h.sum(), low, high),
+            lambda h, b, low, high: torch.minimum(
+                torch.maximum(b * h / h.mean(), torch.tensor(low)), torch.tensor(high)
+            ),
+            lambda h, b, low, high: [min(max(float(b / h.mean() * x), low), high) for x in h],
+            lambda h, b, low, high: (b / h.numpy().mean() * h.numpy()).clip(low, high),
+        ],
+    )
+    def test_right(self, fn):
+        assert check_entropy_beta(fn).right
+
+    def test_the_library_agrees(self):
+        (entropy, beta0, low, high), right, _ = checks.entropy_beta_answers()
+        rule = EntropyBeta(beta0 / entropy.mean().item(), low, high)
+        torch.testing.assert_close(rule(torch.zeros(5, 1), ref_entropy=entropy).double(), right, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize(
+        ("fn", "words"),
+        [
+            (lambda h, b, low, high: b * h / h.mean(), "range is missing"),
+            (lambda h, b, low, high: (b * h / h.mean()).clamp(max=high), "lower end"),
+            (lambda h, b, low, high: (b * h / h.mean()).clamp(min=low), "upper end"),
+            (lambda h, b, low, high: (h / h.mean()).clamp(low, high), "β₀ is missing"),
+            (lambda h, b, low, high: (b * h).clamp(low, high), "α is β₀ here"),
+            (lambda h, b, low, high: h.clamp(low, high), "H itself"),
+            (lambda h, b, low, high: (b * (1 / h).mean() * h).clamp(low, high), "not the mean of β₀/H"),
+            (lambda h, b, low, high: (b * h / h.median()).clamp(low, high), "median"),
+            (lambda h, b, low, high: (b * h / h.sum()).clamp(low, high), "its sum"),
+            (lambda h, b, low, high: (b * h / h.max()).clamp(low, high), "largest value"),
+            (lambda h, b, low, high: (b * h.mean() / h).clamp(low, high), "Upside down"),
+            (lambda h, b, low, high: torch.full_like(h, b), "H is not used"),
+            (lambda h, b, low, high: (c := (b * h / h.mean()).clamp(low, high)) / c.mean() * b, "scaled once more"),
+            (lambda h, b, low, high: b * (c := h.clamp(low, high)) / c.mean(), "H is clipped"),
+            (lambda h, b, low, high: torch.tensor([0.1, 0.125, 0.2, 0.35, 0.5]) + 0.04 * (h[0] > 0.1), "in bits"),
+        ],
+    )
+    def test_wrong(self, fn, words):
+        says(check_entropy_beta(fn), words)
+
+
+class TestCheckRhoWithin:
+    @staticmethod
+    def ranks(rows):
+        return rows[["beta", "ref_entropy"]].rank()
+
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            lambda t: {n: g["beta"].corr(g["ref_entropy"], method="spearman") for n, g in t.groupby("task")},
+            lambda t: {n: spearmanr(g["beta"], g["ref_entropy"]).statistic for n, g in t.groupby("task")},
+            lambda t: t.groupby("task")[["beta", "ref_entropy"]].apply(lambda g: g.rank().corr().iloc[0, 1]),
+            lambda t: pd.DataFrame(
+                {"rho": {n: TestCheckRhoWithin.ranks(g).corr().iloc[0, 1] for n, g in t.groupby("task", sort=False)}}
+            ),
+        ],
+    )
+    def test_right(self, fn):
+        assert check_rho_within(fn).right
+
+    def test_the_library_agrees(self):
+        (table,), right, _ = checks.rho_within_answers()
+        rows = beta_table(form="standard", seed=0, ref_entropy_se=[0.0] * 15, prompt=map(str, range(15)), **table)
+        found = summarize(rows).set_index("task")["rho"]
+        np.testing.assert_allclose(found[["math", "code", "dialogue"]], right, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("each", "words"),
+        [
+            (lambda t, g: t["beta"].corr(t["ref_entropy"], method="spearman"), "pooled"),
+            (lambda t, g: g["beta"].corr(g["ref_entropy"]), "Pearson's r: "),
+            (lambda t, g: g["beta"].corr(g["ref_entropy"], method="kendall"), "Kendall"),
+            (lambda t, g: TestCheckRhoWithin.ranks(t).loc[g.index].corr().iloc[0, 1], "before the split"),
+            (lambda t, g: g[["beta", "ref_entropy"]].rank(method="first").corr().iloc[0, 1], "Equal entropies"),
+            (lambda t, g: np.log(g["beta"]).corr(np.log(g["ref_entropy"])), "logarithms"),
+            (lambda t, g: (1 / g["beta"]).corr(g["ref_entropy"], method="spearman"), "sign is flipped"),
+            (lambda t, g: g["beta"].corr(g["ref_entropy"], method="spearman") ** 2, "ρ²"),
+            (lambda t, g: g["beta"].mean(), "none of the usual mistakes"),
+            (lambda t, g: g["beta"], "got Series, expected a tensor of numbers"),
+        ],
+    )  # fmt: skip
+    def test_wrong(self, each, words):
+        says(check_rho_within(lambda t: {n: each(t, g) for n, g in t.groupby("task", sort=False)}), words)
+
+    def test_another_kind_of_answer(self):
+        says(check_rho_within(lambda t: 0.3), "got float, expected a dict or a Series")
+        says(check_rho_within(lambda t: {"math": 0.8}), "expected one number for each of ['math', 'code', 'dialogue']")

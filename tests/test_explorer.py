@@ -17,7 +17,7 @@ from test_run import config, scored, train
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.forms import FORMS
-from dpoviz.learn.explore_beta import LEARNING_RATE, explore_beta, retrain_beta
+from dpoviz.learn.explore_beta import LEARNING_RATE, _caption, _some, explore_beta, retrain_beta
 from dpoviz.learn.explorer import explore_run
 from dpoviz.learn.run import Frozen, load_run
 from dpoviz.training.config import TrainConfig
@@ -271,6 +271,18 @@ class TestExploreBeta:
         expected = retrain_beta(kept, replace(kept.config, lambda_entropy=0.0))
         drawn = np.concatenate([part.get_offsets()[:, 1] for part in explorer.figure.axes[1].collections])
         assert set(np.round(expected, 6)) <= set(np.round(drawn, 6))
+
+    @pytest.mark.parametrize(("width", "most"), [(4, 256), (256, 256), (576, 113), (4096, 64)])
+    def test_many_pairs_are_sampled_by_their_size_and_it_says_so(self, width, most):
+        kept = frozen(n=300)
+        wide = kept._replace(features=np.tile(np.arange(300, dtype=np.float32)[:, None], width))
+        some = _some(wide)
+        assert some.features.shape == (most, width) and len(set(some.features[:, 0])) == most
+        rows = some.features[:, 0].astype(int)
+        for name in ("task", "prompt", "ref_entropy", "h"):
+            np.testing.assert_array_equal(getattr(some, name), getattr(kept, name)[rows])
+        assert f"{most} of 300 training pairs" in _caption("inverse", most, 300, 0)
+        assert _some(kept._replace(features=kept.features[:60], h=kept.h[:60])).h.shape == (60,)
 
     def test_says_what_is_held_fixed(self, run):
         said = explore_beta(run).figure.get_suptitle()

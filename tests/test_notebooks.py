@@ -56,6 +56,14 @@ class TestCommitted:
         assert first.startswith("# ") and first.endswith("?")
         assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 12
 
+    def test_links_to_the_next_and_to_files_that_are_there(self, request, notebook):
+        prose = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        targets = set(re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose))
+        assert [target for target in targets if not (FOLDER / target).exists()] == []
+        if "08_" not in request.node.name:  # the last
+            after = prose.split("**Next:**")[1]
+            assert re.search(r"\]\(\d\d_\w+\.ipynb\)", after)
+
     def test_names_nothing_of_the_machine_and_no_remote_picture(self, notebook):
         text = nbformat.writes(notebook)
         assert not re.search(r"/(tmp|home|root|work)/", text)

@@ -165,6 +165,7 @@ class TestSpoken:
             checks.entropy_penalty_answers, checks.smoothness_penalty_answers, checks.kl_estimate_answers,
             checks.slope_answers, checks.allocation_answers, checks.bound_answers,
             checks.tilt_answers, checks.share_answers,
+            checks.token_entropy_answers, checks.entropy_beta_answers, checks.rho_within_answers,
             *(lambda f=f, form=form: f(form) for form in FORMS
               for f in (checks.dpo_loss_answers, checks.dpo_rewards_answers, checks.beta_gradient_answers)),
         ]  # fmt: skip

@@ -13,11 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -1020,6 +1022,149 @@ def check_kl_estimate(fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> 
     return Verdict(
         True, say("The mean log-ratio of answers of π, unbiased, so that near 0 it may be negative; and its error.")
     )
+
+
+def token_entropy_answers() -> Answers:
+    """Return the numbers of `check_token_entropy`."""
+    entropies = torch.tensor([[2.0, 1.0, 0.6, 0.2], [1.5, 0.3, 9.0, 9.0], [0.8, 0.4, 0.9, 9.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
+    kept, lengths = entropies * mask, mask.sum(1)
+    sums, right = kept.sum(1), kept.sum() / mask.sum()
+    mistakes = [
+        Mistake(
+            "Each answer is averaged first, then the answers: that weighs a token of a short answer more. Divide the "
+            "sum over all answers by the number of all their tokens.",
+            (sums / lengths).mean(),
+        ),
+        Mistake("The padding is counted: divide by the number of the answers' own tokens.", kept.mean()),
+        Mistake("The mask is not used: padding has no entropy.", entropies.mean()),
+        Mistake("The mask is the wrong way round: these are the tokens of the padding.", entropies[~mask].mean()),
+        Mistake("This is nats per answer, the estimator *sequence*: divide by the number of tokens.", sums.mean()),
+        Mistake("This is the sum over all answers: divide by the number of their tokens.", kept.sum()),
+        Mistake("Only the first token counts here: the average is over all tokens.", entropies[:, 0].mean()),
+        Mistake("One number per answer: the prompt has one entropy.", sums / lengths),
+        Mistake("The sum is divided by the longest answer: divide by the number of all tokens.", kept.sum() / 4),
+        Mistake("The sign is flipped: an entropy is not negative.", -right),
+        Mistake("These are bits: the entropies were in nats, leave them so.", right / math.log(2)),
+    ]
+    return Answers((entropies, mask), right, mistakes)
+
+
+@_check
+def check_token_entropy(fn: Callable[[Tensor, Tensor], Tensor]) -> Verdict:
+    """Check the reader's entropy of the reference at a prompt, in nats per token, from sampled answers.
+
+    Args:
+        fn: (token_entropies (K, T) nats, mask (K, T) bool) of K answers → scalar.
+
+    Returns:
+        The verdict.
+    """
+    (entropies, mask), right, mistakes = token_entropy_answers()
+    _compare("H", _call(fn, entropies, mask), right, mistakes)
+    return Verdict(True, say("Every token counts once, whichever answer it is in, and padding does not."))
+
+
+def entropy_beta_answers() -> Answers:
+    """Return the numbers of `check_entropy_beta`."""
+    entropy, beta0, low, high = _rows(0.1, 0.5, 0.8, 1.4, 3.2), 0.3, 0.1, 0.5
+    line = beta0 * entropy / entropy.mean()  # 0.025, 0.125, 0.2, 0.35, 0.8
+
+    def clip(values: Tensor) -> Tensor:
+        return values.clamp(low, high)
+
+    mistakes = [
+        Mistake("The range is missing: below β_min it is β_min, above β_max it is β_max.", line),
+        Mistake("The lower end of the range is missing.", line.clamp(max=high)),
+        Mistake("The upper end of the range is missing.", line.clamp(min=low)),
+        Mistake("β₀ is missing: this makes the mean of αH equal to 1.", clip(entropy / entropy.mean())),
+        Mistake("α is β₀ here, so that the mean of αH is β₀·mean H: divide by mean H.", clip(beta0 * entropy)),
+        Mistake("This is H itself: α is missing.", clip(entropy)),
+        Mistake("α is β₀ over the mean of H, not the mean of β₀/H.", clip(beta0 * (1 / entropy).mean() * entropy)),
+        Mistake("α is β₀ over the mean of H, not over its median.", clip(beta0 * entropy / entropy.median())),
+        Mistake("α is β₀ over the mean of H, not over its sum.", clip(beta0 * entropy / entropy.sum())),
+        Mistake("α is β₀ over the mean of H, not over its largest value.", clip(beta0 * entropy / entropy.max())),
+        Mistake("Upside down: this gives the largest β where H is smallest.", clip(beta0 * entropy.mean() / entropy)),
+        Mistake("This is β₀ at every prompt: H is not used.", torch.full_like(line, beta0)),
+        Mistake(
+            "The clipped values are scaled once more: α is set before clipping, and the mean afterwards is what it is.",
+            beta0 * clip(line) / clip(line).mean(),
+        ),
+        Mistake("H is clipped to the range of β: clip αH.", beta0 * clip(entropy) / clip(entropy).mean()),
+    ]
+    return Answers((entropy, beta0, low, high), clip(line), mistakes)
+
+
+@_check
+def check_entropy_beta(fn: Callable[[Tensor, float, float, float], Tensor]) -> Verdict:
+    """Check the reader's clip(αH), with α such that the mean of αH is β₀.
+
+    Args:
+        fn: (ref_entropy (N,), beta0, beta_min, beta_max) → (N,).
+
+    Returns:
+        The verdict.
+    """
+    (entropy, beta0, low, high), right, mistakes = entropy_beta_answers()
+    _compare("β", _call(fn, entropy, beta0, low, high), right, mistakes)
+    _compare(say("β, with H in bits"), _call(fn, entropy / math.log(2), beta0, low, high), right, [])
+    return Verdict(True, say("α only sets the unit of H: with H in bits β is the same."))
+
+
+def rho_within_answers() -> Answers:
+    """Return the numbers of `check_rho_within`: a table of 15 prompts, and ρ of math, code and dialogue."""
+    beta = [0.10, 0.13, 0.12, 0.30, 0.16, 0.40, 0.20, 0.28, 0.25, 0.24, 0.52, 0.55, 0.60, 0.90, 0.50]
+    entropy = [0.10, 0.20, 0.30, 0.40, 0.90, 0.50, 0.60, 0.70, 0.60, 1.60, 2.00, 2.30, 2.10, 2.90, 3.60]
+    table = pd.DataFrame({"task": np.repeat(["math", "code", "dialogue"], 5), "beta": beta, "ref_entropy": entropy})
+    groups = [rows[["beta", "ref_entropy"]] for _, rows in table.groupby("task", sort=False)]
+
+    def within(method: str, parts: Sequence[pd.DataFrame] = groups) -> Tensor:
+        return _rows(*(part.corr(method=method).iloc[0, 1] for part in parts))
+
+    pooled, right = table[["beta", "ref_entropy"]], within("spearman")
+    ranked = pooled.rank()
+    first = within("pearson", [part.rank(method="first") for part in groups])
+    logarithms = within("pearson", [np.log(part) for part in groups])
+    mistakes = [
+        Mistake(
+            "These are the pooled ρ of all prompts: split by task first, and rank within each task.",
+            torch.full((3,), pooled.corr(method="spearman").iloc[0, 1], dtype=torch.float64),
+        ),
+        Mistake("This is Pearson's r: Spearman's ρ is that of the ranks.", within("pearson")),
+        Mistake("This is Kendall's τ: Spearman's ρ is Pearson's r of the ranks.", within("kendall")),
+        Mistake(
+            "The ranks are taken over all prompts before the split: rank within each task.",
+            _rows(*(ranked.loc[part.index].corr().iloc[0, 1] for part in groups)),
+        ),
+        Mistake("Equal entropies get different ranks: give each of them the mean of their ranks.", first),
+        Mistake("This is Pearson's r of the logarithms: take ranks.", logarithms),
+        Mistake("The sign is flipped: was one of the two 1/β, or ranked downwards?", -right),
+        Mistake("This is ρ²: ρ has a sign.", right.square()),
+    ]  # fmt: skip
+    return Answers((table,), right, mistakes)
+
+
+@_check
+def check_rho_within(fn: Callable[[pd.DataFrame], Mapping[str, float] | pd.Series]) -> Verdict:
+    """Check the reader's Spearman's ρ of β and H within each task.
+
+    Args:
+        fn: table with task, beta and ref_entropy → ρ by task, as a dict or a Series.
+
+    Returns:
+        The verdict.
+    """
+    (table,), right, mistakes = rho_within_answers()
+    got = _call(fn, table.copy())
+    tasks = table["task"].unique().tolist()
+    if isinstance(got, pd.DataFrame) and got.shape[1] == 1:
+        got = got.iloc[:, 0]
+    if not isinstance(got, (Mapping, pd.Series)):
+        _wrong("ρ: got {type}, expected a dict or a Series with one number for each task.", type=type(got).__name__)
+    if set(got.keys()) != set(tasks):
+        _wrong("ρ: got {got}, expected one number for each of {tasks}.", got=list(got.keys()), tasks=tasks)
+    _compare("ρ", [_tensor(got[task], "ρ") for task in tasks], right, mistakes)
+    return Verdict(True, say("Differences between the tasks are gone: what is left is order within each of them."))
 
 
 # -- the regularisers ----------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ STEPS = 60
 """Steps of the live training, each on all of its pairs."""
 
 MOST_PAIRS = 256
-"""The most pairs of the live training: with more, a change of a slider takes over a second."""
+MOST_NUMBERS = 256 * 256
+"""The most pairs of the live training, and the most pairs times features, with at least 64 pairs: with more, a change
+of a slider takes over a second."""
 
 LEARNING_RATE = 0.04
 """Learning rate of the live training, higher than a run's: it has few steps, and no noise of batches."""
@@ -180,10 +182,11 @@ def _ends(config: TrainConfig, width: float) -> dict[str, float]:
 
 def _some(frozen: Frozen) -> Frozen:
     """Return all pairs, or a sample of them by the run's seed."""
-    count = len(frozen.h)
-    if count <= MOST_PAIRS:
+    count, width = frozen.features.shape
+    most = min(MOST_PAIRS, max(64, MOST_NUMBERS // width))
+    if count <= most:
         return frozen
-    rows = np.sort(np.random.default_rng(frozen.config.seed).choice(count, MOST_PAIRS, replace=False))
+    rows = np.sort(np.random.default_rng(frozen.config.seed).choice(count, most, replace=False))
     return frozen._replace(**{name: values[rows] for name, values in frozen._asdict().items() if name != "config"})
 
 

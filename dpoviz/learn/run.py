@@ -222,8 +222,7 @@ class Run:
             sample: sample the answers, with the run's seed, if the run saved none; this loads every policy. False
                 returns no rows then.
         """
-        saved = self._read("answers", pd.DataFrame(columns=["variant", "prompt", "answer"]))
-        rows = saved[saved["prompt"] == prompt] if isinstance(prompt, str) else saved.iloc[:0]
+        rows = self._answers[self._answers["prompt"] == prompt] if isinstance(prompt, str) else self._answers.iloc[:0]
         if len(rows) or not sample:
             return rows[["variant", "answer"]].reset_index(drop=True)
         ids = tuple(self._ids(prompt))
@@ -310,6 +309,11 @@ class Run:
             h=kept[f"h/{form}"].to_numpy(),
             config=config if alpha is None else replace(config, alpha=alpha / config.beta0),
         )
+
+    @cached_property
+    def _answers(self) -> pd.DataFrame:
+        """The answers that the run saved, of some held-out prompts."""
+        return self._read("answers", pd.DataFrame(columns=["variant", "prompt", "answer"]))
 
     def _read(self, name: str, *default: Any) -> Any:
         """Return a table of the run; without its file the default, or an error if there is none."""
