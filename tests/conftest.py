@@ -28,8 +28,14 @@ def pytest_configure(config):
     config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
-    """Put the files with the most slow tests first: a long file that begins last would keep one process waiting."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out the zoo unless -m names it, and put the files with the most slow tests first.
+
+    A long file that begins last would keep one process waiting.
+    """
+    if "zoo" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("zoo")])
+        items[:] = [item for item in items if not item.get_closest_marker("zoo")]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -52,6 +52,7 @@ def world(make_model, tokenizer):
     return model, tokenizer, scored
 
 
+@pytest.mark.slow
 def test_everybody_does_the_same_work(world):
     pytest.importorskip("trl")
     model, tokenizer, scored = world
@@ -78,6 +79,7 @@ def test_everybody_does_the_same_work(world):
     assert found[found["task"] == "math"]["tokens"].eq(count).all()
 
 
+@pytest.mark.slow
 def test_in_half_precision(world):
     pytest.importorskip("trl")
     model, tokenizer, scored = world
@@ -88,6 +90,7 @@ def test_in_half_precision(world):
     assert found[~found["who"].isin([LEARNED, ALONE])]["loss"].tolist() == pytest.approx([0.6931472] * 8, abs=0.02)
 
 
+@pytest.mark.slow
 def test_other_work_is_refused(world, monkeypatch):
     import dpoviz.experiments.bench as module
 
@@ -102,6 +105,7 @@ def test_other_work_is_refused(world, monkeypatch):
         bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=32, progress=False)
 
 
+@pytest.mark.slow
 def test_a_peer_that_scores_other_tokens_is_refused(world):
     pytest.importorskip("trl")
     model, tokenizer, scored = world
@@ -110,6 +114,7 @@ def test_a_peer_that_scores_other_tokens_is_refused(world):
         bench_steps(model, tokenizer, scored, batch_size=3, repeats=1, max_length=longest - 2, progress=False)
 
 
+@pytest.mark.slow
 def test_all_of_it(world, monkeypatch):
     import dpoviz.experiments.bench as module
 
@@ -132,6 +137,7 @@ def test_all_of_it(world, monkeypatch):
     assert found["pairs"]["pairs"].tolist() == [20, 40]
 
 
+@pytest.mark.slow
 def test_sampling_from_a_cache_of_fixed_size_too(world):
     model, tokenizer, scored = world
     prompts = scored["prompt_ids"][:3]
@@ -143,6 +149,7 @@ def test_sampling_from_a_cache_of_fixed_size_too(world):
     assert (found["tokens_per_second"] > 0).all() and found["ratio"].min() > 0
 
 
+@pytest.mark.slow
 def test_batches_that_grow_and_that_share_prompts(make_model, monkeypatch):
     import dpoviz.experiments.bench as module
 

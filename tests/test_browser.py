@@ -104,6 +104,7 @@ def run_all(page):
     assert not state["errors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["01_from_constraint_to_loss", "02_two_readings_of_beta", "03_beta_network"])
 def test_slider_changes_the_picture(lab, name):
     with opened(lab, name) as page:
@@ -138,6 +139,7 @@ def explored(folder, lab):
     return run
 
 
+@pytest.mark.slow
 def test_explorer_of_a_run(lab, explored):
     """The slider moves the points and nothing else, a click shows a prompt, a typed prompt becomes a point."""
     with opened(lab, "explored") as page:

@@ -74,6 +74,7 @@ def damaged(entry, tmp_path):
 
 
 class TestCaches:
+    @pytest.mark.slow
     def test_reference(self, make_model, tokenizer, tmp_path, monkeypatch, caplog):
         model, kept = make_model("llama"), tmp_path / "cache"
         whole = reference_pass(model, tokenizer, text_pairs(), cache_dir=kept, **SETTINGS)[:]
@@ -89,6 +90,7 @@ class TestCaches:
                 assert str(entry) in line and (name.split()[0] in line or "checksums" in name or "is missing" in line)
         assert reference_pass(model, tokenizer, text_pairs(), cache_dir=kept, **SETTINGS)[:] == whole  # the control
 
+    @pytest.mark.slow
     def test_small_world(self, tmp_path, monkeypatch):
         kept = tmp_path / "cache"
         world = small_world(TINY_WORLD, cache_dir=kept, progress=False)

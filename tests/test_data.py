@@ -119,6 +119,7 @@ class TestLoadPairs:
         assert parts["level"][:] == [1, None, 0.5, None, 2] and parts["seen"][:] == [None, ["x"], None, None, None]
         assert parts["messages"][:] == [None] * 4 + [chat["prompt"]]
 
+    @pytest.mark.slow
     def test_memory_holds_a_thousand_records_whatever_their_number(self, write, monkeypatch):
         """Python's objects; Arrow's columns take a tenth."""
 

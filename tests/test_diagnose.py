@@ -214,6 +214,7 @@ def test_findings_come_in_the_order_of_their_weight_and_read_as_sentences():
     assert findings_as_text([]).strip() == "nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
 def test_findings_read_as_chinese_sentences_under_the_same_names():
     lacking = healthy()
@@ -365,6 +366,7 @@ def test_the_share_of_the_loss_is_that_of_its_gradient(form):
     assert f"could account for {number(share, 2)} % of" in finding.evidence
 
 
+@pytest.mark.slow
 def test_the_report_and_the_command_line_say_what_looks_wrong(tmp_path, capsys):
     run = healthy()
     one_constant(run)

@@ -96,6 +96,7 @@ class TestEveryExplorer:
             slider.value = value
             assert explorer.png == at_start, slider.description  # nothing is remembered
 
+    @pytest.mark.slow
     def test_a_move_draws_no_axis_again_and_leaves_the_whole_picture(self, name, monkeypatch):
         explorer = EXPLORERS[name]()
         drawn = []

@@ -252,6 +252,7 @@ class TestRetrained:
 
 
 class TestExploreBeta:
+    @pytest.mark.slow
     def test_starts_at_the_settings_of_the_run_and_follows_its_sliders(self, run):
         explorer = explore_beta(run)
         controls, settings = explorer.controls, run.frozen("inverse").config

@@ -111,6 +111,7 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_its_checks_alone():
     """That log-probabilities and beta are finite, and beta positive; logged steps wait for what they log besides."""
     model = small_model()
@@ -136,6 +137,7 @@ def test_trusted_values_are_not_looked_at_and_shapes_are():
         total_loss(Logps(logps, *[torch.zeros(2)] * 3), beta, form="standard", regularization=weight)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch uses what PyTorch has deprecated
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @pytest.mark.parametrize("attention", ["flex_attention", "eager"])

@@ -157,6 +157,7 @@ def test_help_version_and_a_typo_load_nothing_heavy():
     assert dict(zip(map(str, COMMANDS), loaded, strict=True)) == {str(command): set() for command in COMMANDS}
 
 
+@pytest.mark.slow
 def test_the_package_loads_what_is_used():
     nothing, settings, loss, models = loaded_after(
         "import dpoviz; dpoviz.__version__",

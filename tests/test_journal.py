@@ -132,6 +132,7 @@ class TestFingerprint:
 class TestSources:
     """A key that lacks a module would let an old result pass for a new one."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["lm.entropy", "lm.reference", "experiments.small", "experiments.real"])
     def test_hold_all_that_an_import_loads(self, name):
         code = (

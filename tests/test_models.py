@@ -75,6 +75,7 @@ class TestTinyLM:
 
 
 class TestFit:
+    @pytest.mark.slow
     def test_learns_what_can_be_learned_and_no_more(self, tokenizer):
         # the answer is one of two words, drawn: the best loss is log 2 over two tokens, the word and the end
         rng = random.Random(0)
@@ -167,6 +168,7 @@ class TestLoadLM:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
         assert load_lm(folder).model.dtype == torch.float32
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("setting", ["1", "", "silent"])
     def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
         """In a process of its own, because the hub's client reads its setting when it is imported."""
@@ -481,6 +483,7 @@ def smollm2():
 
 
 class TestSmolLM2:
+    @pytest.mark.slow
     def test_is_a_plain_model_that_can_be_trained(self, smollm2):
         model, _ = smollm2
         assert type(model) is LlamaForCausalLM and model.dtype == torch.float32
@@ -492,6 +495,7 @@ class TestSmolLM2:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         model.zero_grad(set_to_none=True)
 
+    @pytest.mark.slow
     def test_saved_and_loaded_it_is_bit_equal(self, smollm2, tmp_path):
         model, tokenizer = smollm2
         model.save_pretrained(tmp_path)
@@ -574,6 +578,7 @@ class TestSmolLM2:
             assert [*ours[1], *tokenizer("\n")["input_ids"]] == theirs[1]
             assert ours[0] == theirs[0]
 
+    @pytest.mark.slow
     def test_an_answer_has_the_nats_of_the_whole_text(self, smollm2):
         """Nats that the model gives a good answer: by the template's text, and by the parts put together."""
         model, tokenizer = smollm2

@@ -254,6 +254,7 @@ class TestGoingOn:
         return ["sample", "--model", str(tmp_path / "model"), "--tasks", "dialogue", "--prompts", "12",
                 "--samples", "8",                "--max-new-tokens", "20", "--batch", "3"]  # fmt: skip
 
+    @pytest.mark.slow
     def test_equal_and_nothing_is_drawn_twice(self, tmp_path, command, monkeypatch):
         kept = tmp_path / "cache"
         code = (

@@ -196,6 +196,7 @@ def distance(a: str, b: str, vision: np.ndarray) -> float:
 
 
 class TestTaskLabel:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("task", "shown"),
         [
@@ -282,6 +283,7 @@ class TestPlotBetaByTask:
         labels = plots.plot_beta_by_task(table(seeds=(0, 1, 2))).get_xticklabels()
         assert labels[0].get_text() == "math\n(n=12)\n3 seeds"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("factor", [1e-5, 1, 3000])
     @pytest.mark.parametrize("spread", [0.001, 0.3, 0.8, 1.3, 1.6, 4])
     def test_log_axis_with_plain_decimals(self, factor, spread):
@@ -598,6 +600,7 @@ class TestFigureBetaByTask:
 
 
 class TestFigureTraining:
+    @pytest.mark.slow
     def test_a_column_a_form_and_a_row_a_quantity(self):
         figure = plots.figure_training(both(history))
         axes = np.array(figure.axes).reshape(5, 2)
@@ -706,6 +709,7 @@ class TestLogRatios:
         (line, *_) = [own for own in plots.plot_log_ratios(frame, task="math").lines if "chosen" in own.get_label()]
         assert line.get_xdata().tolist() == [0, 10, 30, 40, 50, 60]
 
+    @pytest.mark.slow
     def test_a_panel_per_task_and_form_four_in_a_row(self):
         tasks = ("a", "b/q25", "c", "d", "e", "讲")
         both = pd.concat([with_log_ratios(history(form, tasks), tasks) for form in ("standard", "inverse")])
@@ -753,6 +757,7 @@ class TestImports:
         own = {"dpoviz.analysis.style", "dpoviz.analysis.text", "dpoviz.translation"}
         assert {module if module in own else module.split(".")[0] for module in imported} <= others | own
 
+    @pytest.mark.slow
     def test_drawing_never_loads_pyplot(self):
         code = (
             "import sys, io, pandas as pd\n"

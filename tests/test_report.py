@@ -298,6 +298,7 @@ def written(folder: Path, **changes) -> Page:
 
 
 class TestWriteReport:
+    @pytest.mark.slow
     def test_needs_nothing_from_outside_and_runs_nothing(self, tmp_path):
         page = written(tmp_path)
         assert not page.open
@@ -394,6 +395,7 @@ class TestWriteReport:
                 assert np.ptp(around.mean(axis=0)) > 30, circle  # a colour, not the paper or a grey line
             assert around.mean() < 240, circle
 
+    @pytest.mark.slow
     def test_configuration_can_be_read_back(self, tmp_path):
         page = written(tmp_path)
         text = page.text[page.text.index("Configuration") + len("Configuration") :]
@@ -479,6 +481,7 @@ ODD = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [ODD[i : i + 4] for i in range(0, len(ODD), 4)], ids=repr)
 def test_odd_names_and_texts_reach_the_page(tmp_path, odd):
     """From the numbers to the files, back, and onto the page, with all figures drawn."""
@@ -529,6 +532,7 @@ def test_odd_names_and_texts_reach_the_page(tmp_path, odd):
     assert answers == [" ".join(name.split()) for name in odd]
 
 
+@pytest.mark.slow
 def test_no_torch_and_no_pyplot():
     code = (
         "import sys, dpoviz.analysis.report, dpoviz.analysis.plots_comparison\n"

@@ -104,6 +104,7 @@ class TestByEnumeration:
             constants.append(math.log(token[y]) + log_z - math.log(answer[y]))
         assert constants == pytest.approx([constants[0]] * len(constants), abs=1e-9)
 
+    @pytest.mark.slow
     def test_samples_follow_it_with_a_factor_per_prompt(self, pair):
         """20,000 answers in all: each frequency within five standard errors, and far from another factor's."""
         prompts, factors, k = [[1, 3], [3], [1, 3, 3, 1], [1, 3]], [0.0, 0.5, 1.0, 2.0], 5000

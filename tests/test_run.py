@@ -101,6 +101,7 @@ def chats(tmp_path_factory):
 
 
 class TestKept:
+    @pytest.mark.slow
     def test_betas_of_every_logged_step(self, folder):
         found = load_run(folder)
         for form in FORMS:
@@ -174,6 +175,7 @@ class TestKept:
         of_one = found.scores[found.scores["variant"] == "fixed"]
         assert of_one["prompt"].tolist() == found.pairs["prompt"].tolist()
 
+    @pytest.mark.slow
     def test_killed_and_started_again_it_keeps_the_same_bytes(self, folder, data, tmp_path, monkeypatch):
         def dying(*given):
             found = variants(*given)
@@ -189,6 +191,7 @@ class TestKept:
         for name in (*KEPT, *TABLES):
             assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes(), name
 
+    @pytest.mark.slow
     def test_a_rule_that_is_no_function_of_the_prompt_keeps_the_rest(self, data, tmp_path):
         out = train(data, config(rule="beta-dpo"), tmp_path / "run")
         found = load_run(out)
@@ -226,6 +229,7 @@ class TestLogRatios:
 
 
 class TestNewPrompts:
+    @pytest.mark.slow
     def test_beta_at_held_out_prompts_is_that_of_the_table(self, folder, chats):
         for found in (load_run(folder), load_run(chats[0])):
             for row in found.table.itertuples():
@@ -310,6 +314,7 @@ class TestOlderFolders:
         )
         return out
 
+    @pytest.mark.slow
     def test_tables_are_read_and_what_lacks_is_named(self, older):
         found = load_run(older)
         assert len(found.table) and len(found.summary()) and len(found.scores)

@@ -570,6 +570,7 @@ class TestHostile:
         # a program that were waited for would take a minute
         assert time.monotonic() - begin < 30
 
+    @pytest.mark.slow
     def test_the_harm_would_be_seen(self, outside):
         """A control: the same programs where nothing isolates them."""
         seen = []

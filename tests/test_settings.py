@@ -113,6 +113,7 @@ def at(settings, path):
 FIELDS = [(name, *leaf) for name in WITH_SETTINGS for leaf in leaves(COMMANDS[name].settings(False))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "option", "path", "value"), FIELDS, ids=[f"{n} {o}" for n, o, *_ in FIELDS])
 def test_every_setting_by_an_option_and_by_a_file(name, option, path, value, tmp_path):
     new = other(path[-1], value)
@@ -136,6 +137,7 @@ def test_every_setting_by_an_option_and_by_a_file(name, option, path, value, tmp
     assert {p for _, p, own in leaves(default) if at(by_option, p) != own} == moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_SETTINGS)
 def test_what_a_run_saves_gives_its_settings_again(name, tmp_path):
     options = [word for _, option, path, value in FIELDS if _ == name and path[-1] not in APART

@@ -76,6 +76,7 @@ class TestEffect:
         with pytest.raises(ValueError, match="values: got"):
             effect(values)
 
+    @pytest.mark.slow
     def test_what_could_have_been_found(self):
         """Four simulated experiments in five find a difference of that size."""
         draw = np.random.default_rng(0)

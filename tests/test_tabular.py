@@ -1135,6 +1135,7 @@ class TestPolicyAndBetaTrainedTogether:
         assert rises(alike.target, 1.2)
         assert not rises(alike.beta.flip(1), 1.0)
 
+    @pytest.mark.slow
     def test_the_entropy_term_gives_both_forms_the_order_of_the_entropies(self):
         for form in FORMS:
             run = train_together(form, 1.0)

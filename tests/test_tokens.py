@@ -361,6 +361,7 @@ class TestTemplates:
         with pytest.raises(ValueError, match=r"line 2 and 1 more of 4 pairs: .*System role"):
             tokenize_pairs(chats([good, bad, good, bad]), family("gemma"), 500)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("template", "words"),
         [
@@ -388,6 +389,7 @@ class TestTemplates:
         # and the next one is rendered as if nothing had been
         assert render(family("chatml"), [Chat([user("Hi?")])])[0].text == "<|im_start|>user\nHi?<|im_end|>\n"
 
+    @pytest.mark.slow
     def test_the_process_ends_with_the_one_that_started_it(self):
         program = (
             "from dpoviz.data import chat_templates; from types import SimpleNamespace\n"

@@ -291,6 +291,7 @@ class TestRules:
             run(world, TrainConfig.around(0.1, "inverse", **SMALL), LastBatch())
 
 
+@pytest.mark.slow
 class TestBetaPairs:
     """Beta learns from pairs that the policy does not see, and the policy from its own."""
 

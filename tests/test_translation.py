@@ -65,6 +65,7 @@ def keys() -> set[str]:
 
 
 class TestCatalogue:
+    @pytest.mark.slow
     def test_every_sentence_has_its_translation_and_none_is_left_over(self):
         assert len(keys()) > 250
         assert set(catalogue("zh")) == keys() | FROM_DATA

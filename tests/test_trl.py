@@ -113,6 +113,7 @@ def trained(world, folder, beta=None, config=None, cls=None, data=None, callback
     return trainer
 
 
+@pytest.mark.slow
 class TestConstantBeta:
     @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
     def test_is_trl_with_the_same_beta(self, world, tmp_path, loss):
@@ -171,6 +172,7 @@ class TestBetaThatLearns:
         assert losses(trainer)[0] == pytest.approx(expected.total.item(), rel=1e-4)
         assert losses(trainer, "loss/entropy")[0] == pytest.approx(expected.terms["entropy"].item(), rel=1e-4)
 
+    @pytest.mark.slow
     def test_moves_by_its_own_learning_rate_and_norm(self, world, tmp_path):
         moved = {}
         for rate in (0.0, 1e-2):
@@ -196,6 +198,7 @@ class TestBetaThatLearns:
         trained(world, tmp_path, beta, config, max_steps=steps, warmup_steps=2, lr_scheduler_type="linear")
         assert most / 2 <= beta.log_ratio.abs().max() <= most * 1.01
 
+    @pytest.mark.slow
     def test_accumulated_gradients_are_those_of_one_batch(self, world, tmp_path):
         found = []
         for size in (2, 4):
@@ -207,6 +210,7 @@ class TestBetaThatLearns:
             found.append(beta.log_ratio.detach())
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("loss_scale", "weight"), [(2.0**10, 0.1), (2.0**127, 1e3)])
     def test_loss_scaled_for_float16(self, world, tmp_path, loss_scale, weight):
         """The same steps whatever the loss is multiplied by, and none where that overflows."""
@@ -233,6 +237,7 @@ class TestBetaThatLearns:
         trained(world, tmp_path, beta, config, data=Dataset.from_list(data), learning_rate=0.0)
         assert torch.equal(beta.log_ratio, torch.zeros(3))
 
+    @pytest.mark.slow
     def test_any_collator_of_the_trainer(self, world, tmp_path):
         model, tokenizer, scored = world
         config = TrainConfig.around(0.1, "standard")
@@ -271,12 +276,14 @@ class TestBetaThatLearns:
         with pytest.raises(ValueError, match="train_dataset: is in memory; with args"):
             trainer._precompute_ref_logps(data, "train", 4)
 
+    @pytest.mark.slow
     def test_precomputed_reference_gives_the_same(self, world, tmp_path):
         config = TrainConfig.around(0.1, "standard")
         whole = trained(world, tmp_path / "a", TaskBeta(TASKS, 0.1), config)
         precomputed = trained(world, tmp_path / "b", TaskBeta(TASKS, 0.1), config, precompute_ref_log_probs=True)
         assert losses(precomputed) == pytest.approx(losses(whole), rel=1e-5)
 
+    @pytest.mark.slow
     def test_the_best_checkpoint_brings_its_beta_back(self, world, tmp_path):
         beta = TaskBeta(TASKS, 0.1)
         model, tokenizer, scored = world
@@ -333,6 +340,7 @@ class TestBetaThatLearns:
         assert seen[0]["pull/dpo/math"] == 0 < seen[1]["pull/dpo/math"]
         assert trainer.state.log_history[0]["pull/dpo/math"] == 0
 
+    @pytest.mark.slow
     def test_killed_and_resumed_it_ends_the_same(self, world, tmp_path):
         model, tokenizer, scored = world
         config = TrainConfig.around(0.1, "standard", beta_learning_rate=1e-2)
@@ -411,6 +419,7 @@ def test_labels_smoothed_by_task_are_refused(world, tmp_path):
         trained(world, tmp_path, TaskSmoothing(0.1, dict.fromkeys(TASKS, 0.1)), config, max_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [(name, form) for name, info in RULES.items() for form in info.forms if name != "constant" or form == "standard"]
@@ -447,6 +456,7 @@ def test_a_rule_is_that_of_our_own_loop(exact_world, tmp_path, name, form):
             torch.testing.assert_close(value, state[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_parity_of_both_loops(world, tmp_path):
     """Ours and TRL's own trainer, a fixed beta in the standard form, 20 steps."""
     model, tokenizer, scored = world
@@ -468,6 +478,7 @@ LOSSES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["steep", "far", "lsc-at-once", "often", "lookup"])
 def test_a_rule_goes_on_from_a_checkpoint(world, tmp_path, name):
     """Killed after two of four steps, it ends the same, and its state is that of the end."""
@@ -583,6 +594,7 @@ class TestCards:
             load_beta(tmp_path / "weights")
 
 
+@pytest.mark.slow
 class TestLoadRun:
     """The output folders of two steps on all pairs at once, as `load_run` reads them."""
 
@@ -760,6 +772,7 @@ class TestSharedPrefix:
     def test_settings_of_trl(self, both, changed):
         self.same(*both(**changed))
 
+    @pytest.mark.slow
     def test_in_mixed_precision(self, world, tmp_path):
         """TRL's default; two ways to round, of log-probabilities of about 20 nats."""
         found = [
@@ -780,6 +793,7 @@ class TestSharedPrefix:
                      for row in (first, second))  # fmt: skip
         assert (rows.segments >= 0).sum() == tokens
 
+    @pytest.mark.slow
     def test_with_an_adapter(self, world, tmp_path):
         peft = pytest.importorskip("peft")
         model, tokenizer, scored = world
@@ -801,6 +815,7 @@ class TestSharedPrefix:
             assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
             assert losses(ours, "grad_norm") == pytest.approx(losses(theirs, "grad_norm"), rel=1e-3)
 
+    @pytest.mark.slow
     def test_with_a_rule_and_a_beta_that_learns(self, world, tmp_path):
         scored = world[2]
         for name in ("beta-dpo", "epsilon-dpo", "network"):
@@ -812,6 +827,7 @@ class TestSharedPrefix:
             assert found[1]._sharing and not found[0]._sharing
             assert losses(found[1]) == pytest.approx(losses(found[0]), rel=1e-4), name
 
+    @pytest.mark.slow
     def test_falls_back_and_says_so(self, world, tmp_path, caplog):
         """A model that adds the number of the row's position to its states, whatever `position_ids` says."""
         model, tokenizer, scored = world
@@ -831,6 +847,7 @@ class TestSharedPrefix:
         assert said == ["shared_prefix: LlamaForCausalLM gives other scores there than by itself; TRL's own rows are "
                         "used, one for each answer"]  # fmt: skip
 
+    @pytest.mark.slow
     def test_a_stream_is_as_long_as_its_rows_may_be(self, world, tmp_path):
         model, tokenizer, scored = world
         for limit, longest in ((None, 64), (20, 20)):  # the model's context

@@ -62,6 +62,7 @@ def logp(model, prompt, answer):
     return logits[torch.arange(len(answer)), answer].sum().item()
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_beta_and_policy(world, train, tmp_path):  # noqa: F811
     model, _, scored = world
     trainer = train()
@@ -135,6 +136,7 @@ def check_explorer_and_report(run, tmp_path, expected):
     assert page.count("<circle") == 12  # by task, and against the entropy
 
 
+@pytest.mark.slow
 def test_what_it_keeps_is_not_uploaded(train, tmp_path):
     """transformers leaves out of an upload what begins with "_"; the file list is made by huggingface_hub itself."""
     from huggingface_hub.utils import filter_repo_objects
@@ -148,6 +150,7 @@ def test_what_it_keeps_is_not_uploaded(train, tmp_path):
     assert "beta/config.json" in kept and not [path for path in kept if FOLDER in path]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_not_evaluated(train, tmp_path):
     train(eval_strategy="no")
     run = load_run(tmp_path / "out")
@@ -159,6 +162,7 @@ def test_a_run_that_was_not_evaluated(train, tmp_path):
     assert run.report().tables.keys() == {"summary"}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_keeps_the_same(train, tmp_path):
     train("whole")
     train("part", max_steps=2)
@@ -176,6 +180,7 @@ def test_killed_and_resumed_it_keeps_the_same(train, tmp_path):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_another_held_out_set_begins_anew(train, tmp_path, caplog):
     train("part", max_steps=2)
     others = {"held_out": lambda data: data.select([7, 8])}
@@ -184,6 +189,7 @@ def test_another_held_out_set_begins_anew(train, tmp_path, caplog):
     assert load_run(tmp_path / "part").steps == [4]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_brings_its_scores_back(train, tmp_path):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = train(save_steps=2, eval_steps=2, **best)
@@ -198,6 +204,7 @@ def test_the_best_checkpoint_brings_its_scores_back(train, tmp_path):
     pd.testing.assert_frame_equal(run.pulls(), first.pulls())
 
 
+@pytest.mark.slow
 def test_without_entropies_and_features(train, tmp_path):
     config = TrainConfig.around(0.1, "standard", lambda_entropy=0.0, beta_learning_rate=1e-2)
     columns = ["prompt", "chosen", "rejected", "task"]
@@ -217,6 +224,7 @@ def test_without_entropies_and_features(train, tmp_path):
     assert page.count("<circle") == 6 and "has no entropies of the reference" in page
 
 
+@pytest.mark.slow
 def test_a_beta_of_the_entropy(train, tmp_path):
     train(beta="entropy", max_steps=2)
     run = load_run(tmp_path / "out")
@@ -226,6 +234,7 @@ def test_a_beta_of_the_entropy(train, tmp_path):
     assert "beta follows the entropy" not in {finding.name for finding in run.diagnose()}  # as it was asked to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", ["steep", "constant"])
 def test_a_rule_and_a_constant(train, tmp_path, beta):
     config = TrainConfig.around(0.1, "standard")
@@ -247,6 +256,7 @@ def test_a_rule_and_a_constant(train, tmp_path, beta):
     assert "slopes" in run.report().tables
 
 
+@pytest.mark.slow
 def test_another_loss_has_no_pulls(train, tmp_path):
     train(max_steps=2)
     assert len(load_run(tmp_path / "out").pulls()) == 6
@@ -258,6 +268,7 @@ def test_another_loss_has_no_pulls(train, tmp_path):
 
 
 class TestSets:
+    @pytest.mark.slow
     def test_several_are_one(self, train, tmp_path):
         trainer = train(max_steps=2, held_out=lambda data: {"a": data.select(ROWS[:3]), "b": data.select(ROWS[3:])})
         trainer.evaluate("b")  # a part, and another set: neither is kept
