@@ -74,6 +74,7 @@ class TestRewardPerNat:
             assert found["slope"][task] == pytest.approx(float(expected), rel=1e-12)
             assert found["variance"][task] == pytest.approx(float(moments.variance[own].mean()) * 30 / 29, rel=1e-12)
 
+    @pytest.mark.slow
     def test_interval_covers_and_narrows(self):
         """95 % of 100 worlds of 40 prompts are 95, SD 2.2; the percentile bootstrap falls a bit short."""
         inside = width = 0
@@ -206,6 +207,7 @@ class TestGainBound:
         assert [*found] == [math.inf, 0.0, math.inf, math.inf] and "one constant gains next to nothing" in str(found)
         assert "could gain more than 13.9 %" in str(gain_bound(a_table([0.5, 0.3, 0.1])))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("slopes", "exact"), [((0.3, 0.3, 0.3), 0.0), ((0.5, 0.3, 0.1), 0.1386)])
     def test_interval_covers(self, slopes, exact):
         """Of 60 worlds; the plain formula would call it 3 % where all tasks are alike."""

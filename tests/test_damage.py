@@ -168,6 +168,7 @@ class TestCheckpoints:
     def test_two_are_kept(self, whole):
         assert [path.name for path in sorted(whole[2].iterdir())] == ["checkpoint-6", "checkpoint-7"]
 
+    @pytest.mark.slow
     def test_any_damage_is_noticed_and_the_one_before_is_used(self, whole, tmp_path, caplog):
         """By what `load` hands on to accelerate; the tests below go on from it."""
         out, loaded = tmp_path / "run", []
@@ -246,6 +247,7 @@ class TestFullDisk:
             reference_pass(model, tokenizer, text_pairs(), cache_dir=tmp_path, **SETTINGS)
         assert reference_pass(model, tokenizer, text_pairs(), cache_dir=tmp_path, **SETTINGS)[:] == whole
 
+    @pytest.mark.slow
     def test_small_world(self, tmp_path):
         with limited(1000), pytest.raises(OSError, match=rf"{tmp_path}/small-world-.* cannot be written"):
             small_world(TINY_WORLD, cache_dir=tmp_path, progress=False)

@@ -352,6 +352,7 @@ class TestNames:
         with pytest.raises(ValueError, match="split: got 'test', expected one of train"):
             load_pairs(DatasetDict(train=Dataset.from_list([GOOD])), split="test")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("setting", ["1", ""])
     def test_a_hub_name_without_network_is_refused_at_once(self, setting, tmp_path):
         """In a process of its own, because the hub's client reads its setting when it is imported."""
@@ -400,6 +401,7 @@ def dataset(rows):
 
 
 class TestSplitByGroup:
+    @pytest.mark.slow
     @settings(max_examples=50)
     @given(
         rows=st.lists(

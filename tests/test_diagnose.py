@@ -292,6 +292,7 @@ class TestAtABound:
         assert "8 of 12 prompts of code have β at the lower end of the range, 2.50, " in finding.evidence
         assert "(as far as 2.87), and the other terms together do not pull β back: the range" in finding.evidence
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("end", "outward"), [(LOW, 1), (HIGH, -1)])
     @pytest.mark.parametrize("form", FORMS)
     def test_as_far_as_5_percent_of_the_log_width_and_only_where_pressed_outward(self, form, end, outward):

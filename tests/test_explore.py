@@ -84,6 +84,7 @@ class TestEveryExplorer:
         assert explorer.png.startswith(PNG)
         assert explorer.trouble == ""
 
+    @pytest.mark.slow
     def test_every_control_moves_it_to_both_ends_and_back(self, name):
         explorer = EXPLORERS[name]()
         at_start = explorer.png
@@ -304,6 +305,7 @@ class TestTermCurves:
         assert abs(strong - 0.6) < 0.2
         assert without < 0.1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("form", "expected"), [("inverse", 2 / math.log(3)), ("standard", math.log(3) / 2)])
     def test_rests_where_the_labels_say_without_the_entropy_term(self, form, expected):
         explorer = explore.term_curves(h=2.0)

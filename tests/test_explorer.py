@@ -50,6 +50,7 @@ def explorer(run):
 
 
 class TestContents:
+    @pytest.mark.slow
     def test_betas_are_those_of_the_run_at_every_step(self, run, explorer):
         contents = explorer.contents
         prompts = [point["prompt"] for point in contents["points"]]
@@ -265,6 +266,7 @@ class TestExploreBeta:
             assert explorer.png != before, name
             assert not explorer.trouble
 
+    @pytest.mark.slow
     def test_the_picture_is_the_retrained_beta(self, run):
         explorer = explore_beta(run)
         explorer.controls["lambda_entropy"].value = 0.0

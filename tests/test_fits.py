@@ -33,6 +33,7 @@ def exact(world):
 
 
 class TestAccumulation:
+    @pytest.mark.slow
     @pytest.mark.parametrize("parts", [2, 4, 6])  # 4 does not divide the batch of 6
     @pytest.mark.parametrize("rule", ["network", "beta-dpo"])
     def test_is_one_batch(self, exact, parts, rule):

@@ -203,6 +203,7 @@ class TestAllocations:
             BY_SLOPE, SHUFFLED, BEST_ONE, BEST
         ]  # fmt: skip
 
+    @pytest.mark.slow
     @pytest.mark.skipif(chinese_font() is None, reason="no font with Chinese characters")
     def test_sentences_and_picture_are_chinese_in_chinese(self):
         rows = sweep_rows(0.1)

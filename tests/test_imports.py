@@ -101,6 +101,7 @@ def test_nobody_imports_the_underscore_name_of_another_module(path):
             assert not [alias.name for alias in node.names if alias.name.startswith("_")], path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NO_TORCH)
 def test_drawing_and_printing_import_no_heavy_library(path):
     heavy = {"torch", "transformers", "datasets", "accelerate"}
@@ -196,6 +197,7 @@ def test_type_checkers_see_the_same_names():
     assert seen == {own: f"dpoviz.{module}" for module, names in dpoviz._HOMES.items() for own in names}
 
 
+@pytest.mark.slow
 def test_mypy_sees_a_wrong_type(tmp_path):
     """The control of `mypy` in .ci/run: with the project's settings, a planted error is found."""
     pytest.importorskip("mypy")

@@ -219,6 +219,7 @@ class TestScoreAnswers:
             torch.testing.assert_close(scores.features[i], hidden.mean(dim=0).float(), rtol=1e-6, atol=1e-6)
         assert not scores.features.requires_grad
 
+    @pytest.mark.slow
     @settings(max_examples=40)
     @given(data=st.data())
     def test_equals_separate_sequences_of_any_lengths(self, llama, data):

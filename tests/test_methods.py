@@ -33,6 +33,7 @@ def world():
     return model, with_entropies(small_pairs(model)), small_pairs(model, n=9, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), RULES_AND_FORMS)
 def test_a_killed_run_ends_as_if_it_had_not_been(world, name, form, tmp_path):
     config = TrainConfig.around(0.2, form, **SMALL)

@@ -87,6 +87,7 @@ class TestFit:
         assert sum(losses[-40:]) / 40 == pytest.approx(math.log(2) / 2, abs=0.03)
         assert not model.training
 
+    @pytest.mark.slow
     def test_the_prompt_and_the_padding_are_not_trained_on(self, tokenizer):
         # a model that was shown only answers "a" predicts them, while prompt tokens keep their high loss
         rows = [("b c d e f\n", "a"), ("b\n", "a")] * 800
@@ -291,6 +292,7 @@ class TestLoadLM:
             assert torch.equal(model(ids).logits, again(ids).logits)
             assert not torch.equal(plain.to(torch.bfloat16)(ids).logits, again(ids).logits)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "rope",
         [
@@ -482,6 +484,7 @@ def smollm2():
     return loaded
 
 
+@pytest.mark.slow
 class TestSmolLM2:
     @pytest.mark.slow
     def test_is_a_plain_model_that_can_be_trained(self, smollm2):
@@ -506,6 +509,7 @@ class TestSmolLM2:
         with torch.no_grad():
             assert torch.equal(again.model(ids).logits, model(ids).logits)
 
+    @pytest.mark.slow
     def test_tokens_are_those_of_its_documented_chat_format(self, smollm2):
         """ChatML as the model's page shows it; the system line is the template's own default."""
         model, tokenizer = smollm2

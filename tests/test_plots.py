@@ -220,6 +220,7 @@ class TestTaskLabel:
         assert shown in [drawn(ax.get_title(loc="left")) for ax in figure.axes]
         draw(plots.plot_beta_gradients(history(tasks=(task,)), task=task).figure)
 
+    @pytest.mark.slow
     def test_chinese_names_are_drawn_without_a_warning_whatever_the_fonts(self):
         draw(plots.figure_beta_by_task(table(tasks=("数学", "code"))))
         draw(plots.figure_training(history(tasks=("数学", "code"))))
@@ -579,6 +580,7 @@ class TestFigureBetaByTask:
         axes = main_figure.axes
         assert axes[0].get_ylim() == axes[1].get_ylim() != axes[2].get_ylim()
 
+    @pytest.mark.slow
     def test_no_text_covers_another_or_is_cut_off(self, main_figure):
         assert len(texts(main_figure)) > 40
         assert overlaps(main_figure) == []
@@ -652,6 +654,7 @@ class TestFigureBetaGradients:
         assert ["entropy" in lines(ax) for ax in figure.axes] == [False] * 3 + [True] * 3
         assert ["sum" in lines(ax) for ax in figure.axes] == [True] * 6
 
+    @pytest.mark.slow
     def test_a_row_a_form_and_a_column_a_task(self):
         figure = plots.figure_beta_gradients(both(history))
         axes = np.array(figure.axes).reshape(2, 3)

@@ -164,6 +164,7 @@ def test_options_that_it_names_exist(capsys):
         assert f"{option} " in known, option
 
 
+@pytest.mark.slow
 def test_its_commands_have_only_options_that_there_are():
     lines = [part.split("#")[0].split() for block in blocks("bash") for part in re.split(r"\n|&&", block)]
     of_us = [words[words.index("dpoviz") + 1 :] for words in lines if "dpoviz" in words]

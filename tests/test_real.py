@@ -346,6 +346,7 @@ class TestOtherCommands:
 class TestBadInput:
     """Each is refused by name, before any time is spent, and leaves no folder that would be in the way."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("changed", "message"),
         [

@@ -372,6 +372,7 @@ class TestWriteReport:
         (only,) = [row for row in written(tmp_path, table=table.iloc[:1]).tables[3] if row[0] == "standard"]
         assert only[2:] == ["1.00 a", "1.00 a"]
 
+    @pytest.mark.slow
     def test_points_are_named_where_they_are_drawn(self, tmp_path):
         """Each dot of both panels, at the place of its colour in the picture, with its prompt."""
         table = arguments()["table"]

@@ -118,6 +118,7 @@ class TestKept:
             assert last[last["form"] == form]["prompt"].tolist() == table["prompt"].tolist()
             assert table["beta"].nunique() > 3
 
+    @pytest.mark.slow
     def test_steps_before_beta_is_trained_have_the_fixed_one(self, folder):
         found = load_run(folder).betas(0)
         assert found.groupby("form")["beta"].agg(["min", "max"]).to_dict("index") == {
@@ -252,6 +253,7 @@ class TestNewPrompts:
         row = load_run("there").table.iloc[-1]
         assert load_run("there").beta(row["prompt"], form="standard") == pytest.approx(row["beta"], rel=1e-5)
 
+    @pytest.mark.slow
     def test_a_text_becomes_a_message_in_a_run_on_chats(self, chats):
         found = load_run(chats[0])
         message = [{"role": "user", "content": "Tell me."}]
@@ -283,6 +285,7 @@ class TestNewPrompts:
             assert found.answers("Another one?").empty
             assert found.answers("Another one?", sample=True)["variant"].tolist() == names
 
+    @pytest.mark.slow
     def test_a_beta_by_task_needs_the_task(self, data, tmp_path):
         found = load_run(train(data, config(rule="task"), tmp_path / "run"))
         row = found.table.iloc[0]
@@ -422,6 +425,7 @@ def other(folder):
 
 
 class TestCompareRuns:
+    @pytest.mark.slow
     def test_table_figure_and_differences(self, folder, other):
         runs = [load_run(folder), load_run(other)]
         found = compare_runs(runs)

@@ -75,6 +75,7 @@ class TestOutcome:
     def test_a_long_message_is_cut(self, more):
         assert len(run_program("raise Exception('x' * 10**7)", **more).message) == 500
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "source",
         [
@@ -98,6 +99,7 @@ class TestOutcome:
         with pytest.raises(ValueError, match=f"{name}.*{value}"):
             run_program("pass", **changed)
 
+    @pytest.mark.slow
     def test_leaves_no_open_file(self, more):
         run_program("pass", **more)
         before = sorted(os.listdir("/proc/self/fd"))
@@ -143,6 +145,7 @@ class TestCheckProgram:
         outcome = check_program(f"def f(): return {result}", "f", "assert candidate() == [0, 1, 2]", **more)
         assert outcome.kind == "failed" and message in outcome.message
 
+    @pytest.mark.slow
     def test_kinds_of_failure_come_through(self, more):
         tests = "assert candidate() == 1"
         assert check_program("def f(): return [0] * 10**9", "f", tests, **more).kind == "memory"

@@ -313,6 +313,7 @@ class TestSummarizeAccuracy:
         assert out["difference"].tolist()[:3] == pytest.approx([1.5 / 3, 0, 1.5 / 4], **EXACT)
         assert out["difference"].isna().tolist() == [False] * 3 + [True] * 3
 
+    @pytest.mark.slow
     def test_intervals_are_those_of_resampled_groups(self):
         """Against a bootstrap that draws whole groups of rows, with pandas and another generator."""
         rng = np.random.default_rng(3)
@@ -481,6 +482,7 @@ class TestFiles:
         assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r\n"))]
         assert "'=1+1" in cells and "''=1" in cells
 
+    @pytest.mark.slow
     @given(
         st.lists(
             st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False)),

@@ -1123,6 +1123,7 @@ def rises(values: Tensor, factor: float = 1.0) -> bool:
 class TestPolicyAndBetaTrainedTogether:
     """The table of four runs: labels of reliability math > code > dialogue, entropy the other way round."""
 
+    @pytest.mark.slow
     def test_the_forms_order_beta_oppositely(self):
         standard, inverse = train_together("standard", 0.0), train_together("inverse", 0.0)
         assert rises(standard.beta.flip(1), 1.2)

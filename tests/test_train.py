@@ -43,6 +43,7 @@ def world():
 class TestAgainstALoopByHand:
     """A second loop, from the formulas, without the library's losses, batches or optimiser wrappers."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", ["inverse", "standard"])
     def test_same_weights_and_losses(self, world, form):
         config = TrainConfig.around(0.1, form, **SMALL)
@@ -359,6 +360,7 @@ class TestAdapters:
 
         return make
 
+    @pytest.mark.slow
     def test_kl_is_that_of_a_second_copy(self, world, adapted):
         reference, pairs, held_out = world
         histories = []

@@ -134,6 +134,7 @@ class TestSpoken:
         assert not [text for text in words if re.search(r"[A-Za-z]{4}", text) and not CHINESE.search(text)]
         assert any("参考策略的熵" in text for text in texts_of(figure))
 
+    @pytest.mark.slow
     @needs_font
     @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves, sliders.which_beta])
     def test_sliders(self, make):
@@ -175,6 +176,7 @@ class TestSpoken:
         assert len(spoken) > 100
         assert not [sentence for sentence in spoken if not CHINESE.search(sentence)]
 
+    @pytest.mark.slow
     @needs_font
     def test_report(self, tmp_path):
         table = betas()
@@ -243,6 +245,7 @@ def say_all(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 @needs_font
 def test_no_printed_line_of_a_run_is_left_in_english(say_all):
     english = say_all()

@@ -150,6 +150,7 @@ class TestConstantBeta:
 
 
 class TestBetaThatLearns:
+    @pytest.mark.slow
     def test_first_loss_is_the_total_objective(self, world, tmp_path):
         """Against `total_loss` on the same batch, from log-probabilities of two separate passes in float64."""
         scored = world[2]
@@ -182,6 +183,7 @@ class TestBetaThatLearns:
             moved[rate] = beta.log_ratio.abs().max().item()
         assert moved[0.0] < 1e-8 and 0.01 < moved[1e-2] <= 3 * 1e-2 * 1.01  # three steps of Adam, at most the rate each
 
+    @pytest.mark.slow
     def test_is_clipped_by_itself(self, world, tmp_path):
         # AdamW divides by the gradient's size and 1e-8: what is cut to far below that hardly moves
         beta = TaskBeta(TASKS, 0.1)
@@ -190,6 +192,7 @@ class TestBetaThatLearns:
         assert 0 < beta.log_ratio.abs().max() < 1e-5
         assert trainer.state.log_history[0]["grad_norm"] > 0.1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("steps", "most"), [(1, 0.0), (2, 0.5 * 1e-2)])
     def test_follows_the_schedule_of_the_policy(self, world, tmp_path, steps, most):
         """In two steps of warming up the rate is 0, then half."""
@@ -228,6 +231,7 @@ class TestBetaThatLearns:
         expected = beta.log_ratio.detach() if weight < 1 else torch.zeros(3)
         torch.testing.assert_close(scaled.log_ratio.detach(), expected, rtol=1e-5, atol=1e-8)
 
+    @pytest.mark.slow
     def test_a_step_that_is_not_finite_leaves_beta_as_it_is(self, world, tmp_path):
         data, bad = trl_dataset(world[2]).to_list(), float("1e38")
         for row in data:
@@ -257,6 +261,7 @@ class TestBetaThatLearns:
         assert len(seen) >= 3 and set(seen) == {4}
         assert losses(with_own) == losses(trained(world, tmp_path / "b", TaskBeta(TASKS, 0.1), config))
 
+    @pytest.mark.slow
     def test_evaluates_on_a_further_set(self, world, tmp_path):
         data = trl_dataset(world[2])
         trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"),
@@ -269,6 +274,7 @@ class TestBetaThatLearns:
         with pytest.raises(ValueError, match="eval_dataset: lacks ref_entropy; expected what trl_dataset returns"):
             trainer.evaluate(data.remove_columns("ref_entropy"))
 
+    @pytest.mark.slow
     def test_several_processes_precompute_the_reference_of_a_set_on_disk(self, world, tmp_path, monkeypatch):
         data = trl_dataset(world[2])
         trainer = trained(world, tmp_path / "a", TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"))
@@ -301,12 +307,14 @@ class TestBetaThatLearns:
         first, last = (TaskBeta.from_pretrained(tmp_path / f"checkpoint-{step}" / "beta") for step in (1, 3))
         assert torch.equal(beta.log_ratio, first.log_ratio) and not torch.equal(beta.log_ratio, last.log_ratio)
 
+    @pytest.mark.slow
     def test_logs_beta_by_task(self, world, tmp_path):
         trainer = trained(world, tmp_path, TaskBeta(TASKS, 0.1), TrainConfig.around(0.1, "standard"), max_steps=6)
         rows = [row for row in trainer.state.log_history if "loss" in row]
         assert rows[0]["beta/math"] == pytest.approx(0.1)
         assert all(any(f"beta/{task}" in row for row in rows) for task in TASKS)
 
+    @pytest.mark.slow
     def test_logs_what_pulls_on_beta(self, world, tmp_path):
         """One batch of all pairs: means by task, against the loop's own measurements of it."""
         model, tokenizer, scored = world
@@ -412,6 +420,7 @@ def in_order(order, cls=BetaDPOTrainer):
 OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep", "scaled")
 
 
+@pytest.mark.slow
 def test_labels_smoothed_by_task_are_refused(world, tmp_path):
     """TRL has one label_smoothing for all pairs."""
     config = TrainConfig.around(0.1, "standard", batch_size=4, rescore_reference=True)
@@ -525,6 +534,7 @@ class TestRefusals:
             world, tmp_path, "train_dataset: got a stream, expected a Dataset: DualKL", name="often", data=stream
         )
 
+    @pytest.mark.slow
     def test_a_rule_that_reads_the_reference_needs_it(self, world, tmp_path):
         peft = pytest.importorskip("peft")
         model, tokenizer, scored = world
@@ -550,6 +560,7 @@ CONFIG = TrainConfig.around(0.1, "standard")
 
 
 class TestCards:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["network", "steep"])
     def test_the_lines_of_the_card_load_policy_and_beta(self, world, tmp_path, name):
         scored = world[2]
@@ -685,6 +696,7 @@ def test_what_is_overridden_is_as_it_was(name):
     )
 
 
+@pytest.mark.slow
 def test_what_is_read_of_trl_is_there(world, tmp_path):
     """The attributes, and the fields of a model's output, that `BetaDPOTrainer` reads or replaces."""
     trainer = trained(world, tmp_path, max_steps=1)
@@ -973,6 +985,7 @@ class TestData:
         with pytest.raises(ValueError, match="1 of 3 prompts are chats, expected all or none"):
             trl_dataset(Dataset.from_dict({**scored[:], "messages": [chat, None, None]}))
 
+    @pytest.mark.slow
     def test_a_set_without_the_columns_is_refused(self, world, tmp_path):
         data = trl_dataset(world[2]).remove_columns("ref_entropy")
         with pytest.raises(ValueError, match="train_dataset: lacks ref_entropy; expected what trl_dataset returns"):
@@ -980,6 +993,7 @@ class TestData:
         bare = data.remove_columns(["task", "ref_features"])
         assert len(losses(trained(world, tmp_path, ConstantBeta(0.1), data=bare))) == 3  # it reads none of them
 
+    @pytest.mark.slow
     def test_streams_and_several_sets_to_evaluate_on(self, world, tmp_path):
         model, tokenizer, scored = world
         data = trl_dataset(scored)

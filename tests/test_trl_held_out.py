@@ -278,6 +278,7 @@ class TestSets:
         train("one", max_steps=2)
         pd.testing.assert_frame_equal(several, load_run(tmp_path / "one").scores, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("held_out", "why"),
         [

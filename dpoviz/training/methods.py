@@ -12,7 +12,18 @@ from torch import Tensor
 
 from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta, saved_kind
 from dpoviz.lm.models import require_on_hub
-from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, LookupBeta, MallowsPO, RandomBeta, Rule
+from dpoviz.rules import (
+    LSC,
+    AdaDPO,
+    BetaDPO,
+    DualKL,
+    EpsilonDPO,
+    LookupBeta,
+    MallowsPO,
+    RandomBeta,
+    Rule,
+    TaskSmoothing,
+)
 from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
 from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 
@@ -170,7 +181,7 @@ _SAVED: dict[str, type[Beta | Rule]] = {
     own.__name__: own
     for own in (
         *(ConstantBeta, TaskBeta, EntropyBeta, BetaNetwork),
-        *(BetaDPO, EpsilonDPO, MallowsPO, LSC, DualKL, RandomBeta, LookupBeta),
+        *(AdaDPO, BetaDPO, EpsilonDPO, MallowsPO, LSC, DualKL, RandomBeta, LookupBeta, TaskSmoothing),
     )
 }
 
