@@ -11,6 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ def fit(lambda_smoothness: float, lambda_entropy: float, alpha: float) -> pd.Dat
 EXPLORERS = {
     "frontier": explore.frontier,
     "two_forms": explore.two_forms,
+    "price_and_entropy": lambda: explore.price_and_entropy(prompts=8),
     "term_curves": explore.term_curves,
     "retrain": lambda: explore.retrain(fit),
     "which_beta": lambda: explore.which_beta(prompts=4, answers=4),
@@ -277,6 +279,26 @@ class TestTwoForms:
             np.testing.assert_allclose(push, s / (1 + np.exp(s * h)), rtol=1e-9)
             p, optimum = line(right, form)
             np.testing.assert_allclose(1 / (1 + np.exp(-s * optimum)), p, rtol=1e-9)  # σ(s·h*) = p
+
+
+class TestPriceAndEntropy:
+    @pytest.mark.parametrize("sharpness", [0.5, 8.0])
+    def test_dots_spend_the_budget_and_titles_are_their_rank_correlations(self, sharpness):
+        explorer = explore.price_and_entropy()
+        explorer.controls["sharpness"].value = sharpness
+        entropies, spreads = explorer.figure.axes
+        (entropy, price), (approximation, again) = (ax.lines[0].get_data() for ax in (entropies, spreads))
+        logps, rewards = (values.numpy() for values in explore.price_world(sharpness))
+        np.testing.assert_array_equal(price, again)
+        np.testing.assert_allclose(entropy, scipy.stats.entropy(np.exp(logps), axis=1), rtol=1e-9)
+        square, mean = ((np.exp(logps) * rewards**power).sum(1) for power in (2, 1))
+        np.testing.assert_allclose(approximation, np.sqrt((square - mean**2) / 0.01), rtol=1e-9)
+        tilted = scipy.special.log_softmax(logps + rewards / np.asarray(price)[:, None], axis=1)
+        np.testing.assert_allclose(scipy.special.rel_entr(np.exp(tilted), np.exp(logps)).sum(1), 0.005, atol=1e-9)
+        for ax, x, name in ((entropies, entropy, "H"), (spreads, approximation, "sd(r)/√(2ε)")):
+            rank = scipy.stats.spearmanr(x, price).statistic
+            assert ax.get_title() == f"rank correlation with {name}: {rank:.2f} (n = 100)"
+            assert (x < ax.get_xlim()[1]).all() and (price < ax.get_ylim()[1]).all()
 
 
 class TestTermCurves:

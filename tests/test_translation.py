@@ -136,7 +136,10 @@ class TestSpoken:
 
     @pytest.mark.slow
     @needs_font
-    @pytest.mark.parametrize("make", [sliders.frontier, sliders.two_forms, sliders.term_curves, sliders.which_beta])
+    @pytest.mark.parametrize(
+        "make",
+        [sliders.frontier, sliders.two_forms, sliders.price_and_entropy, sliders.term_curves, sliders.which_beta],
+    )
     def test_sliders(self, make):
         english = make()
         with in_language("zh"):

@@ -289,6 +289,81 @@ def two_forms() -> Explorer:
     return Explorer(figure, update, {"beta": _log_slider("β", 0.5, -1, 1)})
 
 
+def price_world(sharpness: float, *, prompts: int = 100) -> tuple[Tensor, Tensor]:
+    """Return prompts of 12 answers whose references differ in sharpness and whose rewards differ in spread.
+
+    The logits of the reference are sharpness·u·N(0, 1) and the rewards sd·N(0, 1), with u uniform in (0, 1) and sd
+    uniform in (0.2, 2.2), one of each per prompt. The draws are the same for every sharpness.
+
+    Args:
+        sharpness: factor of the reference's logits.
+        prompts: number of prompts X.
+
+    Returns:
+        ref_logps (X, 12) in nats and rewards (X, 12), float64.
+    """
+    draw = torch.Generator().manual_seed(0)
+    own, logits = torch.rand(prompts, 1, generator=draw), torch.randn(prompts, 12, generator=draw)
+    spread, rewards = torch.rand(prompts, 1, generator=draw), torch.randn(prompts, 12, generator=draw)
+    return torch.log_softmax((sharpness * own * logits).double(), 1), ((2 * spread + 0.2) * rewards).double()
+
+
+def prices(ref_logps: Tensor, rewards: Tensor, *, epsilon: float = 0.005) -> pd.DataFrame:
+    """Return the price of KL of every prompt, what approximates it, and the entropy of the reference.
+
+    Args:
+        ref_logps: (X, Y), nats.
+        rewards: (X, Y).
+        epsilon: KL budget of every prompt, nats.
+
+    Returns:
+        A row per prompt; columns price (β, reward per nat), approximation (sd(r)/√(2ε)) and H (nats).
+    """
+    mean = (ref_logps.exp() * rewards).sum(1, keepdim=True)
+    spread = (ref_logps.exp() * (rewards - mean) ** 2).sum(1).sqrt()
+    columns = {
+        "price": tabular.solve_beta(ref_logps, rewards, epsilon, per_prompt=True),
+        "approximation": spread / math.sqrt(2 * epsilon),
+        "H": -(ref_logps.exp() * ref_logps).sum(1),
+    }
+    return pd.DataFrame(columns)
+
+
+def price_and_entropy(*, prompts: int = 100) -> Explorer:
+    """Show how the price of KL per prompt goes with the entropy of the reference, and with sd(r)/√(2ε).
+
+    A dot per prompt of `price_world`, all with the same KL budget. Left: its price of KL over its entropy. Right: over
+    the approximation for small KL, with the diagonal. The titles give Spearman's rank correlations.
+
+    Args:
+        prompts: number of prompts; the time of a move grows with it.
+    """
+    figure, axes = _panels(2)
+    figure.set_size_inches(8.2, 3.4)
+    panels = {"H": axes[0], "approximation": axes[1]}
+    names = {"H": "H", "approximation": "sd(r)/√(2ε)"}
+    dots = {
+        column: ax.plot([], [], "o", color=_INK, markersize=3.5, alpha=0.6, markeredgewidth=0)[0]
+        for column, ax in panels.items()
+    }
+    for ax in axes:
+        ax.set_title("", fontsize="small", y=1)  # without y, a drawing without the title would move it
+    axes[1].plot([0, 38], [0, 38], color=_GREY, linewidth=1, linestyle="--")
+    axes[0].set(xlim=(0, 2.6), ylim=(0, 38), xlabel=label("entropy of the reference H (nats)"))
+    axes[1].set(xlim=(0, 38), ylim=(0, 38), xlabel=label("sd(r)/√(2ε) (reward per nat)"))
+    axes[0].set_ylabel(label("price of KL β* (reward per nat)"))
+
+    def update(sharpness: float) -> None:
+        world = prices(*price_world(sharpness, prompts=prompts))
+        ranks = world.corr(method="spearman")["price"]
+        for column, ax in panels.items():
+            dots[column].set_data(world[column], world["price"])
+            values = {"what": names[column], "rank": ranks[column], "n": prompts}
+            ax.title.set_text(label("rank correlation with {what}: {rank:.2f} (n = {n})", **values))
+
+    return Explorer(figure, update, {"sharpness": _slider(say("sharpness of the references"), 1.5, 0.5, 8.0, 0.5)})
+
+
 # -- notebook 03 ---------------------------------------------------------------------------------------------
 
 _BETA_MIN, _BETA_MAX = 0.05, 2.0
