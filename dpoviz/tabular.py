@@ -310,8 +310,8 @@ def solve_beta(
         E_x[KL(π*_β‖π_ref)] = ε,    or KL(π*_β(·|x)‖π_ref(·|x)) = ε(x) per prompt
 
     One budget for the mean over prompts, E_x[KL] ≤ ε, has one multiplier. One budget per prompt, KL(x) ≤ ε(x), has one
-    multiplier per prompt: L = E_x[E_π[r] − β(x)·(KL(x) − ε(x))] is §2 applied to each prompt, and this β(x) is the
-    derivation's input-dependent beta. Prompts do not interact in it, so `prompt_probs` plays no part.
+    multiplier per prompt: L = E_x[E_π[r] − β(x)·(KL(x) − ε(x))] is §2 applied to each prompt. This is one way to
+    read the derivation's input-dependent beta. Prompts do not interact in it, so `prompt_probs` plays no part.
 
     The KL of π*_β falls strictly, from the KL of the greedy policy (the reference restricted to the best answers) to 0,
     as beta grows. For ε above 0 and below the greedy policy's KL the multiplier is therefore positive and unique; it

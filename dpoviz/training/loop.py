@@ -96,7 +96,7 @@ def train(
         reference: the model that scored `pairs`; without it, KL is not measured. If it is the policy itself, a PEFT
             model, the reference is the policy with its adapter off.
         beta_pairs: pairs on which the policy is not trained. If given, beta is trained on them instead of `pairs`:
-            there the policy cannot compensate for beta, and beta is identified (not from the literature).
+            there the policy cannot compensate for beta while it stands still (not from the literature).
         out: a folder for checkpoints, visible to all processes. A run that finds its own checkpoint there resumes from
             it.
         after: called after each update with the number of updates so far; it may measure policy and beta, and must
