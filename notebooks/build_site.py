@@ -27,6 +27,8 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "notebooks" / "site"
 
+README_PICTURES = ("beta_by_task.png", "with_and_without_entropy.png")
+
 PICTURES = {
     "which-way": ("02", "cell-05"),
     "gallery-beta": ("05", "cell-09"),
@@ -94,14 +96,19 @@ def relinked(text: str, source: str, page: str, known: dict[str, str]) -> str:
     )
 
 
+def plain(heading: str) -> str:
+    """Return a heading without links and with letters for its formulas."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)|[$\\]", lambda match: match.group(1) or "", heading)
+    for name, letter in {"beta": "β", "pi": "π", "^": "", "kappa": "κ"}.items():
+        text = text.replace(name, letter)
+    return text
+
+
 def labelled(text: str) -> str:
     """Return Markdown whose headings have plain text in the table of contents, which sets no formulas."""
 
     def label(match: re.Match) -> str:
-        plain = re.sub(r"\[([^]]*)\]\([^)]*\)|[$\\]", lambda m: m.group(1) or "", match.group(1))
-        for name, letter in {"beta": "β", "pi": "π", "^": "", "kappa": "κ"}.items():
-            plain = plain.replace(name, letter)
-        return f"{match.group()} {{ data-toc-label='{plain}' }}"
+        return f"{match.group()} {{ data-toc-label='{plain(match.group(1))}' }}"
 
     blocks = re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
@@ -137,13 +144,15 @@ def write_sources(docs: Path) -> None:
         path, target = ROOT / source, docs / page
         target.parent.mkdir(parents=True, exist_ok=True)
         text = of_notebook(path, page, docs) if source.endswith(".ipynb") else path.read_text(encoding="utf-8")
-        text = text.replace("](notebooks/beta_by_task.png)", f"]({'../' * page.count('/')}beta_by_task.png)")
+        for name in README_PICTURES:
+            text = text.replace(f"](notebooks/{name})", f"]({'../' * page.count('/')}{name})")
         target.write_text(labelled(relinked(text, source, page, known)), encoding="utf-8")
     for language in TITLES:
         for name, (number, cell_id) in PICTURES.items():
             folder = docs / "zh" if language == "zh" else docs
             (folder / f"{name}.png").write_bytes(picture(number, cell_id, language))
-    shutil.copy(ROOT / "notebooks" / "beta_by_task.png", docs)
+    for name in README_PICTURES:
+        shutil.copy(ROOT / "notebooks" / name, docs)
     (docs / "scripts").mkdir()
     for path in SITE.glob("*.js"):
         shutil.copy(path, docs / "scripts")
@@ -155,8 +164,12 @@ def navigation(language: str) -> dict[str, list]:
     """Return a language's part of the navigation."""
     name, start, which, derivation, notebooks, gallery, data = TITLES[language]
     folder = "zh/" if language == "zh" else ""
-    of_language = [page for source, page in pages().items() if source.endswith(".ipynb")]
-    of_language = [page for page in of_language if page.startswith("zh/") == (language == "zh")]
+    sources = {source: page for source, page in pages().items() if source.endswith(".ipynb")}
+    of_language = [
+        {plain(nbformat.read(ROOT / source, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")): page}
+        for source, page in sources.items()
+        if page.startswith("zh/") == (language == "zh")
+    ]
     entries = [
         {start: f"{folder}index.md"},
         {which: f"{folder}which-way.md"},

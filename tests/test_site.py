@@ -73,6 +73,12 @@ class TestSite:
             "## [§5](a.md#s5) From $\\beta$ to $\\beta(x)$ { data-toc-label='§5 From β to β(x)' }"
         )
 
+    @pytest.mark.parametrize(("language", "name"), [("en", "English"), ("zh", "中文")])
+    def test_no_formula_stands_raw_in_the_navigation(self, build_site, language, name):
+        titles = [next(iter(page)) for entry in build_site.navigation(language)[name] for page in entry.values()
+                  if isinstance(page, list) for page in page]  # fmt: skip
+        assert len(titles) >= 4 and not [title for title in titles if "$" in title or "\\" in title]
+
     @pytest.mark.slow
     def test_is_built_and_asks_for_nothing_outside(self, tmp_path):
         done = subprocess.run(
