@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -572,7 +573,8 @@ class TestDropout:
         assert not any(part.training for part in gpt2[0].modules())
 
 
-def test_no_bars_where_nobody_watches(world, capfd):
+def test_no_bars_where_nobody_watches(world, capfd, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # as without a notebook, whatever ran before
     reference, pairs, held_out = world
     config = TrainConfig.around(0.1, "inverse", **SMALL)
     common = {"stage": 1, "pad_id": PAD, "eos_id": EOS, "held_out": held_out, "reference": reference}
