@@ -578,8 +578,10 @@ class BetaDPOTrainer(DPOTrainer):
         if eval_dataset is not None:  # another set, or within the evaluation of several
             return super().evaluate(eval_dataset, *args, **kwargs)
         self._evaluates = True
-        found = super().evaluate(None, *args, **kwargs)
-        self._evaluates = False
+        try:
+            found = super().evaluate(None, *args, **kwargs)
+        finally:
+            self._evaluates = False
         if self._held_out is not None:
             self._held_out.end_evaluation(self.state.global_step)
         return found

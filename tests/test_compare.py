@@ -1,6 +1,5 @@
 """The comparison: its jobs, its worlds, what it measures at equal KL, and what is made of the numbers."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -34,6 +33,7 @@ from dpoviz.experiments.comparison_runs import AnswerTables, chosen_rows, compar
 from dpoviz.experiments.comparison_worlds import draw_world
 from dpoviz.experiments.config import WorldConfig
 from dpoviz.lm import models
+from dpoviz.lm.cache import read_result, write_result
 from dpoviz.lm.scoring import score_answers
 from dpoviz.training.config import RULES
 
@@ -249,12 +249,12 @@ class TestRuns:
         (two / "runs").mkdir(parents=True)
         for path in (one / "runs").iterdir():
             if path.stem not in left:  # with a time that no run would measure
-                (two / "runs" / path.name).write_text(json.dumps({**json.loads(path.read_text()), "cpu_seconds": -1}))
+                write_result(two / "runs" / path.name, {**read_result(path), "cpu_seconds": -1})
         last = len(rows) - 1
         for only in (str(last), f"{last - 4}-{last - 1}"):
             compare(config, two, cache_dir=tmp_path, only=only, workers=1, progress=False)
         for path in (one / "runs").iterdir():
-            first, second = (json.loads((place / "runs" / path.name).read_text()) for place in (one, two))
+            first, second = (read_result(place / "runs" / path.name) for place in (one, two))
             assert (second["cpu_seconds"] > 0) == (path.stem in left)
             for name in ("seconds", "cpu_seconds"):
                 first.pop(name), second.pop(name)
@@ -283,7 +283,7 @@ def write_runs(config, out, reward):
             results[name] = {f"{b:g}": {"reward": values, "kl": dict.fromkeys(values, b), "a": one} for b in BUDGETS}
         found = {"margin": 0.5, "cpu_seconds": 1.0, "reference": dict.fromkeys(values, 0.3), "results": results}
         found |= {**job._asdict(), "learning_rate": job.learning_rate or 1e-3, "scale": job.scale or 0.4}
-        (out / "runs" / f"{job.name}.json").write_text(json.dumps(found))
+        write_result(out / "runs" / f"{job.name}.json", found)
 
 
 class TestSettings:

@@ -16,7 +16,16 @@ from helpers.worlds import REFERENCE_SETTINGS as SETTINGS
 from dpoviz.experiments import small
 from dpoviz.experiments.small import small_world
 from dpoviz.lm import cache, reference
-from dpoviz.lm.cache import Journal, lock_folder, open_entry, read_json, require_writable, write_entry
+from dpoviz.lm.cache import (
+    Journal,
+    lock_folder,
+    open_entry,
+    read_json,
+    read_result,
+    require_writable,
+    write_entry,
+    write_result,
+)
 from dpoviz.lm.reference import default_cache_dir, reference_pass
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.loop import train
@@ -299,3 +308,21 @@ class TestFolders:
 
 def compute_home():
     raise RuntimeError("Could not determine home directory.")
+
+
+def test_damage_to_the_result_of_a_job_is_noticed(tmp_path):
+    file, result = tmp_path / "runs" / "a job.json", {"h": {"1": [0.125, -3.5]}, "arm": "β", "rows": [3, 1]}
+    write_result(file, result)
+    assert read_result(file) == result
+    assert [path.name for path in file.parent.iterdir()] == ["a job.json"]
+    sound = file.read_bytes()
+    for i in range(8 * len(sound)):
+        changed = bytearray(sound)
+        changed[i // 8] ^= 1 << i % 8
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match="delete it and give the command again"):
+            read_result(file)
+    for damaged in damages(sound):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a job\.json"):
+            read_result(file)

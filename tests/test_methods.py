@@ -21,7 +21,7 @@ from helpers.worlds import (
 from dpoviz.beta import ConstantBeta, EntropyBeta
 from dpoviz.experiments.config import RealConfig
 from dpoviz.forms import FORMS, scale
-from dpoviz.rules import LSC, BetaDPO, DualKL, EpsilonDPO, MallowsPO
+from dpoviz.rules import LSC, AdaDPO, BetaDPO, DualKL, EpsilonDPO, MallowsPO
 from dpoviz.training.batch import answer_entropy
 from dpoviz.training.config import RULES, TrainConfig
 from dpoviz.training.methods import load_beta, require_rule
@@ -62,7 +62,8 @@ def test_no_such_rule(world):
 
 @pytest.mark.parametrize(
     ("name", "kind", "attribute", "default"),
-    [("beta-dpo", BetaDPO, "a", 0.6), ("epsilon-dpo", EpsilonDPO, "epsilon", 0.01), ("lsc", LSC, "target", 0.4),
+    [("beta-dpo", BetaDPO, "a", 0.6), ("epsilon-dpo", EpsilonDPO, "epsilon", 0.01), ("ada-dpo", AdaDPO, "rho", 0.2),
+     ("lsc", LSC, "target", 0.4),
      ("lsc-at-once", LSC, "target", 0.4), ("dual-kl", DualKL, "target", 1.0), ("mallows", MallowsPO, "sign", 1)],
 )  # fmt: skip
 def test_strength(world, name, kind, attribute, default):

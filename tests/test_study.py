@@ -30,6 +30,7 @@ from dpoviz.experiments.study_report import (
     write_study,
 )
 from dpoviz.experiments.study_runs import Ground, betas_by_slope, ground, pairs_table, run_job
+from dpoviz.lm.cache import read_result, write_result
 
 
 def records(n=30):
@@ -182,7 +183,7 @@ class TestSlopeArms:
 
     def write(self, out, fold, rows, h):
         file = out / "runs" / f"{Job('constant', 0.1, fold, 0).name}.json"
-        file.write_text(json.dumps({"rows": rows, "h": {"1": h, "8": [0.0] * len(h)}}))
+        write_result(file, {"rows": rows, "h": {"1": h, "8": [0.0] * len(h)}})
 
     def betas(self, place, arm="slopes"):
         config, out, shared = place
@@ -281,7 +282,7 @@ class TestTiny:
         assert all(line in printed for line in lines) and len(lines) == 7
         for name in TABLES:
             assert (whole / f"{name}.csv").read_bytes() == (tmp_path / "killed" / f"{name}.csv").read_bytes()
-        runs = [json.loads(file.read_text()) for file in whole.glob("runs/*.json")]
+        runs = [read_result(file) for file in whole.glob("runs/*.json")]
         assert all(len(run["h"][epochs]) == 15 for run in runs for epochs in "12")
         assert all(any(abs(h) > 1e-3 for h in run["h"]["1"]) and run["h"]["1"] != run["h"]["2"] for run in runs)
         assert (whole / "study.png").stat().st_size > 10_000

@@ -10,7 +10,6 @@ the unit; intervals are paired t intervals over worlds; all contrasts share one 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from dpoviz.experiments.comparison_config import (
     Job,
     jobs,
 )
+from dpoviz.lm.cache import read_result
 
 IDEAL = "ideal"
 """The policy that tilts the reference by the true reward: no policy earns more at this KL."""
@@ -63,7 +63,7 @@ def _read(out: Path, rows: list[Job]) -> list[dict]:
         raise ValueError(
             f"{out}: {len(missing)} {rows[0].phase} jobs have not been run, first {missing[0]}; run them first"
         )
-    return [json.loads(file.read_text()) for file in files]
+    return [read_result(file) for file in files]
 
 
 def gather(config: CompareConfig, out: Path) -> pd.DataFrame:

@@ -39,7 +39,7 @@ class Contender(NamedTuple):
     """A contender that is trained.
 
     Attributes:
-        rule: a name of `RULES`, or one of "ada-dpo", "smoothing" and "slope" (see `comparison_runs`).
+        rule: a name of `RULES`, or "smoothing" or "slope" (see `comparison_runs`).
         form: the form of its loss.
         conditions: the conditions in which it takes part.
     """

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpoviz.data import tasks
 from dpoviz.experiments.config import WorldConfig
-from dpoviz.experiments.small import config_digest
-from dpoviz.lm import models
+from dpoviz.experiments.small import config_digest, pretrain
 from dpoviz.lm.cache import open_entry, require_writable, write_entry
 from dpoviz.lm.sampling import sample_answers
 from dpoviz.lm.scoring import score_answers
@@ -65,17 +64,14 @@ def pool(config: WorldConfig, cache_dir: str) -> Pool:
 
 
 def _sample(world: WorldConfig) -> Pool:
-    demonstrations = tasks.corpus(world.demonstrations, world.seed)
-    tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations[:6000]])
-    reference = models.tiny_lm(tokenizer, hidden_size=world.hidden_size, layers=world.layers, seed=world.seed)
-    models.fit_lm(reference, tokenizer, demonstrations, seed=world.seed, progress=False)
+    reference, tokenizer = pretrain(world, progress=False)
     problems = [p for task in tasks.TASKS for p in tasks.sample_problems(task, world.problems, world.seed)]
     ends: dict[str, Any] = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
-    sampled = sample_answers(
-        reference, tokenizer([p.prompt for p in problems])["input_ids"], world.samples, seed=world.seed,
-        max_new_tokens=world.max_new_tokens, progress=False, **ends,
-    )  # fmt: skip
-    prompt_ids, answers = tokenizer([p.prompt for p in problems])["input_ids"], sampled.answers
+    prompt_ids = tokenizer([p.prompt for p in problems])["input_ids"]
+    answers = sample_answers(
+        reference, prompt_ids, world.samples, seed=world.seed, max_new_tokens=world.max_new_tokens, progress=False,
+        **ends,
+    ).answers  # fmt: skip
     texts = [tokenizer.batch_decode(own, skip_special_tokens=True) for own in answers]
     rewards = np.array([[tasks.reward(p, t) for t in own] for p, own in zip(problems, texts, strict=True)])
     scores = score(reference, prompt_ids, answers, tokenizer.pad_token_id)

@@ -9,8 +9,6 @@ per policy puts all policies at exactly the same mean KL.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -42,9 +40,10 @@ from dpoviz.experiments.comparison_config import (
 )
 from dpoviz.experiments.comparison_pool import Pool, pool, score
 from dpoviz.experiments.comparison_worlds import SCORED_ANSWERS, World, draw_world
+from dpoviz.lm.cache import read_result, write_result
 from dpoviz.lm.processes import hidden
 from dpoviz.lm.workers import cores, one_thread, run_side_by_side
-from dpoviz.rules import AdaDPO, PromptRule, Rule, TaskSmoothing
+from dpoviz.rules import PromptRule, Rule, TaskSmoothing
 from dpoviz.tabular import best_tilt, tilt_to_budget
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
@@ -60,7 +59,7 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
     """
     file = out / "runs" / f"{job.name}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_result(file)
     rate, start = job.learning_rate, job.scale
     if job.phase == "main":
         rate, start = best_settings(config, out, job.contender)
@@ -76,10 +75,7 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
     found: dict[str, Any] = {**job._asdict(), "learning_rate": rate, "scale": start, "margin": margin}
     found |= _measured(own, world, policy, retilt=job.contender == CONSTANT and job.phase == "main")
     found |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(file)
+    write_result(file, found)
     return found
 
 
@@ -127,8 +123,6 @@ def _trained(
 
 
 def _rule(name: str, settings: TrainConfig, job: Job, own: Pool, pairs: Dataset, slopes: dict | None) -> Beta | Rule:
-    if name == "ada-dpo":
-        return AdaDPO(settings.beta0)
     if name == "smoothing":
         return TaskSmoothing(settings.beta0, dict(zip(tasks.TASKS, CONDITIONS[job.condition].flips, strict=True)))
     if name == "slope":

@@ -93,12 +93,18 @@ def config_digest(config: DataclassInstance, module: str) -> str:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
-    """Make the reference and its labelled pairs, and store them in `folder` once they are complete."""
+def pretrain(config: WorldConfig, *, progress: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train the reference of a small world on its demonstrations; return it with its tokenizer."""
     demonstrations = tasks.corpus(config.demonstrations, config.seed)
     tokenizer = models.tiny_tokenizer([prompt + answer for prompt, answer in demonstrations[:6000]])
     reference = models.tiny_lm(tokenizer, hidden_size=config.hidden_size, layers=config.layers, seed=config.seed)
     models.fit_lm(reference, tokenizer, demonstrations, seed=config.seed, progress=progress)
+    return reference, tokenizer
+
+
+def _build(config: WorldConfig, folder: Path, progress: bool) -> None:
+    """Make the reference and its labelled pairs, and store them in `folder` once they are complete."""
+    reference, tokenizer = pretrain(config, progress=progress)
     records, facts = _sample_pairs(reference, tokenizer, config, progress)
 
     def write(place: Path) -> None:

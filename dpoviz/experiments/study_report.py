@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dpoviz.analysis.plots_study import figure_study
 from dpoviz.analysis.statistics import holm, mcnemar, t_interval
 from dpoviz.analysis.tables import in_order, read_table, write_table
 from dpoviz.experiments.study_config import BASELINE, StudyConfig, jobs
+from dpoviz.lm.cache import read_result
 
 TABLES = ("slopes", "gains", "betas", "accuracy")
 """The tables of a study, each as <name>.csv."""
@@ -30,7 +30,7 @@ def gather(config: StudyConfig, out: Path) -> pd.DataFrame:
     """
     parts = []
     for job in jobs(config):
-        found = json.loads((out / "runs" / f"{job.name}.json").read_text())
+        found = read_result(out / "runs" / f"{job.name}.json")
         for epochs, h in found["h"].items():
             columns = {"row": found["rows"], "h": h, "beta": found["beta"].get(epochs, math.nan)}
             parts.append(pd.DataFrame(columns).assign(**job._asdict(), epochs=int(epochs)))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +24,7 @@ from dpoviz.data.tokens import end_id
 from dpoviz.experiments.memory_estimate import available, estimate_memory
 from dpoviz.experiments.real import Loaded, load_whole, score_pairs
 from dpoviz.experiments.study_config import ARMS, BASELINE, Job, StudyConfig, jobs
-from dpoviz.lm.cache import open_entry, write_entry
+from dpoviz.lm.cache import open_entry, read_result, write_entry, write_result
 from dpoviz.lm.models import add_lora
 from dpoviz.lm.processes import hidden, in_its_precision, processes
 from dpoviz.lm.workers import cores, one_thread, run_side_by_side
@@ -89,7 +87,7 @@ def run_job(config: StudyConfig, job: Job, out: Path) -> dict[str, Any]:
     """
     file = out / "runs" / f"{job.name}.json"
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_result(file)
     began = time.monotonic()
     shared = ground(config, out)
     rows = folds_by_group(shared.pairs, config.folds, job.seed)[job.fold]
@@ -123,10 +121,7 @@ def run_job(config: StudyConfig, job: Job, out: Path) -> dict[str, Any]:
     if config.lora_rank:
         policy.unload()  # the model as it was
     found["seconds"] = time.monotonic() - began
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(found))
-    scratch.replace(file)
+    write_result(file, found)
     return found
 
 
@@ -162,7 +157,7 @@ def betas_by_slope(config: StudyConfig, job: Job, settings: TrainConfig, shared:
     in its range.
     """
     others = [Job(BASELINE, config.scale, fold, job.seed) for fold in range(config.folds) if fold != job.fold]
-    runs = [json.loads((out / "runs" / f"{other.name}.json").read_text()) for other in others]
+    runs = [read_result(out / "runs" / f"{other.name}.json") for other in others]
     rows = pairs_table(shared.pairs).iloc[[row for run in runs for row in run["rows"]]]
     h = [value for run in runs for value in run["h"][str(config.epochs[0])]]
     table = reward_per_nat_of_pairs(h, task=rows["task"], prompt=rows["unit"])

@@ -101,6 +101,36 @@ def read_json(path: Path, remedy: str = "delete it") -> Any:
         raise ValueError(f"{path}: not JSON ({error}); {remedy}") from None
 
 
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of a job as JSON with a checksum, to a temporary file that is renamed; see `read_result`."""
+    text = json.dumps(result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps({"sha256": _digest(text), "result": text}))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return what `write_result` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    remedy = "delete it and give the command again"
+    found = read_json(path, remedy)
+    text = found.get("result") if isinstance(found, dict) else None
+    if not isinstance(text, str) or found.get("sha256") != _digest(text):
+        raise ValueError(f"{path}: damaged, its checksum is another one; {remedy}")
+    return json.loads(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_entry(folder: Path, write: Callable[[Path], None]) -> None:
     """Write an entry to a temporary folder, add checksums, and rename it to its final place.
 

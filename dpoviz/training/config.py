@@ -35,6 +35,7 @@ RULES: dict[str, RuleInfo] = {
     "beta-dpo": RuleInfo(("standard",), "a", 0.6),
     "epsilon-dpo": RuleInfo(("standard",), "epsilon", 0.01),
     "mallows": RuleInfo(("standard",), "sign", 1.0),
+    "ada-dpo": RuleInfo(("standard",), "rho", 0.2),
     "lsc": RuleInfo(("standard",), "target margin", 0.4),
     "lsc-at-once": RuleInfo(("standard",), "target margin", 0.4),
     "dual-kl": RuleInfo(("standard",), "KL in nats", 1.0),

@@ -137,6 +137,10 @@ def _mallows(config: TrainConfig, pairs: Dataset, vocabulary: int, sign: float) 
     return MallowsPO.with_mean(config.beta0, normalised, sign=int(sign))
 
 
+def _ada_dpo(config: TrainConfig, _pairs: Dataset, _vocabulary: int, rho: float) -> AdaDPO:
+    return AdaDPO(config.beta0, rho=rho)
+
+
 def _lsc(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> LSC:
     return LSC(config.beta0, target=target)
 
@@ -171,6 +175,7 @@ _BUILDERS: dict[str, Callable[[TrainConfig, Dataset, int, float], Beta | Rule]] 
     "beta-dpo": _beta_dpo,
     "epsilon-dpo": _epsilon_dpo,
     "mallows": _mallows,
+    "ada-dpo": _ada_dpo,
     "lsc": _lsc,
     "lsc-at-once": _lsc_at_once,
     "dual-kl": _dual_kl,
@@ -189,6 +194,7 @@ _TRIALS: dict[str, Callable[[float], object]] = {
     "beta-dpo": lambda a: BetaDPO(1.0, a=a),
     "epsilon-dpo": lambda epsilon: EpsilonDPO(1.0, epsilon=epsilon),
     "mallows": lambda sign: MallowsPO(1.0, c=1.0, sign=sign),
+    "ada-dpo": lambda rho: AdaDPO(1.0, rho=rho),
     "lsc": lambda target: LSC(1.0, target=target),
     "lsc-at-once": lambda target: LSC(1.0, target=target),
     "dual-kl": lambda target: _controller(1.0, target, None),
