@@ -44,6 +44,8 @@ class Observation:
         answer_entropy: (B,) next-token entropy of the reference over log V, averaged over the tokens of each answer and
             then over the two answers, in [0, 1]; given if "answer_entropy" is in the rule's `needs`.
         direction: (B,) -1, 0 or 1, as `perturbed_directions` returns; given if "direction" is in `needs`.
+        reward_margin: (B,) a reward model's reward of the chosen answer minus that of the rejected one, in the units of
+            Bradley–Terry logits; given if "reward_margin" is in `needs`.
         kl: sampled KL(π‖π_ref) of each task, in nats, in the steps in which it was measured; given if "kl" is in
             `needs`.
     """
@@ -54,6 +56,7 @@ class Observation:
     ref_entropy: Tensor
     answer_entropy: Tensor | None = None
     direction: Tensor | None = None
+    reward_margin: Tensor | None = None
     kl: Mapping[str, float] | None = None
 
 
@@ -89,7 +92,7 @@ class Rule(Saved):
 
     Attributes:
         form: the form in which the rule is defined; None if it is defined in both.
-        needs: the extra measurements that the loop must make: "answer_entropy", "direction", "kl".
+        needs: what it reads besides: "answer_entropy", "direction", "reward_margin", "kl".
         settings: names of the attributes that `repr` shows.
         paper: the arXiv number of the paper that it is from.
     """
@@ -399,6 +402,50 @@ def _decreasing_root(function: Callable[[float], float]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) > 0 else (low, middle)
     return (low + high) / 2
+
+
+class MADPO(Rule):
+    """Margin-adaptive DPO: weights by the margin m that a reward model gives to a pair; one beta.
+
+        ℓ = w(m)·(−log σ(β₀·h)),    w(m) = σ(c·m)/σ(m) where m > −τ, else 1
+        c = c_min + (c_max − c_min) / (1 + (c_max − 1)/(1 − c_min)·exp(λ·(|m| − τ)))
+
+    Rho 2025 (arXiv:2510.05342), with the settings of the authors' experiment. c is above 1 for |m| below τ, 1 at τ and
+    below 1 beyond. Where the policy has fitted pairs of both orders, its margin is c·m instead of m.
+
+    Args:
+        beta0: beta.
+        c_min: the least c, above 0 and below 1.
+        c_max: the largest c, above 1.
+        rate: λ, per unit of margin.
+        tau: τ, in units of margin.
+
+    Raises:
+        ValueError: an argument is outside its range. In use: `reward_margin` is not (B,) and finite.
+    """
+
+    form = "standard"
+    paper = "2510.05342"
+    reads = frozenset()
+    needs = frozenset({"reward_margin"})
+    settings = ("beta0", "c_min", "c_max", "rate", "tau")
+
+    def __init__(
+        self, beta0: float, *, c_min: float = 0.5, c_max: float = 2.0, rate: float = 1.0, tau: float = math.log(999)
+    ) -> None:
+        super().__init__()
+        for name, value in (("beta0", beta0), ("rate", rate), ("tau", tau)):
+            require_positive(name, value)
+        require("c_min", c_min, 0 < c_min < 1, "a number above 0, below 1")
+        require("c_max", c_max, 1 < c_max < math.inf, "a finite number above 1")
+        self.beta0, self.c_min, self.c_max, self.rate, self.tau = beta0, c_min, c_max, rate, tau
+
+    def forward(self, observation: Observation) -> RuleOutput:
+        m = _rows("reward_margin", observation.reward_margin, len(observation.x))
+        odds = (self.c_max - 1) / (1 - self.c_min) * torch.exp(self.rate * (m.abs() - self.tau))
+        c = self.c_min + (self.c_max - self.c_min) / (1 + odds)
+        weight = torch.where(m > -self.tau, torch.sigmoid(c * m) / torch.sigmoid(m), 1.0)
+        return RuleOutput(torch.full_like(m, self.beta0), weight=weight, normalised=False)
 
 
 class TaskSmoothing(Rule):

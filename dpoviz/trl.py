@@ -28,7 +28,7 @@ from dpoviz.lm.shared import SharedRows, lay_out_rows, share_prefixes
 from dpoviz.losses import gradients_on_beta
 from dpoviz.regularizers import Penalties, Regularization, penalties
 from dpoviz.rules import Observation, PromptRule, Rule, RuleOutput
-from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
+from dpoviz.training.batch import ANSWER_ENTROPY, REWARD_MARGIN, answer_entropy
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.observe import perturbed_directions
 from dpoviz.training.probes import Models, first_prompts, means_by_task, sampled_kl
@@ -49,7 +49,8 @@ _SETTINGS = (
 )
 """The settings of `TrainConfig` that the trainer reads; `args` has the others."""
 
-_READ = {"task": "task", "ref_entropy": "ref_entropy", "x": "ref_features"}
+_READ = {"task": "task", "ref_entropy": "ref_entropy", "x": "ref_features", "answer_entropy": OF_ANSWERS,
+         "reward_margin": REWARD_MARGIN}  # fmt: skip
 """The column of each input that a rule may read."""
 
 
@@ -61,9 +62,9 @@ def trl_dataset(scored: Dataset) -> Dataset:
 
     Returns:
         A data set with the columns prompt, chosen and rejected, ref_chosen_logps and ref_rejected_logps, `COLUMNS`,
-        ref_entropy_se, and `OF_ANSWERS` where the pass measured it. The first three are chat messages if the prompts
-        are chats, and texts otherwise. The reference's log-probabilities are of dpoviz's tokens. For chats TRL
-        tokenises differently, so `BetaDPOTrainer` computes its own.
+        ref_entropy_se, `OF_ANSWERS` where the pass measured it, and reward_margin where the pairs have it. The first
+        three are chat messages if the prompts are chats, and texts otherwise. The reference's log-probabilities are of
+        dpoviz's tokens. For chats TRL tokenises differently, so `BetaDPOTrainer` computes its own.
 
     Raises:
         ValueError: the data set mixes texts and chats, which TRL does not accept.
@@ -75,7 +76,8 @@ def trl_dataset(scored: Dataset) -> Dataset:
             "dpoviz.data.as_chat turns texts into chats"
         )
     texts = ("prompt", "chosen", "rejected")
-    kept = scored.select_columns([*texts, *COLUMNS, "ref_entropy_se", "ref_chosen_logps", "ref_rejected_logps"])
+    more = [name for name in (REWARD_MARGIN,) if name in scored.column_names]
+    kept = scored.select_columns([*texts, *COLUMNS, "ref_entropy_se", "ref_chosen_logps", "ref_rejected_logps", *more])
     if set(ANSWER_ENTROPY) <= set(scored.column_names):
         read = scored.select_columns([*ANSWER_ENTROPY, "chosen_ids", "rejected_ids"])[:]
         kept = kept.add_column(OF_ANSWERS, answer_entropy(read).tolist())
@@ -99,7 +101,7 @@ class _Collator:
     def __call__(self, examples: list[dict]) -> dict:
         more: dict[str, Any] = {
             name: torch.tensor([example[name] for example in examples], dtype=torch.float32)
-            for name in ("ref_entropy", "ref_features", OF_ANSWERS)
+            for name in ("ref_entropy", "ref_features", OF_ANSWERS, REWARD_MARGIN)
             if name in examples[0]
         }
         if ROW in examples[0]:
@@ -188,7 +190,7 @@ class BetaDPOTrainer(DPOTrainer):
     """
 
     _tag_names = [*DPOTrainer._tag_names, "dpoviz"]  # noqa: RUF012
-    _own_columns = (*COLUMNS, OF_ANSWERS, ROW)
+    _own_columns = (*COLUMNS, OF_ANSWERS, REWARD_MARGIN, ROW)
     args: DPOConfig
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
@@ -239,8 +241,8 @@ class BetaDPOTrainer(DPOTrainer):
         if self.learns:
             reads |= {"ref_entropy"} if self.config.lambda_entropy > 0 else set()
             reads |= {"task"} if self.config.lambda_consistency > 0 else set()
-        answers = [OF_ANSWERS] if "answer_entropy" in self.rule.needs else []
-        return [column for read, column in _READ.items() if read in reads] + answers
+        reads |= self.rule.needs
+        return [column for read, column in _READ.items() if read in reads]
 
     def _weights(self, train_dataset: Dataset | IterableDataset | None) -> Regularization:
         """Return the penalties' weights, with alpha computed from the data if the configuration leaves it open."""
@@ -385,6 +387,8 @@ class BetaDPOTrainer(DPOTrainer):
         if "answer_entropy" in self.rule.needs:
             vocabulary = self.model.config.get_text_config().vocab_size
             extras["answer_entropy"] = gathered[OF_ANSWERS] / math.log(vocabulary)
+        if "reward_margin" in self.rule.needs:
+            extras["reward_margin"] = gathered[REWARD_MARGIN]
         if "direction" in self.rule.needs:
             extras["direction"] = self.accelerator.gather(self._directions(inputs))
         if "kl" in self.rule.needs and self.model.training:

@@ -13,23 +13,38 @@ BUDGETS = (0.1, 0.3, 1.0)
 
 
 class Condition(NamedTuple):
-    """How the tasks differ: one number for math, code and dialogue each.
+    """How the tasks differ, one number for math, code and dialogue each, and how long and from where one trains.
 
     Attributes:
         flips: fraction of the labels that are flipped.
         pairs: the largest number of pairs per prompt.
+        epochs: passes over the pairs; None: those of the comparison.
+        scale: the scale at the start, as a multiple of the one that was chosen on the tuning worlds.
     """
 
     flips: tuple[float, float, float]
     pairs: tuple[int, int, int]
+    epochs: float | None = None
+    scale: float = 1.0
 
 
 CONDITIONS: dict[str, Condition] = {
     "flips by task": Condition((0.0, 0.1, 0.35), (8, 8, 8)),
-    "pairs by task": Condition((0.0, 0.0, 0.0), (2, 8, 32)),
+    "pairs by task": Condition((0.0, 0.0, 0.0), (2, 8, 64)),
     "uniform noise": Condition((0.15, 0.15, 0.15), (8, 8, 8)),
 }
-"""The conditions, by name. A label is random to begin with: math's are the most reliable, dialogue's the least."""
+"""The conditions by which tasks differ. A label is random to begin with: math's are most reliable, dialogue's least."""
+
+MAIN_CONDITIONS = tuple(CONDITIONS)
+"""The conditions of the primary endpoint, and those in which rate and scale are chosen."""
+
+CONDITIONS |= {
+    "half an epoch": CONDITIONS["flips by task"]._replace(epochs=0.5),
+    "eight epochs": CONDITIONS["flips by task"]._replace(epochs=8.0),
+    "a quarter of the scale": CONDITIONS["flips by task"]._replace(scale=0.25),
+    "four times the scale": CONDITIONS["flips by task"]._replace(scale=4.0),
+}
+"""Further conditions: the pairs and labels of "flips by task", trained otherwise."""
 
 CONSTANT = "constant"
 """The contender that all others are compared with: one beta for all pairs."""
@@ -39,7 +54,7 @@ class Contender(NamedTuple):
     """A contender that is trained.
 
     Attributes:
-        rule: a name of `RULES`, or "smoothing" or "slope" (see `comparison_runs`).
+        rule: a name of `RULES`, or one of `comparison_runs.OWN_RULES`.
         form: the form of its loss.
         conditions: the conditions in which it takes part.
     """
@@ -56,13 +71,15 @@ TRAINED: dict[str, Contender] = {
     "entropy, inverse": Contender("entropy", "inverse"),
     "entropy, standard": Contender("entropy"),
     "1/b in training": Contender("slope"),
+    "b in training": Contender("slope, inverted"),
     "beta-dpo": Contender("beta-dpo"),
     "epsilon-dpo": Contender("epsilon-dpo"),
     "mallows": Contender("mallows"),
     "lsc": Contender("lsc"),
     "ada-dpo": Contender("ada-dpo"),
+    "madpo": Contender("margins"),
     # without flips it is the constant
-    "label smoothing": Contender("smoothing", conditions=("flips by task", "uniform noise")),
+    "label smoothing": Contender("smoothing", conditions=tuple(c for c, own in CONDITIONS.items() if any(own.flips))),
 }
 """The contenders that are trained, by name."""
 
@@ -73,7 +90,10 @@ by re-tilting."""
 CHOSEN = "chosen on scored answers"
 """The best factor per task at each budget on further prompts with scored answers: what can be known of the oracle's."""
 
-RETILTED = (ORACLE, CHOSEN, "1/b, scored answers", "1/b, held-out pairs", "1/b reversed", "1/b shuffled")
+TRUE_SLOPES = "1/b, all answers"
+"""Factors in proportion to reward per nat on all answers to the evaluation prompts: what an estimate of it aims at."""
+
+RETILTED = (ORACLE, CHOSEN, TRUE_SLOPES, "1/b, scored answers", "1/b, held-out pairs", "1/b reversed", "1/b shuffled")
 """The contenders that re-tilt the constant's policy by a factor per task, without training."""
 
 
@@ -92,11 +112,11 @@ class CompareConfig:
         conditions: names of `CONDITIONS`.
         worlds: number of worlds that are measured, numbered from 0.
         tuning_worlds: number of worlds on which rate and scale are chosen, numbered from 1000; they take turns in the
-            conditions.
+            conditions of `MAIN_CONDITIONS`.
         tuned: the contenders whose rate and scale are chosen for themselves; the others use the constant's.
         learning_rates: learning rates of the policy to try, each with the middle scale.
         scales: scales s that multiply h at the start, to try, each with the middle rate.
-        epochs: passes over the pairs; a trainable beta is fixed in the first half.
+        epochs: passes over the pairs where the condition does not say; a trainable beta is fixed in the first half.
         batch_size: pairs per step.
         beta_learning_rate: learning rate of a trainable beta.
         prompts: training prompts per task.
@@ -106,20 +126,20 @@ class CompareConfig:
     """
 
     reference: WorldConfig = field(default_factory=lambda: WorldConfig(
-        demonstrations=22_000, hidden_size=64, layers=3, problems=200, samples=32))  # fmt: skip
+        demonstrations=22_000, hidden_size=64, layers=3, problems=380, samples=32))  # fmt: skip
     contenders: tuple[str, ...] = tuple(TRAINED)
     conditions: tuple[str, ...] = tuple(CONDITIONS)
-    worlds: int = 8
+    worlds: int = 12
     tuning_worlds: int = 6
-    tuned: tuple[str, ...] = (CONSTANT,)
+    tuned: tuple[str, ...] = tuple(TRAINED)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    scales: tuple[float, ...] = (0.025, 0.1, 0.4, 1.6)
+    scales: tuple[float, ...] = (0.00625, 0.025, 0.1, 0.4, 1.6)
     epochs: float = 2.0
     batch_size: int = 24
     beta_learning_rate: float = 1e-2
     prompts: int = 40
     slope_prompts: int = 15
-    evaluation_prompts: int = 30
+    evaluation_prompts: int = 90
 
     def __post_init__(self) -> None:
         for name, values, known in (("contenders", self.contenders, TRAINED), ("tuned", self.tuned, TRAINED),
@@ -156,7 +176,12 @@ class CompareConfig:
     @property
     def tuning_problems(self) -> int:
         """Number of prompts per task, the first of the pool, that belong to the tuning worlds."""
-        return self.reference.problems // 2
+        return self.reference.problems * 2 // 5
+
+    @property
+    def tuning_conditions(self) -> list[str]:
+        """The conditions in which rate and scale are chosen."""
+        return [name for name in self.conditions if name in MAIN_CONDITIONS] or list(self.conditions)
 
     @classmethod
     def fast(cls, **settings) -> CompareConfig:
@@ -204,8 +229,8 @@ def jobs(config: CompareConfig) -> list[Job]:
     """Return the table of jobs: phase by phase, the main phase world by world. `--only` takes numbers of its rows."""
     rows = []
     for world in range(1000, 1000 + config.tuning_worlds):
-        condition = config.conditions[world % len(config.conditions)]
-        names = [name for name in config.contenders if name in config.tuned and condition in TRAINED[name].conditions]
+        condition = config.tuning_conditions[world % len(config.tuning_conditions)]
+        names = [name for name in config.contenders if name in config.tuned]
         rows += [Job("tuning", name, condition, world, *point) for name in names for point in config.grid]
     for world in range(config.worlds):
         for condition in config.conditions:

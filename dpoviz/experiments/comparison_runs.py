@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -34,6 +35,7 @@ from dpoviz.experiments.comparison_config import (
     ORACLE,
     PHASES,
     TRAINED,
+    TRUE_SLOPES,
     CompareConfig,
     Job,
     jobs,
@@ -43,8 +45,9 @@ from dpoviz.experiments.comparison_worlds import SCORED_ANSWERS, World, draw_wor
 from dpoviz.lm.cache import read_result, write_result
 from dpoviz.lm.processes import hidden
 from dpoviz.lm.workers import cores, one_thread, run_side_by_side
-from dpoviz.rules import PromptRule, Rule, TaskSmoothing
+from dpoviz.rules import MADPO, PromptRule, Rule, TaskSmoothing
 from dpoviz.tabular import best_tilt, tilt_to_budget
+from dpoviz.training.batch import REWARD_MARGIN
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.loop import train
 from dpoviz.training.methods import build
@@ -63,17 +66,18 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
     rate, start = job.learning_rate, job.scale
     if job.phase == "main":
         rate, start = best_settings(config, out, job.contender)
+        start *= CONDITIONS[job.condition].scale
     began, cpu = time.monotonic(), time.process_time()
     own = pool(config.reference, str(cache_dir))
     world = _world(config, str(cache_dir), job.condition, job.world)
-    slopes = None
-    if TRAINED[job.contender].rule == "slope":
-        # of the policy that was trained with one constant
-        first = Job("main", CONSTANT, job.condition, job.world)
-        slopes = run_job(config, first, out, cache_dir)["slopes"]["1/b, held-out pairs"]
-    policy, margin = _trained(config, job, rate, start, own, world, slopes)
+    before = None
+    if TRAINED[job.contender].rule in AFTER_CONSTANT:
+        before = run_job(config, job._replace(contender=CONSTANT), out, cache_dir)
+    policy, margin = _trained(config, job, rate, start, own, world, before)
     found: dict[str, Any] = {**job._asdict(), "learning_rate": rate, "scale": start, "margin": margin}
     found |= _measured(own, world, policy, retilt=job.contender == CONSTANT and job.phase == "main")
+    if job.contender == CONSTANT:  # for those that train after it
+        found |= {"pair_slopes": _slopes_of_pairs(own, world, policy), "pair_margins": _margins(own, world, policy)}
     found |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
     write_result(file, found)
     return found
@@ -91,11 +95,15 @@ def _policy(reference: PreTrainedModel) -> PreTrainedModel:
 
 
 def _trained(
-    config: CompareConfig, job: Job, rate: float, start: float, own: Pool, world: World, slopes: dict | None
+    config: CompareConfig, job: Job, rate: float, start: float, own: Pool, world: World, before: dict | None
 ) -> tuple[PreTrainedModel, float]:
-    """Return the trained policy, and the mean margin s·h of the last batch of training."""
+    """Return the trained policy, and the mean margin s·h of the last batch of training.
+
+    `before` is the result of the same job with one constant, for a rule of `AFTER_CONSTANT`.
+    """
     contender, pairs = TRAINED[job.contender], world.train
-    steps = max(2, round(config.epochs * len(pairs) / config.batch_size))
+    epochs = CONDITIONS[job.condition].epochs or config.epochs
+    steps = max(2, round(epochs * len(pairs) / config.batch_size))
     settings = TrainConfig.around(
         start,
         contender.form,
@@ -110,7 +118,11 @@ def _trained(
         checkpoint_every=10**6,
         seed=job.world,
     )
-    beta = _rule(contender.rule, settings, job, own, pairs, slopes)
+    if contender.rule == "margins":
+        assert before is not None
+        margins = before["scale"] * np.array(before["pair_margins"])  # the implicit rewards of that policy
+        pairs = pairs.add_column(REWARD_MARGIN, margins.tolist())
+    beta = _rule(contender.rule, settings, job, own, pairs, before)
     rule = beta if isinstance(beta, Rule) else PromptRule(beta)
     policy = _policy(own.reference)
     policy.load_state_dict(own.reference.state_dict())
@@ -122,14 +134,25 @@ def _trained(
     return policy, float(result.history["margin"].iloc[-1])
 
 
-def _rule(name: str, settings: TrainConfig, job: Job, own: Pool, pairs: Dataset, slopes: dict | None) -> Beta | Rule:
+OWN_RULES = ("smoothing", "slope", "slope, inverted", "margins")
+"""Rules that are not in `RULES`: label smoothing with the true flip rates; one beta per task, for s ∝ 1/b or s ∝ b, b
+from held-out pairs; MADPO, with the implicit rewards of a policy as its reward model."""
+
+AFTER_CONSTANT = ("slope", "slope, inverted", "margins")
+"""Those that need a policy that was trained with one constant."""
+
+
+def _rule(name: str, settings: TrainConfig, job: Job, own: Pool, pairs: Dataset, before: dict | None) -> Beta | Rule:
     if name == "smoothing":
         return TaskSmoothing(settings.beta0, dict(zip(tasks.TASKS, CONDITIONS[job.condition].flips, strict=True)))
-    if name == "slope":
-        assert slopes is not None
-        far = factors(slopes)
-        middle = float(np.exp(np.mean(np.log(list(far.values())))))
-        return TaskBeta.fixed({task: settings.beta0 * middle / a for task, a in far.items()})
+    if name == "margins":
+        return MADPO(settings.beta0)
+    if name in AFTER_CONSTANT:
+        assert before is not None
+        power = -1 if name == "slope" else 1
+        s = {task: b**power for task, b in factors(before["pair_slopes"]).items()}
+        middle = float(np.exp(np.mean(np.log(list(s.values())))))
+        return TaskBeta.fixed({task: settings.beta0 * own / middle for task, own in s.items()})
     return build(name, settings, pairs, vocabulary=own.reference.config.vocab_size)
 
 
@@ -152,7 +175,11 @@ def _measured(own: Pool, world: World, policy: PreTrainedModel, *, retilt: bool)
     found["results"] = {"own": tables.at_budgets(one)}
     if retilt:
         scored = _log_ratios(own, policy, world.scored)
-        slopes = _slopes(own, world, policy, scored[:, :SCORED_ANSWERS])
+        slopes = {
+            "1/b, scored answers": _slopes_of_answers(own, world.scored, scored[:, :SCORED_ANSWERS]),
+            "1/b, held-out pairs": _slopes_of_pairs(own, world, policy),
+            TRUE_SLOPES: _slopes_of_answers(own, world.evaluation, h),
+        }
         named = {name: factors(some) for name, some in slopes.items()}
         by_answers = named["1/b, scored answers"]
         values = list(by_answers.values())
@@ -180,21 +207,35 @@ def _mean(some: Sequence[dict]) -> dict:
     }
 
 
-def _slopes(own: Pool, world: World, policy: PreTrainedModel, h: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return reward per nat by task, from scored answers, given their h, and from held-out pairs."""
-    prompts = [p for p in world.scored for _ in range(SCORED_ANSWERS)]
-    names = [own.problems[p].task for p in prompts]
-    by_answers = reward_per_nat(
-        h.ravel(), own.rewards[world.scored][:, :SCORED_ANSWERS].ravel(), prompt=prompts, task=names, resamples=100
-    )
-    held = world.held_out
-    answers = [list(pair) for pair in zip(held["chosen_ids"], held["rejected_ids"], strict=True)]
-    logps, *_ = score(policy, held["prompt_ids"], answers, own.tokenizer.pad_token_id)
-    of_pairs = (logps[:, 0] - np.array(held["ref_chosen_logps"])) - (logps[:, 1] - np.array(held["ref_rejected_logps"]))
-    by_pairs = reward_per_nat_of_pairs(of_pairs, task=held["task"], prompt=held["prompt"], resamples=100)
-    found = {"1/b, scored answers": by_answers, "1/b, held-out pairs": by_pairs}
-    return {name: {row.task: row.slope for row in table.itertuples() if row.task != POOLED}
-            for name, table in found.items()}  # fmt: skip
+def _slopes_of_answers(own: Pool, some: Sequence[int], h: np.ndarray) -> dict[str, float]:
+    """Return reward per nat by task from the first answers to some prompts, given their (prompts, answers) h."""
+    count = h.shape[1]
+    prompts = [p for p in some for _ in range(count)]
+    names, rewards = [own.problems[p].task for p in prompts], own.rewards[some][:, :count].ravel()
+    return _by_task(reward_per_nat(h.ravel(), rewards, prompt=prompts, task=names, resamples=100))
+
+
+def _slopes_of_pairs(own: Pool, world: World, policy: PreTrainedModel) -> dict[str, float]:
+    """Return reward per nat by task, in win rate, from the held-out pairs."""
+    held, h = world.held_out, _of_pairs(own, world.held_out, policy)
+    return _by_task(reward_per_nat_of_pairs(h, task=held["task"][:], prompt=held["prompt"][:], resamples=100))
+
+
+def _by_task(table: pd.DataFrame) -> dict[str, float]:
+    return {row.task: row.slope for row in table.itertuples() if row.task != POOLED}
+
+
+def _margins(own: Pool, world: World, policy: PreTrainedModel) -> list[float]:
+    """Return h of each training pair."""
+    return _of_pairs(own, world.train, policy).tolist()
+
+
+def _of_pairs(own: Pool, pairs: Dataset, policy: PreTrainedModel) -> np.ndarray:
+    """Return (N,) h of chosen against rejected, nats."""
+    rows = pairs[:]
+    answers = [list(pair) for pair in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
+    logps, *_ = score(policy, rows["prompt_ids"], answers, own.tokenizer.pad_token_id)
+    return (logps[:, 0] - np.array(rows["ref_chosen_logps"])) - (logps[:, 1] - np.array(rows["ref_rejected_logps"]))
 
 
 def _log_ratios(own: Pool, policy: PreTrainedModel, prompts: Sequence[int]) -> np.ndarray:

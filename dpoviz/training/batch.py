@@ -15,6 +15,9 @@ from dpoviz.lm.packing import PrefixBatch
 ANSWER_ENTROPY = ("ref_chosen_entropy", "ref_rejected_entropy")
 """Columns read only by rules that need the reference's entropy along the answers."""
 
+REWARD_MARGIN = "reward_margin"
+"""Column read only by rules that need a reward model's margin of each pair."""
+
 COLUMNS = (
     "prompt_ids",
     "chosen_ids",
@@ -43,6 +46,7 @@ class Batch(NamedTuple):
         x: (B, D) features of the prompts.
         answer_entropy: (B,) the reference's next-token entropy in nats per token, averaged along each answer and then
             over the two; None where the pairs lack it.
+        reward_margin: (B,) a reward model's margin of each pair; None where the pairs lack it.
         laid_out: prompts and answers of each part as rows of tokens, if they were laid out ahead.
     """
 
@@ -53,6 +57,7 @@ class Batch(NamedTuple):
     ref_entropy: Tensor
     x: Tensor
     answer_entropy: Tensor | None
+    reward_margin: Tensor | None
     laid_out: tuple[PrefixBatch, ...] | None = None
 
     def parts(self, count: int) -> Iterator[Part]:
@@ -106,6 +111,7 @@ def read_batch(rows: Mapping[str, Any]) -> Batch:
         ref_entropy=tensor(rows["ref_entropy"]),
         x=tensor(rows["ref_features"]),
         answer_entropy=answer_entropy(rows) if known else None,
+        reward_margin=tensor(rows[REWARD_MARGIN]) if REWARD_MARGIN in rows else None,
     )
 
 

@@ -28,7 +28,7 @@ from dpoviz.lm.processes import hidden
 from dpoviz.losses import Logps, TotalLoss, gradients_on_beta, total_loss
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import PromptRule, Rule, RuleOutput
-from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, NUMBERS, Batch, shuffled_rows
+from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, NUMBERS, REWARD_MARGIN, Batch, shuffled_rows
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.probes import Models, betas_by_step, correctly_ranked, means_by_task, quartiles_by_task
@@ -198,8 +198,8 @@ def _check(
         rule.beta.require_made_for(form=config.form)
     if rule.form not in (None, config.form):
         raise ValueError(f"beta: {type(rule).__name__} is defined in the {rule.form} form, got {config.form!r}")
-    lacking = [column for column in ANSWER_ENTROPY if column not in pairs.column_names]
-    if "answer_entropy" in rule.needs and lacking:
+    lacking = [column for column in _columns_of(rule) if column not in pairs.column_names]
+    if lacking:
         raise ValueError(f"pairs: lacks {', '.join(lacking)}, which {type(rule).__name__} looks at")
     models.adapter_off()  # raises if the policy is its own reference and has no adapter
     if rule.needs & {"direction", "kl"} and models.reference is None:
@@ -214,11 +214,17 @@ def _require_finite_columns(name: str, data: Dataset) -> None:
             raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
 
 
+def _columns_of(rule: Rule) -> list[str]:
+    """Return the further columns of the pairs that a rule reads."""
+    read = [*ANSWER_ENTROPY] if "answer_entropy" in rule.needs else []
+    return [*read, REWARD_MARGIN] if "reward_margin" in rule.needs else read
+
+
 def _identity(
     config: TrainConfig, stage: int, rule: Rule, pairs: Dataset, beta_pairs: Dataset | None
 ) -> dict[str, object]:
     """Return everything that a checkpoint must match for the run to resume from it."""
-    read = COLUMNS + (ANSWER_ENTROPY if "answer_entropy" in rule.needs else ())
+    read = (*COLUMNS, *_columns_of(rule))
     identity = {"config": asdict(config), "stage": stage, "pairs": digest(pairs, read), "rule": repr(rule)}
     return identity if beta_pairs is None else identity | {"beta_pairs": digest(beta_pairs, read)}
 

@@ -14,6 +14,7 @@ from dpoviz.beta import Beta, BetaNetwork, ConstantBeta, EntropyBeta, TaskBeta, 
 from dpoviz.lm.models import require_on_hub
 from dpoviz.rules import (
     LSC,
+    MADPO,
     AdaDPO,
     BetaDPO,
     DualKL,
@@ -186,7 +187,7 @@ _SAVED: dict[str, type[Beta | Rule]] = {
     own.__name__: own
     for own in (
         *(ConstantBeta, TaskBeta, EntropyBeta, BetaNetwork),
-        *(AdaDPO, BetaDPO, EpsilonDPO, MallowsPO, LSC, DualKL, RandomBeta, LookupBeta, TaskSmoothing),
+        *(AdaDPO, BetaDPO, EpsilonDPO, MADPO, MallowsPO, LSC, DualKL, RandomBeta, LookupBeta, TaskSmoothing),
     )
 }
 

@@ -36,6 +36,8 @@ def observe(
     if "answer_entropy" in rule.needs:
         assert batch.answer_entropy is not None  # the loop refuses pairs that lack it
         extras["answer_entropy"] = batch.answer_entropy / math.log(models.policy.config.get_text_config().vocab_size)
+    if "reward_margin" in rule.needs:
+        extras["reward_margin"] = batch.reward_margin
     if "direction" in rule.needs:
         assert models.reference is not None  # the loop refuses to go without
         extras["direction"] = perturbed_directions(
