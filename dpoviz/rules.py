@@ -411,7 +411,8 @@ class MADPO(Rule):
         c = c_min + (c_max − c_min) / (1 + (c_max − 1)/(1 − c_min)·exp(λ·(|m| − τ)))
 
     Rho 2025 (arXiv:2510.05342), with the settings of the authors' experiment. c is above 1 for |m| below τ, 1 at τ and
-    below 1 beyond. Where the policy has fitted pairs of both orders, its margin is c·m instead of m.
+    below 1 beyond. With labels as often in each order as the reward model says, and |m| below τ, the loss is least at
+    β₀·h = c·m, where that of DPO is least at m.
 
     Args:
         beta0: beta.
@@ -441,11 +442,12 @@ class MADPO(Rule):
         self.beta0, self.c_min, self.c_max, self.rate, self.tau = beta0, c_min, c_max, rate, tau
 
     def forward(self, observation: Observation) -> RuleOutput:
+        h = _rows("h", observation.h, len(observation.x))
         m = _rows("reward_margin", observation.reward_margin, len(observation.x))
         odds = (self.c_max - 1) / (1 - self.c_min) * torch.exp(self.rate * (m.abs() - self.tau))
         c = self.c_min + (self.c_max - self.c_min) / (1 + odds)
         weight = torch.where(m > -self.tau, torch.sigmoid(c * m) / torch.sigmoid(m), 1.0)
-        return RuleOutput(torch.full_like(m, self.beta0), weight=weight, normalised=False)
+        return RuleOutput(torch.full_like(h, self.beta0), weight=weight, normalised=False)
 
 
 class TaskSmoothing(Rule):

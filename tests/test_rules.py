@@ -19,6 +19,7 @@ from dpoviz.lm.scoring import score_answers
 from dpoviz.losses import Logps, dpo_loss, total_loss
 from dpoviz.rules import (
     LSC,
+    MADPO,
     AdaDPO,
     BetaDPO,
     DualKL,
@@ -42,6 +43,7 @@ PUBLISHED = {
     "MallowsPO": lambda: MallowsPO(0.1, c=0.29),
     "LSC": lambda: LSC(1.0),
     "AdaDPO": lambda: AdaDPO(1.0),
+    "MADPO": lambda: MADPO(0.1),
     "TaskSmoothing": lambda: TaskSmoothing(0.1, {"math": 0.0, "code": 0.1, "dialogue": 0.35}),
     "DualKL": lambda: DualKL(0.1, target=1.0),
 }
@@ -63,6 +65,7 @@ def looking(rule, h=None):
     what = {
         "answer_entropy": torch.tensor([0.1, 0.2, 0.4, 0.8], dtype=torch.float64),
         "direction": torch.tensor([1, 0, -1, 1]),
+        "reward_margin": torch.tensor([0.5, -0.2, 9.0, -9.0], dtype=torch.float64),
         "kl": {"math": 1.5, "code": 0.5, "dialogue": 0.9},
     }
     return see(h, **{name: what[name] for name in rule.needs})
@@ -157,7 +160,7 @@ class TestRule:
     [
         *[
             (lambda make=make, bad=bad: make(bad), "beta0: got")
-            for make in (BetaDPO, EpsilonDPO, LSC, AdaDPO)
+            for make in (BetaDPO, EpsilonDPO, LSC, AdaDPO, MADPO)
             for bad in (0, -1, math.inf, math.nan, True, "1")
         ],
         (lambda: BetaDPO(1, a=-0.1), "a: got -0.1"),
@@ -172,6 +175,9 @@ class TestRule:
         (lambda: LSC(1, target=-1), "target: got -1"),
         (lambda: LSC(1, start=0), "start: got 0"),
         (lambda: AdaDPO(1, rho=0.7), "rho: got 0.7"),
+        (lambda: MADPO(1, c_min=1.0), "c_min: got 1.0"),
+        (lambda: MADPO(1, c_max=1.0), "c_max: got 1.0"),
+        (lambda: MADPO(1, tau=0), "tau: got 0"),
         (lambda: AdaDPO(1, tau_min=0), "tau_min: got 0"),
         (lambda: AdaDPO(1, tau_max=0.05), "tau_max: got 0.05"),
         (lambda: TaskSmoothing(1, {"math": 0.5}), "rates: got"),
@@ -367,6 +373,26 @@ class TestAdaDPO:
         (slope,) = torch.autograd.grad(loss, h)
         # the envelope theorem: at the minimum over τ its own change does not matter
         assert slope.tolist() == pytest.approx((-0.7 * torch.sigmoid(-0.7 * h / tau) / 4).tolist())
+
+
+class TestMADPO:
+    @pytest.mark.parametrize("m", [0.4, 3.0, 6.5])
+    def test_the_loss_is_least_at_c_times_the_margin(self, m):
+        """Labels of two answers as often in each order as the reward model says; by a search over h."""
+        weights = MADPO(0.3)(see([0.0, 0.0], reward_margin=torch.tensor([m, -m], dtype=torch.float64))).weight.tolist()
+        kept, turned = weights[0] / (1 + math.exp(-m)), weights[1] / (1 + math.exp(m))
+
+        def loss(h):
+            return kept * math.log1p(math.exp(-0.3 * h)) + turned * math.log1p(math.exp(0.3 * h))
+
+        h = minimize_scalar(loss, bounds=(0, 80), method="bounded", options={"xatol": 1e-9}).x
+        assert 0.3 * h / m == pytest.approx(0.5 + 1.5 / (1 + 2 * math.exp(m) / 999), rel=1e-5)
+
+    def test_the_loss_is_the_weighted_mean_over_all_pairs(self):
+        rule, h = MADPO(0.7), [-3.0, 0.4, 1.0]
+        margins = torch.tensor([0.5, -0.3, 2.0], dtype=torch.float64)
+        found = rule(see(h, reward_margin=margins))
+        assert found.divisor == 3 and found.beta.tolist() == [0.7] * 3
 
 
 class TestTaskSmoothing:
@@ -621,6 +647,40 @@ class TestTheAuthorsOwnNumbers:
             torch.testing.assert_close(-(beta * h).sigmoid().log(), recorded(step["losses"]), rtol=1e-8, atol=0)
             acted.add((step["q_t"] < 0.45, beta[0].item() != before))
         assert acted == {(True, True), (False, False)}
+
+    def test_ada_dpo(self):
+        """Equal where their five steps of Newton's method end at the minimum; elsewhere ours is the lower one."""
+        data, missed = RECORDED["ada-dpo"], 0
+        for run in data["runs"]:
+            h, theirs, beta = recorded(run["h"]), recorded(run["tau"]), run["beta"]
+            found = AdaDPO(beta, rho=run["rho"]).double()(observed(h))
+            losses = found.weight * nn.functional.softplus(-found.beta * h)
+            near = (found.weight / theirs - 1).abs() < 2e-3  # five steps leave that much
+            torch.testing.assert_close(losses[near], recorded(run["losses"])[near], rtol=2e-3, atol=0)
+
+            def inner(tau, h=h, beta=beta, rho=run["rho"]):
+                return tau * nn.functional.softplus(-beta * h / tau) + (rho - math.log(2)) * tau
+
+            assert (inner(found.weight) <= inner(theirs)).all()
+            assert (inner(found.weight) < inner(theirs) - 0.05)[~near].all()
+            missed += (~near).sum().item()
+            assert near.all() or run["rho"] == 0.2  # rho = 0.1 is what their script sets
+        assert 0 < missed < 10
+
+    def test_madpo(self):
+        where = set()
+        for run in RECORDED["madpo"]["runs"]:
+            second = torch.tensor(run["choices"])  # 1 where the second answer is chosen
+            sign = 1 - 2 * second
+            ratios = {n: recorded(run[f"policy_{n}"]) - recorded(run[f"ref_{n}"]) for n in ("first", "second")}
+            h = sign * (ratios["first"] - ratios["second"])
+            margin = sign * (recorded(run["reward_first"]) - recorded(run["reward_second"]))
+            rule = MADPO(run["beta"], c_min=run["c_min"], c_max=run["c_max"], rate=run["lmbda"], tau=run["tau"])
+            found = rule(observed(h, reward_margin=margin))
+            losses = found.weight * nn.functional.softplus(-found.beta * h)
+            torch.testing.assert_close(losses, recorded(run["losses"]), rtol=1e-10, atol=0)
+            where |= {(m > -run["tau"], m > run["tau"]) for m in margin.tolist()}
+        assert len(where) == 3  # below -tau, between, above tau
 
 
 def next_token_table(weights, head):

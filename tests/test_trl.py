@@ -27,6 +27,7 @@ from dpoviz.learn.run import load_run  # noqa: E402
 from dpoviz.lm.reference import reference_pass  # noqa: E402
 from dpoviz.losses import Logps, total_loss  # noqa: E402
 from dpoviz.rules import (  # noqa: E402
+    MADPO,
     AdaDPO,
     BetaDPO,
     DualKL,
@@ -80,7 +81,7 @@ def scored_world(make_model, tokenizer, dtype=torch.float32):
         rows.append({"prompt": " ".join(parts[: 3 + i % 3]), **answers, "task": TASKS[i % 3], "group": None})
     pairs = Dataset.from_list(rows)
     scored = reference_pass(model, tokenizer, pairs, max_length=32, max_new_tokens=4, entropy_samples=2, progress=False)
-    return model, scored
+    return model, scored.add_column("reward_margin", [(i % 7) - 2.5 for i in range(24)])
 
 
 def arguments(folder, **changed):
@@ -405,6 +406,7 @@ def made(name, scored, config):
         "uncertain": lambda: MallowsPO(0.1, c=0.7, sign=-1),
         "steep": lambda: BetaDPO(0.1, a=2.0, keep=0.6, momentum=0.5),
         "scaled": lambda: AdaDPO(0.1),
+        "margins": lambda: MADPO(0.1, tau=1.0),
     }
     return others[name]()
 
@@ -417,7 +419,7 @@ def in_order(order, cls=BetaDPOTrainer):
     return InOrder
 
 
-OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep", "scaled")
+OTHERS = ("allocation", "random", "lookup", "weights", "often", "far", "uncertain", "steep", "scaled", "margins")
 
 
 @pytest.mark.slow
