@@ -14,11 +14,12 @@ from dpoviz.analysis.statistics import detectable_mean, holm
 from dpoviz.cli import main
 from dpoviz.data import tasks
 from dpoviz.experiments import comparison_runs
-from dpoviz.experiments.comparison import IDEAL, best_settings, contrasts, finished_worlds, gather
+from dpoviz.experiments.comparison import IDEAL, best_settings, by_condition, contrasts, finished_worlds, gather
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
     CONDITIONS,
     CONSTANT,
+    MAIN_CONDITIONS,
     ORACLE,
     PHASES,
     RETILTED,
@@ -29,7 +30,7 @@ from dpoviz.experiments.comparison_config import (
 )
 from dpoviz.experiments.comparison_pool import Pool, score
 from dpoviz.experiments.comparison_report import contrasts_as_text, reading_of_contrasts, write_comparison
-from dpoviz.experiments.comparison_runs import AnswerTables, chosen_rows, compare, factors, run_job
+from dpoviz.experiments.comparison_runs import OWN_RULES, AnswerTables, chosen_rows, compare, factors, run_job
 from dpoviz.experiments.comparison_worlds import draw_world
 from dpoviz.experiments.config import WorldConfig
 from dpoviz.lm import models
@@ -64,21 +65,29 @@ class TestJobs:
         assert len({job.name for job in rows}) == len(rows)
         assert list(dict.fromkeys(table["phase"])) == list(PHASES)
         measured = table[table["phase"] == "main"]
-        assert set(measured["world"]) == set(range(8)) and set(measured["contender"]) == set(TRAINED)
+        assert set(measured["world"]) == set(range(12)) and set(measured["contender"]) == set(TRAINED)
         assert measured.groupby(["world", "condition"]).size().unique().tolist() == [len(TRAINED), len(TRAINED) - 1]
         assert measured["world"].is_monotonic_increasing  # a comparison that is stopped has whole worlds
         tuning = table[table["phase"] != "main"]
-        assert tuning["world"].nunique() >= 6 and set(tuning["condition"]) == set(CONDITIONS)
+        assert tuning["world"].nunique() >= 6 and set(tuning["condition"]) == set(MAIN_CONDITIONS)
         assert not set(tuning["world"]) & set(measured["world"])
-        assert set(tuning["contender"]) == {CONSTANT} and tuning.groupby("world").size().unique().tolist() == [6]
-        more = pd.DataFrame(jobs(replace(config, tuned=("lsc",))))
-        assert set(more[more["phase"] == "tuning"]["contender"]) == {CONSTANT, "lsc"}
-        own = {"ada-dpo", "smoothing", "slope"}
-        assert {contender.rule for contender in TRAINED.values()} <= {*RULES, *own}
+        assert tuning.groupby(["world", "contender"]).size().unique().tolist() == [len(config.grid)] == [7]
+        assert set(tuning["contender"]) == set(TRAINED)
+        fewer = pd.DataFrame(jobs(replace(config, tuned=("lsc",))))
+        assert set(fewer[fewer["phase"] == "tuning"]["contender"]) == {CONSTANT, "lsc"}
+        assert {contender.rule for contender in TRAINED.values()} <= {*RULES, *OWN_RULES}
+
+    def test_other_lengths_and_scales_have_the_labels_of_flips_by_task(self):
+        others = {name: own for name, own in CONDITIONS.items() if name not in MAIN_CONDITIONS}
+        assert {own._replace(epochs=None, scale=1.0) for own in others.values()} == {CONDITIONS["flips by task"]}
+        assert {(own.epochs, own.scale) for own in others.values()} == {(0.5, 1), (8, 1), (None, 0.25), (None, 4)}
+        only = CompareConfig(conditions=("eight epochs",))
+        assert {job.condition for job in jobs(only)} == {"eight epochs"}  # rate and scale are chosen there
 
     def test_label_smoothing_where_labels_are_flipped(self):
-        where = {job.condition for job in jobs(CompareConfig()) if job.contender == "label smoothing"}
-        assert where == {"flips by task", "uniform noise"} == {c for c, own in CONDITIONS.items() if any(own.flips)}
+        main = [job for job in jobs(CompareConfig()) if job.phase == "main"]
+        where = {job.condition for job in main if job.contender == "label smoothing"}
+        assert where == set(CONDITIONS) - {"pairs by task"}
 
     @pytest.mark.parametrize(
         ("settings", "said"),
@@ -312,7 +321,7 @@ class TestSettings:
 
 
 CONSTANTS = [0.40, 0.42, 0.38, 0.41]
-ABOVE = {"ada-dpo": [0.010, 0.012, 0.008, 0.011], "network, standard": [-0.004, 0.006, 0.001, -0.002]}
+ABOVE = {"ada-dpo": [0.0102, 0.0105, 0.0100, 0.0103], "network, standard": [-0.004, 0.006, 0.001, -0.002]}
 
 
 def hand_made(job, name):
@@ -331,7 +340,7 @@ class TestContrasts:
 
     def test_against_scipy(self, finished):
         found = contrasts(gather(*finished)).set_index(["condition", "budget", "contender"])
-        assert len(found) == 3 * 3 * (len(ABOVE) + len(RETILTED) + 1)
+        assert len(found) == len(CONDITIONS) * 3 * (len(ABOVE) + len(RETILTED) + 1)
         row, above = found.loc["pairs by task", 0.3, "ada-dpo"], ABOVE["ada-dpo"]
         test = ttest_rel(np.add(CONSTANTS, above), CONSTANTS)
         low, high = test.confidence_interval()
@@ -348,15 +357,24 @@ class TestContrasts:
         tested = ~found["contender"].isin([ORACLE, IDEAL])
         assert found.loc[~tested, "holm"].isna().all()
         assert found.loc[tested, "holm"].tolist() == pytest.approx(holm(found.loc[tested, "p"].tolist()).tolist())
-        assert tested.sum() == 3 * 3 * (len(ABOVE) + len(RETILTED) - 1)
+        assert tested.sum() == len(CONDITIONS) * 3 * (len(ABOVE) + len(RETILTED) - 1)
 
     def test_what_it_says(self, finished):
         found = contrasts(gather(*finished))
         text = contrasts_as_text(found, "flips by task")
         assert "+0.0103 [" in text and "KL 0.1" in text and "100 %" in text
         lines = reading_of_contrasts(found)
-        assert "ada-dpo (flips by task, 0.1 nats, +0.0103)" in lines[3] and "network" not in lines[3]
+        above = lines[len(CONDITIONS)]
+        assert "ada-dpo (flips by task at 0.1, 0.3, 1; pairs by task at 0.1" in above and "network" not in above
         assert lines[0].startswith("flips by task: the best factor per task earns +0.0215 at 0.1 nats")
+
+    def test_what_training_came_to(self, finished):
+        table = gather(*finished)
+        table.loc[(table["condition"] == "eight epochs") & (table["contender"] == CONSTANT), "margin"] = 2.5
+        found = by_condition(table, ["flips by task", "eight epochs"])
+        assert found.index.tolist() == ["flips by task", "eight epochs"] and found["margin"].tolist() == [0.5, 2.5]
+        assert found["gain 0.3"].tolist() == pytest.approx([np.mean(CONSTANTS) - 0.3] * 2)
+        assert found["oracle 1"].tolist() == pytest.approx([0.02 + 0.001 * 1.5] * 2)
 
     @pytest.mark.slow
     def test_worlds_that_are_not_finished_are_left_out(self, finished):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from dpoviz.analysis.plots_comparison import figure_contrasts, figure_kl_by_task, figure_levels
+from dpoviz.analysis.plots_comparison import figure_by_margin, figure_contrasts, figure_kl_by_task, figure_levels
 
 CONDITIONS, BUDGETS = ("flips by task", "uniform noise"), (0.1, 0.3, 1.0)
 
@@ -68,6 +68,17 @@ def test_levels():
     assert heights["any policy"] == pytest.approx([0, 0.04, 0.12, 0.4])
     assert ax.containers[0].lines[0].get_xdata() == pytest.approx([0, *np.sqrt(BUDGETS)])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "0.3", "1"]
+
+
+def test_by_margin():
+    """In the order of the margins, with the bars of the table; other contenders are left out."""
+    table, margins = contrasts(), pd.Series({CONDITIONS[1]: 0.2, CONDITIONS[0]: 1.5})
+    for ax, budget in zip(figure_by_margin(table, margins, ["lsc"]).axes, BUDGETS, strict=True):
+        (drawn,) = ax.containers
+        assert drawn.lines[0].get_ydata() == pytest.approx([-0.02 * budget, -0.01 * budget])
+        (bars,) = drawn.lines[2]
+        assert bars.get_segments()[1][:, 1] == pytest.approx([-0.01 * budget - 0.003, -0.01 * budget + 0.003])
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["0.20", "1.50"]
 
 
 def test_kl_by_task():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -82,6 +84,42 @@ def figure_levels(table: pd.DataFrame) -> Figure:
         ax.set_title(condition)
     axes[0].set_ylabel("reward over the reference's")
     axes[0].legend(frameon=False, fontsize="small", loc="upper left")
+    return figure
+
+
+def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Sequence[str]) -> Figure:
+    """Draw the reward of contenders above the best constant against how far training has gone: a panel per budget.
+
+    Points are means over worlds, bars 95 % paired t intervals, each condition at its margin.
+
+    Args:
+        contrasts: the table of `contrasts`: condition, budget, contender, mean, low, high.
+        margins: the mean margin s·h at the end of training with the constant, nats, by condition.
+        contenders: the contenders to draw, two at most.
+    """
+    require_columns(contrasts, ["condition", "budget", "contender", "mean", "low", "high"], "contrasts")
+    rows = contrasts[contrasts["condition"].isin(margins.index)]
+    order = margins.sort_values()
+    budgets = sorted(set(rows["budget"]))
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(budgets), squeeze=False)[0]
+    for budget, ax in zip(budgets, axes, strict=True):
+        open_axes(ax)
+        ax.axhline(0, color=INK, linewidth=0.9)
+        for contender, color, shift in zip(contenders, ("#C4105C", "#3C7FD6"), (0.97, 1.03), strict=False):
+            own = rows[(rows["budget"] == budget) & (rows["contender"] == contender)].set_index("condition")
+            own = own.loc[order.index]
+            x, errors = order.to_numpy() * shift, (own["mean"] - own["low"], own["high"] - own["mean"])
+            ax.errorbar(
+                x, own["mean"], yerr=errors, color=color, marker="o", markersize=5, linewidth=1.2, label=contender
+            )
+        ax.set_xscale("log")
+        ax.set_xticks(order, [f"{margin:.2f}" for margin in order])
+        ax.minorticks_off()
+        ax.set_title(f"KL {budget:g} nats")
+        ax.set_xlabel("mean margin s·h of the constant (nats)")
+    axes[0].set_ylabel("reward above the best constant")
+    axes[0].legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -10,6 +10,7 @@ the unit; intervals are paired t intervals over worlds; all contrasts share one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,31 @@ def finished_worlds(config: CompareConfig, table: pd.DataFrame) -> list[int]:
     return sorted({world for world, *_ in wanted} - {world for world, *_ in missing})
 
 
+def by_condition(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Return what training with the constant came to in each condition, in means over worlds.
+
+    Args:
+        table: the table of `gather`, of worlds that are finished.
+        conditions: names of `CONDITIONS`.
+
+    Returns:
+        A row per condition: scale, s at the start; margin, the mean s·h of the last batch of training, nats; and at
+        each budget, such as 0.1, "gain 0.1", the constant's over the reference, and "oracle 0.1", what the best factor
+        per task adds.
+    """
+    main = table[(table["phase"] == "main") & (table["task"] == "all")]
+    rows = {}
+    for condition in conditions:
+        own = main[main["condition"] == condition]
+        constant = own[own["contender"] == CONSTANT]
+        means = own.groupby(["contender", "budget"])["gain"].mean()
+        rows[condition] = {"scale": constant["scale"].iloc[0], "margin": constant["margin"].mean()}
+        for budget, gain in means[CONSTANT].items():
+            rows[condition][f"gain {budget:g}"] = gain
+            rows[condition][f"oracle {budget:g}"] = means[ORACLE, budget] - gain
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     """Compare every contender with the best constant at equal KL, world by world.
 
@@ -116,7 +142,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     wide = main.pivot(index=["condition", "budget", "world"], columns="contender", values="reward")
     gains = main[main["contender"] == CONSTANT].groupby(["condition", "budget"])["gain"].mean()
     rows = []
-    for (condition, budget), own in wide.groupby(level=["condition", "budget"], sort=False):
+    for condition, budget in main[["condition", "budget"]].drop_duplicates().itertuples(index=False):
+        own = wide.loc[condition, budget]
         names = [name for name in (*RETILTED, *TRAINED, IDEAL) if name in own and name != CONSTANT]
         above = own[names].sub(own[CONSTANT], axis=0).dropna(axis=1, how="all")
         most = above[ORACLE].mean()

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dpoviz.analysis.plots_comparison import figure_contrasts, figure_kl_by_task, figure_levels
 from dpoviz.experiments.comparison import IDEAL, contrasts, finished_worlds, gather
-from dpoviz.experiments.comparison_config import CONSTANT, ORACLE, CompareConfig
+from dpoviz.experiments.comparison_config import CONDITIONS, CONSTANT, MAIN_CONDITIONS, ORACLE, CompareConfig
 
 
 def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
@@ -30,11 +30,17 @@ def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
     tuning.drop(columns="task").to_csv(out / "tuning.csv", index=False, float_format="%.5g")
     found = contrasts(main)
     found.to_csv(out / "contrasts.csv", index=False, float_format="%.5g")
+    # the further conditions have figures of their own
+    further = main["condition"].isin(set(CONDITIONS) - set(MAIN_CONDITIONS))
+    tasks_differ = main[~further] if not further.all() else main
+    shown = found["condition"].isin(tasks_differ["condition"])
     figures = {
-        "contrasts": figure_contrasts(found),
-        "levels": figure_levels(main),
-        "kl_by_task": figure_kl_by_task(main, budget=main["budget"].median()),
+        "contrasts": figure_contrasts(found[shown]),
+        "levels": figure_levels(tasks_differ),
+        "kl_by_task": figure_kl_by_task(tasks_differ, budget=main["budget"].median()),
     }
+    if not shown.all():
+        figures["contrasts_by_training"] = figure_contrasts(found[~shown])
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=130)
     return found
@@ -70,9 +76,13 @@ def reading_of_contrasts(found: pd.DataFrame) -> list[str]:
     tested = found[found["holm"].notna()]
     for sign, word in ((1, "above"), (-1, "below")):
         some = tested[(tested["holm"] < 0.05) & (tested["mean"] * sign > 0)]
-        named = "; ".join(f"{r.contender} ({r.condition}, {r.budget:g} nats, {r.mean:+.4f})" for r in some.itertuples())
+        parts = []
+        for contender, own in some.groupby("contender", sort=False):
+            where = own.groupby("condition", sort=False)["budget"].agg(lambda x: ", ".join(f"{kl:g}" for kl in x))
+            parts.append(f"{contender} ({'; '.join(f'{name} at {kl}' for name, kl in where.items())} nats)")
         lines.append(
-            f"Beyond noise {word} the constant (Holm's p below 5 %, {len(tested)} contrasts): {named or 'none'}."
+            f"Beyond noise {word} the constant (Holm's p below 5 %, {len(some)} of {len(tested)} contrasts): "
+            f"{', '.join(parts) or 'none'}."
         )
     middle = tested["detectable"].median()
     lines.append(
