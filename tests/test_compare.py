@@ -362,7 +362,7 @@ class TestContrasts:
     def test_what_it_says(self, finished):
         found = contrasts(gather(*finished))
         text = contrasts_as_text(found, "flips by task")
-        assert "+0.0103 [" in text and "KL 0.1" in text and "100 %" in text
+        assert "+0.0102 [" in text and "KL 0.1" in text and "100 %" in text
         lines = reading_of_contrasts(found)
         above = lines[len(CONDITIONS)]
         assert "ada-dpo (flips by task at 0.1, 0.3, 1; pairs by task at 0.1" in above and "network" not in above
