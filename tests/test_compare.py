@@ -30,7 +30,15 @@ from dpoviz.experiments.comparison_config import (
 )
 from dpoviz.experiments.comparison_pool import Pool, score
 from dpoviz.experiments.comparison_report import contrasts_as_text, reading_of_contrasts, write_comparison
-from dpoviz.experiments.comparison_runs import OWN_RULES, AnswerTables, chosen_rows, compare, factors, run_job
+from dpoviz.experiments.comparison_runs import (
+    OWN_RULES,
+    AnswerTables,
+    chosen_rows,
+    compare,
+    factors,
+    halve_scale,
+    run_job,
+)
 from dpoviz.experiments.comparison_worlds import draw_world
 from dpoviz.experiments.config import WorldConfig
 from dpoviz.lm import models
@@ -219,7 +227,7 @@ class TestEqualKL:
 
     def test_no_tilt_is_the_reference(self, tables):
         own, _, rewards = tables
-        assert own.rewards_of(torch.zeros(9))["math"] == pytest.approx(rewards[:3].mean())
+        assert own.means(torch.zeros(9))["reward"]["math"] == pytest.approx(rewards[:3].mean())
 
     def test_factors_of_slopes(self):
         found = factors({"math": 0.2, "code": 0.1, "dialogue": -1.0})
@@ -233,6 +241,21 @@ def by_hand(pool, monkeypatch):
     comparison_runs._world.cache_clear()
     yield replace(SMALL, conditions=("flips by task",), epochs=0.2, scales=(0.4,))
     comparison_runs._world.cache_clear()
+
+
+def test_half_the_scale(by_hand, pool, monkeypatch, tmp_path):
+    """Where the second policy went exactly twice as far, up to a constant per prompt, re-tilting by 2 is that policy."""
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(3 * SMALL.evaluation_prompts, 6))
+    ratios = {0.4: h, 0.2: 2 * h + rng.normal(size=(len(h), 1))}
+    monkeypatch.setattr(comparison_runs, "_trained", lambda _config, _job, _rate, scale, *_: (scale, scale))
+    monkeypatch.setattr(comparison_runs, "_log_ratios", lambda _pool, scale, _prompts: ratios[scale])
+    found = halve_scale(by_hand, 0, 1e-3, 0.4, tmp_path)
+    assert found["correlation"] == pytest.approx(1) and found["ratio"] == pytest.approx(2) and found["margin"] == 0.4
+    for measure in ("kl", "gain"):
+        assert found[f"{measure}_retilted"] == pytest.approx(found[f"{measure}_retrained"])
+        assert found[f"{measure}_once"] != pytest.approx(found[f"{measure}_retrained"])
+    assert found["gain_once_at_0.3"] == pytest.approx(found["gain_retrained_at_0.3"])
 
 
 @pytest.mark.slow

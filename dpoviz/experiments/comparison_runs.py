@@ -170,7 +170,7 @@ def _measured(own: Pool, world: World, policy: PreTrainedModel, *, retilt: bool)
     """Return reward, KL and factor at each budget: of the policy, and if asked of what re-tilts it by task."""
     h = _log_ratios(own, policy, world.evaluation)
     tables = AnswerTables(own, world.evaluation, h)
-    found: dict[str, Any] = {"reference": tables.rewards_of(torch.zeros(len(h)))}
+    found: dict[str, Any] = {"reference": tables.means(torch.zeros(len(h)))["reward"]}
     one = dict.fromkeys(tasks.TASKS, 1.0)
     found["results"] = {"own": tables.at_budgets(one)}
     if retilt:
@@ -259,16 +259,15 @@ class AnswerTables:
         """Return, by budget, reward, KL and factor by task and over all where the mean KL is the budget."""
         a = torch.tensor([direction[task] for task in tasks.TASKS], dtype=torch.float64)[self.task]
         tables = self.ref_logps, self.h, self.rewards
-        return {f"{budget:g}": self._means(tilt_to_budget(*tables, a, budget).a) for budget in BUDGETS}
+        return {f"{budget:g}": self.means(tilt_to_budget(*tables, a, budget).a) for budget in BUDGETS}
 
     def oracle(self) -> dict[str, dict]:
         tables = self.ref_logps, self.h, self.rewards
-        return {f"{budget:g}": self._means(best_tilt(*tables, budget, groups=self.task).a) for budget in BUDGETS}
+        return {f"{budget:g}": self.means(best_tilt(*tables, budget, groups=self.task).a) for budget in BUDGETS}
 
-    def rewards_of(self, a: Tensor) -> dict[str, float]:
-        return self._means(a.double())["reward"]
-
-    def _means(self, a: Tensor) -> dict[str, dict[str, float]]:
+    def means(self, a: Tensor) -> dict[str, dict[str, float]]:
+        """Return reward, KL and a, by task and over all, of the policy re-tilted by a factor per prompt."""
+        a = a.double()
         logps = (self.ref_logps + a[:, None] * self.h).log_softmax(1)
         values = {
             "reward": (logps.exp() * self.rewards).sum(1),
@@ -280,6 +279,48 @@ class AnswerTables:
             found[name] = {task: float(of_prompts[self.task == i].mean()) for i, task in enumerate(tasks.TASKS)}
             found[name]["all"] = float(np.mean(list(found[name].values())))
         return found
+
+
+@one_thread()
+def halve_scale(config: CompareConfig, world: int, rate: float, scale: float, cache_dir: Path | str) -> dict:
+    """Train with one constant, and again with half its scale; compare the first policy re-tilted by 2 with the second.
+
+    At the optimum of the loss, h = logit(p)/s: half the scale doubles h.
+
+    Args:
+        config: the experiment; its epochs, and the labels of "uniform noise".
+        world: number of the world.
+        rate: learning rate of the policy.
+        scale: s of the first policy.
+        cache_dir: folder in which the pool is cached.
+
+    Returns:
+        world, epochs and margin (mean s·h of the first policy's last batch, nats); on the answers to the evaluation
+        prompts, h centred by prompt: correlation of the two, and ratio, the factor a that is best in least squares; kl
+        (nats) and gain (reward over the reference's) of the first policy ("once"), re-tilted ("retilted") and of the
+        second ("retrained"), each by its own distance; and gain at a mean KL of 0.3 nats of the first and the second.
+    """
+    own = pool(config.reference, str(cache_dir))
+    job = Job("main", CONSTANT, "uniform noise", world)
+    drawn = _world(config, str(cache_dir), job.condition, world)
+    prompts = drawn.evaluation
+    h, margins = [], []
+    for start in (scale, scale / 2):
+        policy, margin = _trained(config, job, rate, start, own, drawn, None)
+        h.append(_log_ratios(own, policy, prompts))
+        margins.append(margin)
+    first, second = (each - each.mean(axis=1, keepdims=True) for each in h)
+    found: dict[str, Any] = {"world": world, "epochs": config.epochs, "margin": margins[0]}
+    found["correlation"] = float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
+    found["ratio"] = float((first * second).sum() / (first**2).sum())
+    once, retrained = (AnswerTables(own, prompts, each) for each in h)
+    none = once.means(torch.zeros(len(prompts)))["reward"]["all"]
+    for name, tables, a in (("once", once, 1.0), ("retilted", once, 2.0), ("retrained", retrained, 1.0)):
+        means = tables.means(torch.full((len(prompts),), a))
+        found |= {f"kl_{name}": means["kl"]["all"], f"gain_{name}": means["reward"]["all"] - none}
+    for name, tables in (("once", once), ("retrained", retrained)):
+        found[f"gain_{name}_at_0.3"] = tables.at_budgets(dict.fromkeys(tasks.TASKS, 1.0))["0.3"]["reward"]["all"] - none
+    return found
 
 
 def compare(
