@@ -244,7 +244,7 @@ def by_hand(pool, monkeypatch):
 
 
 def test_half_the_scale(by_hand, pool, monkeypatch, tmp_path):
-    """Where the second policy went exactly twice as far, up to a constant per prompt, re-tilting by 2 is that policy."""
+    """Where the second went exactly twice as far, up to a constant per prompt, re-tilting by 2 gives that policy."""
     rng = np.random.default_rng(0)
     h = rng.normal(size=(3 * SMALL.evaluation_prompts, 6))
     ratios = {0.4: h, 0.2: 2 * h + rng.normal(size=(len(h), 1))}
