@@ -1,4 +1,4 @@
-"""Measure how near a policy re-tilted by 2 is to one trained with half the scale, and write halved.csv beside this file.
+"""Measure how near a policy re-tilted by 2 is to one trained with half the scale, and write halved.csv beside this.
 
 About eight minutes of one core, after `dpoviz compare` has made the pool.
 """
