@@ -1,5 +1,6 @@
 """Each rule by its name: how it starts, and that the loop takes it and a killed run ends as if it had not been."""
 
+import json
 import math
 
 import pytest
@@ -20,8 +21,9 @@ from helpers.worlds import (
 
 from dpoviz.beta import ConstantBeta, EntropyBeta
 from dpoviz.experiments.config import RealConfig
+from dpoviz.experiments.real import load_whole
 from dpoviz.forms import FORMS, scale
-from dpoviz.rules import LSC, AdaDPO, BetaDPO, DualKL, EpsilonDPO, MallowsPO
+from dpoviz.rules import LSC, MADPO, AdaDPO, BetaDPO, DualKL, EpsilonDPO, MallowsPO
 from dpoviz.training.batch import answer_entropy
 from dpoviz.training.config import RULES, TrainConfig
 from dpoviz.training.methods import load_beta, require_rule
@@ -63,7 +65,7 @@ def test_no_such_rule(world):
 @pytest.mark.parametrize(
     ("name", "kind", "attribute", "default"),
     [("beta-dpo", BetaDPO, "a", 0.6), ("epsilon-dpo", EpsilonDPO, "epsilon", 0.01), ("ada-dpo", AdaDPO, "rho", 0.2),
-     ("lsc", LSC, "target", 0.4),
+     ("madpo", MADPO, "tau", math.log(999)), ("lsc", LSC, "target", 0.4),
      ("lsc-at-once", LSC, "target", 0.4), ("dual-kl", DualKL, "target", 1.0), ("mallows", MallowsPO, "sign", 1)],
 )  # fmt: skip
 def test_strength(world, name, kind, attribute, default):
@@ -88,6 +90,27 @@ def test_a_strength_that_the_rule_refuses_is_refused_before_there_are_pairs(name
     require_rule(name, RULES[name].default)  # what is published is taken
     with pytest.raises(ValueError, match=rf"^strength: got nan, which the rule '{name}' refuses"):
         require_rule(name, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("margins", "said"),
+    [(None, "data: lacks reward_margin, a number for each pair, which the rule 'madpo' reads"),
+     ([1.0, None, 0.5], r"data: reward_margin is not finite in rows \[1\]"),
+     (["a", "b", "c"], "reward_margin is Value")],
+)  # fmt: skip
+def test_a_column_that_the_rule_reads_is_missed_before_a_model_is_loaded(world, tmp_path, margins, said):
+    rows = [{"prompt": f"p {i}", "chosen": "a b", "rejected": "c", "task": "math"} for i in range(3)]
+    rows = [row | ({} if margins is None else {"reward_margin": margins[i]}) for i, row in enumerate(rows)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=said):
+        load_whole(RealConfig(data=(str(file),), model="no-such-model", rule="madpo"))
+    with pytest.raises(ValueError, match="pairs: lacks reward_margin, which MADPO looks at"):
+        run(
+            (world[0], world[1].remove_columns("reward_margin"), world[2]),
+            TrainConfig.around(0.1, "standard", **SMALL),
+            MADPO(0.1),
+        )
 
 
 def test_tasks_have_betas_of_their_own(world):

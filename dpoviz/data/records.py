@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 RESERVED_TASKS = ("all",)
 """Names that tables use for all tasks together."""
 
+KEPT = ("task", "group", "reward_margin")
+"""Fields that are read beside those of a preset's layout."""
+
 _SHOWN = 10  # problems listed in one message
 
 _ROWS_AT_ONCE = 1000  # held as Python objects, which take ten times the memory of Arrow columns
@@ -172,7 +175,7 @@ class _Loading:
             return
         if not found:
             self.left_out.append(f"{row.shown}: no preference")
-        named = {name: row.record[name] for name in ("task", "group") if layout is not None and name in row.record}
+        named = {name: row.record[name] for name in KEPT if layout is not None and name in row.record}
         for record in found:
             try:
                 record = self.reader.read(named | record)

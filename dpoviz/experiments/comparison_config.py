@@ -77,7 +77,7 @@ TRAINED: dict[str, Contender] = {
     "mallows": Contender("mallows"),
     "lsc": Contender("lsc"),
     "ada-dpo": Contender("ada-dpo"),
-    "madpo": Contender("margins"),
+    "madpo": Contender("madpo"),
     # without flips it is the constant
     "label smoothing": Contender("smoothing", conditions=tuple(c for c, own in CONDITIONS.items() if any(own.flips))),
 }

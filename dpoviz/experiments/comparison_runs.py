@@ -45,7 +45,7 @@ from dpoviz.experiments.comparison_worlds import SCORED_ANSWERS, World, draw_wor
 from dpoviz.lm.cache import read_result, write_result
 from dpoviz.lm.processes import hidden
 from dpoviz.lm.workers import cores, one_thread, run_side_by_side
-from dpoviz.rules import MADPO, PromptRule, Rule, TaskSmoothing
+from dpoviz.rules import PromptRule, Rule, TaskSmoothing
 from dpoviz.tabular import best_tilt, tilt_to_budget
 from dpoviz.training.batch import REWARD_MARGIN
 from dpoviz.training.config import TrainConfig
@@ -118,7 +118,7 @@ def _trained(
         checkpoint_every=10**6,
         seed=job.world,
     )
-    if contender.rule == "margins":
+    if contender.rule == "madpo":
         assert before is not None
         margins = before["scale"] * np.array(before["pair_margins"])  # the implicit rewards of that policy
         pairs = pairs.add_column(REWARD_MARGIN, margins.tolist())
@@ -134,20 +134,18 @@ def _trained(
     return policy, float(result.history["margin"].iloc[-1])
 
 
-OWN_RULES = ("smoothing", "slope", "slope, inverted", "margins")
-"""Rules that are not in `RULES`: label smoothing with the true flip rates; one beta per task, for s ∝ 1/b or s ∝ b, b
-from held-out pairs; MADPO, with the implicit rewards of a policy as its reward model."""
+OWN_RULES = ("smoothing", "slope", "slope, inverted")
+"""Rules that are not in `RULES`: label smoothing with the true flip rates; one beta per task, s ∝ 1/b or s ∝ b, with b
+from held-out pairs."""
 
-AFTER_CONSTANT = ("slope", "slope, inverted", "margins")
-"""Those that need a policy that was trained with one constant."""
+AFTER_CONSTANT = ("slope", "slope, inverted", "madpo")
+"""Rules that need a policy trained with one constant: its slopes, or its implicit rewards as MADPO's reward model."""
 
 
 def _rule(name: str, settings: TrainConfig, job: Job, own: Pool, pairs: Dataset, before: dict | None) -> Beta | Rule:
     if name == "smoothing":
         return TaskSmoothing(settings.beta0, dict(zip(tasks.TASKS, CONDITIONS[job.condition].flips, strict=True)))
-    if name == "margins":
-        return MADPO(settings.beta0)
-    if name in AFTER_CONSTANT:
+    if name in OWN_RULES:
         assert before is not None
         power = -1 if name == "slope" else 1
         s = {task: b**power for task, b in factors(before["pair_slopes"]).items()}

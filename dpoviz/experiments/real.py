@@ -25,7 +25,7 @@ from dpoviz.lm.entropy import estimate_entropy
 from dpoviz.lm.models import LanguageModel, load_lm, lora_targets, random_lm, require_peft
 from dpoviz.lm.processes import in_its_precision, processes
 from dpoviz.lm.reference import reference_pass, require_room
-from dpoviz.training.methods import require_rule
+from dpoviz.training.methods import require_column, require_rule
 from dpoviz.training.stages import Variant
 
 FIXED = "fixed"
@@ -98,6 +98,8 @@ def load_whole(
         columns=dict(config.columns) or None,
         ignore_columns=config.ignore_columns,
     )
+    if training:
+        require_column(config.rule, pairs)
     pairs = as_chat(pairs, config.chat) if config.chat else pairs
     model, tokenizer = _language_model(config, pairs)
     if training and config.lora_rank:

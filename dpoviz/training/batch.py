@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from dpoviz.lm.packing import PrefixBatch
@@ -113,6 +115,21 @@ def read_batch(rows: Mapping[str, Any]) -> Batch:
         answer_entropy=answer_entropy(rows) if known else None,
         reward_margin=tensor(rows[REWARD_MARGIN]) if REWARD_MARGIN in rows else None,
     )
+
+
+def require_finite(name: str, data: Dataset, column: str) -> None:
+    """Raise for a column whose numbers are not all finite.
+
+    Raises:
+        ValueError: names up to ten rows; `name` is that of the data.
+    """
+    values = np.asarray(data.with_format("numpy")[column][:])
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"{name}: {column} is {data.features[column]}, expected a number in each row")
+    values = values.reshape(len(data), -1)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
+    if bad:
+        raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
 
 
 def answer_entropy(rows: Mapping[str, Sequence]) -> Tensor:

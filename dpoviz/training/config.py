@@ -20,11 +20,13 @@ class RuleInfo(NamedTuple):
         forms: the forms in which it is defined.
         setting: the name of its hyperparameter besides beta0; "" if it has none.
         default: the published value of the hyperparameter, or ours where none is published.
+        column: the column of numbers that the user's pairs must have for it; "" if none.
     """
 
     forms: tuple[Form, ...] = FORMS
     setting: str = ""
     default: float = 0.0
+    column: str = ""
 
 
 RULES: dict[str, RuleInfo] = {
@@ -36,6 +38,7 @@ RULES: dict[str, RuleInfo] = {
     "epsilon-dpo": RuleInfo(("standard",), "epsilon", 0.01),
     "mallows": RuleInfo(("standard",), "sign", 1.0),
     "ada-dpo": RuleInfo(("standard",), "rho", 0.2),
+    "madpo": RuleInfo(("standard",), "tau", math.log(999), column="reward_margin"),
     "lsc": RuleInfo(("standard",), "target margin", 0.4),
     "lsc-at-once": RuleInfo(("standard",), "target margin", 0.4),
     "dual-kl": RuleInfo(("standard",), "KL in nats", 1.0),

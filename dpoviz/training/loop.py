@@ -28,7 +28,7 @@ from dpoviz.lm.processes import hidden
 from dpoviz.losses import Logps, TotalLoss, gradients_on_beta, total_loss
 from dpoviz.regularizers import Regularization
 from dpoviz.rules import PromptRule, Rule, RuleOutput
-from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, NUMBERS, REWARD_MARGIN, Batch, shuffled_rows
+from dpoviz.training.batch import ANSWER_ENTROPY, COLUMNS, NUMBERS, REWARD_MARGIN, Batch, require_finite, shuffled_rows
 from dpoviz.training.checkpoint import Checkpoint
 from dpoviz.training.config import TrainConfig
 from dpoviz.training.probes import Models, betas_by_step, correctly_ranked, means_by_task, quartiles_by_task
@@ -190,7 +190,8 @@ def _check(
         if missing:
             raise ValueError(f"{name}: lacks {', '.join(missing)}; expected what reference_pass returns")
         if data is not None:
-            _require_finite_columns(name, data)
+            for column in NUMBERS:
+                require_finite(name, data, column)
     for name, data in (("pairs", pairs), ("beta_pairs", beta_pairs)):
         if data is not None and len(data) < config.batch_size:
             raise ValueError(f"{name}: got {len(data)}, expected at least batch_size = {config.batch_size}")
@@ -201,17 +202,11 @@ def _check(
     lacking = [column for column in _columns_of(rule) if column not in pairs.column_names]
     if lacking:
         raise ValueError(f"pairs: lacks {', '.join(lacking)}, which {type(rule).__name__} looks at")
+    for column in _columns_of(rule):
+        require_finite("pairs", pairs, column)
     models.adapter_off()  # raises if the policy is its own reference and has no adapter
     if rule.needs & {"direction", "kl"} and models.reference is None:
         raise ValueError(f"reference: got None, expected the model: {type(rule).__name__} looks at it in training")
-
-
-def _require_finite_columns(name: str, data: Dataset) -> None:
-    for column in NUMBERS:
-        values = np.asarray(data.with_format("numpy")[column][:]).reshape(len(data), -1)
-        bad = np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist()
-        if bad:
-            raise ValueError(f"{name}: {column} is not finite in rows {bad[:10]}, expected finite numbers")
 
 
 def _columns_of(rule: Rule) -> list[str]:

@@ -25,7 +25,7 @@ from dpoviz.rules import (
     Rule,
     TaskSmoothing,
 )
-from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy
+from dpoviz.training.batch import ANSWER_ENTROPY, answer_entropy, require_finite
 from dpoviz.training.config import RULES, TrainConfig, alpha_for_mean
 
 
@@ -102,6 +102,20 @@ def require_rule(rule: str, strength: float | None) -> None:
         raise ValueError(f"strength: got {strength!r}, which the rule {rule!r} refuses: {error}") from None
 
 
+def require_column(rule: str, pairs: Dataset) -> None:
+    """Raise for pairs without the numbers that a rule reads, before anything is computed.
+
+    Raises:
+        ValueError: the column is missing, or not a finite number in some row.
+    """
+    column = RULES[rule].column
+    if not column:
+        return
+    if column not in pairs.column_names:
+        raise ValueError(f"data: lacks {column}, a number for each pair, which the rule {rule!r} reads")
+    require_finite("data", pairs, column)
+
+
 def _network(config: TrainConfig, pairs: Dataset, _vocabulary: int, _strength: float) -> BetaNetwork:
     x = features(pairs)
     with torch.random.fork_rng(devices=[]):
@@ -142,6 +156,10 @@ def _ada_dpo(config: TrainConfig, _pairs: Dataset, _vocabulary: int, rho: float)
     return AdaDPO(config.beta0, rho=rho)
 
 
+def _madpo(config: TrainConfig, _pairs: Dataset, _vocabulary: int, tau: float) -> MADPO:
+    return MADPO(config.beta0, tau=tau)
+
+
 def _lsc(config: TrainConfig, _pairs: Dataset, _vocabulary: int, target: float) -> LSC:
     return LSC(config.beta0, target=target)
 
@@ -177,6 +195,7 @@ _BUILDERS: dict[str, Callable[[TrainConfig, Dataset, int, float], Beta | Rule]] 
     "epsilon-dpo": _epsilon_dpo,
     "mallows": _mallows,
     "ada-dpo": _ada_dpo,
+    "madpo": _madpo,
     "lsc": _lsc,
     "lsc-at-once": _lsc_at_once,
     "dual-kl": _dual_kl,
@@ -196,6 +215,7 @@ _TRIALS: dict[str, Callable[[float], object]] = {
     "epsilon-dpo": lambda epsilon: EpsilonDPO(1.0, epsilon=epsilon),
     "mallows": lambda sign: MallowsPO(1.0, c=1.0, sign=sign),
     "ada-dpo": lambda rho: AdaDPO(1.0, rho=rho),
+    "madpo": lambda tau: MADPO(1.0, tau=tau),
     "lsc": lambda target: LSC(1.0, target=target),
     "lsc-at-once": lambda target: LSC(1.0, target=target),
     "dual-kl": lambda target: _controller(1.0, target, None),

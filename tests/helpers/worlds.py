@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpoviz.beta import BetaNetwork
 from dpoviz.experiments.config import WorldConfig
-from dpoviz.training.batch import ANSWER_ENTROPY
+from dpoviz.training.batch import ANSWER_ENTROPY, REWARD_MARGIN
 from dpoviz.training.config import RULES, TrainConfig
 from dpoviz.training.loop import train
 from dpoviz.training.methods import build
@@ -99,13 +99,13 @@ def small_pairs(model, n=24, seed=0):
 
 
 def with_entropies(pairs):
-    """The pairs with entropies of their answers, drawn at random."""
+    """The pairs with entropies of their answers and a reward model's margins, drawn at random."""
     draw = torch.Generator().manual_seed(0)
     for column in ANSWER_ENTROPY:
         ids = pairs[column.replace("ref_", "").replace("entropy", "ids")]
         totals = [len(own) * (0.2 + 3 * torch.rand((), generator=draw).item()) for own in ids]
         pairs = pairs.add_column(column, totals)
-    return pairs
+    return pairs.add_column(REWARD_MARGIN, (4 * torch.randn(len(pairs), generator=draw)).tolist())
 
 
 def network(seed=0):
