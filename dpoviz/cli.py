@@ -356,7 +356,7 @@ def _compare(given: _Compare) -> None:
         return
     found = write_comparison(config, given.out)
     for condition in config.conditions:
-        print(f"\n{condition}: reward above the best constant at the same KL [95 %], share of the oracle's gain")
+        print(f"\n{condition}: reward above the constant at the same KL [95 %], share of the oracle's gain")
         print(contrasts_as_text(found, condition))
     print()
     for line in reading_of_contrasts(found):

@@ -1,11 +1,11 @@
 """Rules for beta: the interface through which the training loop asks for the beta of each pair in a batch.
 
-`PromptRule` is beta as the derivation wants it, a function of the prompt alone. `BetaDPO`, `EpsilonDPO`, `MallowsPO`
-and `LSC` are published rules that use the answers, or what the policy computes from them, so their beta is not a
-function of x. The normaliser Z(x) cancels between chosen and rejected because both have the same beta (the derivation,
-§4.1). With these rules the pairs of one prompt have different betas, so that Z(x) is not the same for all of them, and
-no single reward function corresponds to the loss. `DualKL` uses the measured KL divergence. `RandomBeta` and
-`LookupBeta` are controls.
+`PromptRule` is beta as the derivation wants it, a function of the prompt alone. `BetaDPO`, `EpsilonDPO`, `MallowsPO`,
+`AdaDPO` and `LSC` are published rules that use the answers, or what the policy computes from them, so their beta is not
+a function of x. The normaliser Z(x) cancels between chosen and rejected because both have the same beta (the
+derivation, §4.1). With these rules the pairs of one prompt have different betas, so that Z(x) is not the same for all
+of them, and no single reward function corresponds to the loss. `MADPO` and `TaskSmoothing` have one beta, and weights
+or smoothed labels. `DualKL` uses the measured KL divergence. `RandomBeta` and `LookupBeta` are controls.
 
 The published rules multiply h by beta: they are defined in the standard form.
 """

@@ -24,6 +24,7 @@ from dpoviz.experiments.comparison_config import (
     PHASES,
     RETILTED,
     TRAINED,
+    TRUE_SLOPES,
     CompareConfig,
     Job,
     jobs,
@@ -79,7 +80,7 @@ class TestJobs:
         tuning = table[table["phase"] != "main"]
         assert tuning["world"].nunique() >= 6 and set(tuning["condition"]) == set(MAIN_CONDITIONS)
         assert not set(tuning["world"]) & set(measured["world"])
-        assert tuning.groupby(["world", "contender"]).size().unique().tolist() == [len(config.grid)] == [7]
+        assert tuning.groupby(["world", "contender"]).size().unique().tolist() == [len(config.grid)] == [8]
         assert set(tuning["contender"]) == set(TRAINED)
         fewer = pd.DataFrame(jobs(replace(config, tuned=("lsc",))))
         assert set(fewer[fewer["phase"] == "tuning"]["contender"]) == {CONSTANT, "lsc"}
@@ -87,10 +88,10 @@ class TestJobs:
 
     def test_other_lengths_and_scales_have_the_labels_of_flips_by_task(self):
         others = {name: own for name, own in CONDITIONS.items() if name not in MAIN_CONDITIONS}
-        assert {own._replace(epochs=None, scale=1.0) for own in others.values()} == {CONDITIONS["flips by task"]}
-        assert {(own.epochs, own.scale) for own in others.values()} == {(0.5, 1), (8, 1), (None, 0.25), (None, 4)}
-        only = CompareConfig(conditions=("eight epochs",))
-        assert {job.condition for job in jobs(only)} == {"eight epochs"}  # rate and scale are chosen there
+        assert {own._replace(epochs=None, scale=None) for own in others.values()} == {CONDITIONS["flips by task"]}
+        assert {(own.epochs, own.scale) for own in others.values()} == {(0.5, 0.4), (2, 0.4), (8, 0.4), (2, 1.6)}
+        only = CompareConfig(conditions=("eight epochs, s 0.4",))
+        assert {job.condition for job in jobs(only)} == {"eight epochs, s 0.4"}  # rate and scale are chosen there
 
     def test_label_smoothing_where_labels_are_flipped(self):
         main = [job for job in jobs(CompareConfig()) if job.phase == "main"]
@@ -377,10 +378,10 @@ class TestContrasts:
 
     def test_one_correction_over_all_that_is_tested(self, finished):
         found = contrasts(gather(*finished))
-        tested = ~found["contender"].isin([ORACLE, IDEAL])
+        tested = ~found["contender"].isin([ORACLE, IDEAL, TRUE_SLOPES])
         assert found.loc[~tested, "holm"].isna().all()
         assert found.loc[tested, "holm"].tolist() == pytest.approx(holm(found.loc[tested, "p"].tolist()).tolist())
-        assert tested.sum() == len(CONDITIONS) * 3 * (len(ABOVE) + len(RETILTED) - 1)
+        assert tested.sum() == len(CONDITIONS) * 3 * (len(ABOVE) + len(RETILTED) - 2)
 
     def test_what_it_says(self, finished):
         found = contrasts(gather(*finished))
@@ -393,9 +394,12 @@ class TestContrasts:
 
     def test_what_training_came_to(self, finished):
         table = gather(*finished)
-        table.loc[(table["condition"] == "eight epochs") & (table["contender"] == CONSTANT), "margin"] = 2.5
-        found = by_condition(table, ["flips by task", "eight epochs"])
-        assert found.index.tolist() == ["flips by task", "eight epochs"] and found["margin"].tolist() == [0.5, 2.5]
+        table.loc[(table["condition"] == "eight epochs, s 0.4") & (table["contender"] == CONSTANT), "margin"] = 2.5
+        found = by_condition(table, ["flips by task", "eight epochs, s 0.4"])
+        assert found.index.tolist() == ["flips by task", "eight epochs, s 0.4"] and found["margin"].tolist() == [
+            0.5,
+            2.5,
+        ]
         assert found["gain 0.3"].tolist() == pytest.approx([np.mean(CONSTANTS) - 0.3] * 2)
         assert found["oracle 1"].tolist() == pytest.approx([0.02 + 0.001 * 1.5] * 2)
 

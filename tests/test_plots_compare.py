@@ -64,7 +64,7 @@ def test_levels():
     figure = figure_levels(runs())
     ax = figure.axes[0]
     heights = {container.get_label(): container.lines[0].get_ydata() for container in ax.containers}
-    assert heights["best constant"] == pytest.approx([0, 0.01, 0.03, 0.1])
+    assert heights["one constant"] == pytest.approx([0, 0.01, 0.03, 0.1])
     assert heights["any policy"] == pytest.approx([0, 0.04, 0.12, 0.4])
     assert ax.containers[0].lines[0].get_xdata() == pytest.approx([0, *np.sqrt(BUDGETS)])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "0.3", "1"]

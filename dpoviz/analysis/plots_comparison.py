@@ -15,7 +15,7 @@ _SPECIAL = ("oracle", "ideal")
 
 
 def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
-    """Draw the reward of each contender above the best constant at equal KL: a panel per condition.
+    """Draw the reward of each contender above the constant at equal KL: a panel per condition.
 
     Points are means over worlds, bars 95 % paired t intervals, colours the KL budgets. A point is filled if Holm's
     adjusted p is below 5 %, and for the oracle, which is not tested.
@@ -43,7 +43,7 @@ def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
                 filled = name in _SPECIAL or row["holm"] < 0.05
                 ax.plot(row["mean"], y, "o", color=color, markersize=5, markerfacecolor=color if filled else "white")
         ax.set_title(condition)
-        ax.set_xlabel("reward above the best constant\nat the same KL")
+        ax.set_xlabel("reward above the constant\nat the same KL")
         ax.locator_params(axis="x", nbins=5)
         ax.set_yticks([-i for i in range(len(names))], names)
         ax.tick_params(axis="y", length=0)
@@ -56,7 +56,7 @@ def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
 
 
 def figure_levels(table: pd.DataFrame) -> Figure:
-    """Draw the reward gained over the reference against KL: the best constant, the oracle per task, and any policy.
+    """Draw the reward gained over the reference against KL: one constant, the oracle per task, and any policy.
 
     Points are means over worlds with one standard error. The KL axis is scaled as √KL, in which a small step of the
     best policy is a straight line.
@@ -70,7 +70,7 @@ def figure_levels(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, len(conditions), sharey=True, squeeze=False)[0]
     lines = {"ideal": ("any policy", GREY, "^"), "oracle": ("best factor per task", "#C4105C", "D"),
-             "constant": ("best constant", INK, "o")}  # fmt: skip
+             "constant": ("one constant", INK, "o")}  # fmt: skip
     for condition, ax in zip(conditions, axes, strict=True):
         open_axes(ax)
         for name, (label, color, marker) in lines.items():
@@ -88,7 +88,7 @@ def figure_levels(table: pd.DataFrame) -> Figure:
 
 
 def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Sequence[str]) -> Figure:
-    """Draw the reward of contenders above the best constant against how far training has gone: a panel per budget.
+    """Draw the reward of contenders above the constant against how far training has gone: a panel per budget.
 
     Points are means over worlds, bars 95 % paired t intervals, each condition at its margin.
 
@@ -118,7 +118,7 @@ def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Se
         ax.minorticks_off()
         ax.set_title(f"KL {budget:g} nats")
         ax.set_xlabel("mean margin s·h of the constant (nats)")
-    axes[0].set_ylabel("reward above the best constant")
+    axes[0].set_ylabel("reward above the constant")
     axes[0].legend(frameon=False, fontsize="small")
     return figure
 

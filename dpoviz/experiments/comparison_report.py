@@ -14,8 +14,9 @@ from dpoviz.experiments.comparison_config import CONDITIONS, CONSTANT, MAIN_COND
 def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
     """Gather the runs into tables, draw the pictures, and return `contrasts` of the worlds that are finished.
 
-    Files written: tuning.csv and compare.csv (`gather`, the tuning phases and the main phase), contrasts.csv, and a
-    picture of each kind.
+    Files written: tuning.csv and compare.csv (`gather`, the tuning phase and the main phase), contrasts.csv, and
+    contrasts.png, levels.png and kl_by_task.png; contrasts_by_training.png has the conditions besides
+    `MAIN_CONDITIONS`.
 
     Raises:
         ValueError: fewer than three worlds are finished.
@@ -47,7 +48,7 @@ def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
 
 
 def contrasts_as_text(found: pd.DataFrame, condition: str) -> str:
-    """Return `contrasts` of one condition as text: reward above the best constant, and share of the oracle's gain."""
+    """Return `contrasts` of one condition as text: reward above the constant, and share of the oracle's gain."""
     rows = found[found["condition"] == condition]
     cells = pd.DataFrame(
         {
@@ -70,9 +71,7 @@ def reading_of_contrasts(found: pd.DataFrame) -> list[str]:
         oracle, ideal = (rows[rows["contender"] == name].set_index("budget") for name in (ORACLE, IDEAL))
         shown = ", ".join(f"{mean:+.4f} at {budget:g} nats" for budget, mean in oracle["mean"].items())
         most = ", ".join(f"{mean:+.3f}" for mean in ideal["mean"])
-        lines.append(
-            f"{condition}: the best factor per task earns {shown} above the best {CONSTANT}; any policy, {most}."
-        )
+        lines.append(f"{condition}: the best factor per task earns {shown} above the {CONSTANT}; any policy, {most}.")
     tested = found[found["holm"].notna()]
     for sign, word in ((1, "above"), (-1, "below")):
         some = tested[(tested["holm"] < 0.05) & (tested["mean"] * sign > 0)]

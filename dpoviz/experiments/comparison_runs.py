@@ -64,20 +64,22 @@ def run_job(config: CompareConfig, job: Job, out: Path, cache_dir: Path | str) -
     if file.is_file():
         return read_result(file)
     rate, start = job.learning_rate, job.scale
-    if job.phase == "main":
+    if job.phase == "main" and not rate:
         rate, start = best_settings(config, out, job.contender)
-        start *= CONDITIONS[job.condition].scale
+        start = CONDITIONS[job.condition].scale or start
+    before = None
+    if TRAINED[job.contender].rule in AFTER_CONSTANT:
+        first = job._replace(contender=CONSTANT, learning_rate=rate, scale=start)
+        before = run_job(config, first, out, cache_dir)
     began, cpu = time.monotonic(), time.process_time()
     own = pool(config.reference, str(cache_dir))
     world = _world(config, str(cache_dir), job.condition, job.world)
-    before = None
-    if TRAINED[job.contender].rule in AFTER_CONSTANT:
-        before = run_job(config, job._replace(contender=CONSTANT), out, cache_dir)
     policy, margin = _trained(config, job, rate, start, own, world, before)
     found: dict[str, Any] = {**job._asdict(), "learning_rate": rate, "scale": start, "margin": margin}
-    found |= _measured(own, world, policy, retilt=job.contender == CONSTANT and job.phase == "main")
-    if job.contender == CONSTANT:  # for those that train after it
-        found |= {"pair_slopes": _slopes_of_pairs(own, world, policy), "pair_margins": _margins(own, world, policy)}
+    found |= _measured(own, world, policy, retilt=job == Job("main", CONSTANT, job.condition, job.world))
+    if job.contender == CONSTANT and job.learning_rate:  # for those that train after it
+        found["pair_slopes"] = _slopes_of_pairs(own, world, policy)
+        found["pair_margins"] = _of_pairs(own, world.train, policy).tolist()
     found |= {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu}
     write_result(file, found)
     return found
@@ -99,7 +101,7 @@ def _trained(
 ) -> tuple[PreTrainedModel, float]:
     """Return the trained policy, and the mean margin s·h of the last batch of training.
 
-    `before` is the result of the same job with one constant, for a rule of `AFTER_CONSTANT`.
+    `before` is the result of training with one constant at the same rate and scale, for a rule of `AFTER_CONSTANT`.
     """
     contender, pairs = TRAINED[job.contender], world.train
     epochs = CONDITIONS[job.condition].epochs or config.epochs
@@ -223,11 +225,6 @@ def _by_task(table: pd.DataFrame) -> dict[str, float]:
     return {row.task: row.slope for row in table.itertuples() if row.task != POOLED}
 
 
-def _margins(own: Pool, world: World, policy: PreTrainedModel) -> list[float]:
-    """Return h of each training pair."""
-    return _of_pairs(own, world.train, policy).tolist()
-
-
 def _of_pairs(own: Pool, pairs: Dataset, policy: PreTrainedModel) -> np.ndarray:
     """Return (N,) h of chosen against rejected, nats."""
     rows = pairs[:]
@@ -295,8 +292,9 @@ def halve_scale(config: CompareConfig, world: int, rate: float, scale: float, ca
     Returns:
         world, epochs and margin (mean s·h of the first policy's last batch, nats); on the answers to the evaluation
         prompts, h centred by prompt: correlation of the two, and ratio, the factor a that is best in least squares; kl
-        (nats) and gain (reward over the reference's) of the first policy ("once"), re-tilted ("retilted") and of the
-        second ("retrained"), each by its own distance; and gain at a mean KL of 0.3 nats of the first and the second.
+        (nats) and gain (reward over the reference's) of the first policy ("once"), of it re-tilted by 2 ("retilted")
+        and of the second ("retrained"), at whatever KL each has; and gain of the first and the second at a mean KL of
+        0.3 nats.
     """
     own = pool(config.reference, str(cache_dir))
     job = Job("main", CONSTANT, "uniform noise", world)

@@ -35,7 +35,8 @@ SCORED_ANSWERS = 4
 
 
 def draw_world(config: CompareConfig, own: Pool, condition: Condition, number: int) -> World:
-    """Draw a world; worlds of one number share their prompts and, up to the number, pairs in all conditions."""
+    """Draw a world; those of one number have the same prompts in all conditions, and the same pairs and labels before
+    flips where the number of pairs is the same."""
     train: list[dict] = []
     held_out: list[dict] = []
     scored: list[int] = []
@@ -49,7 +50,6 @@ def draw_world(config: CompareConfig, own: Pool, condition: Condition, number: i
         n, m = config.prompts, config.slope_prompts
         train += _pairs(own, order[:n], condition.pairs[i], condition.flips[i], f"{number} {task} train")
         scored += order[n : n + m]
-        # the measured worlds have enough prompts for further ones; in the tuning worlds no slope is estimated
         held_out += _pairs(own, order[n : n + m], SCORED_ANSWERS, condition.flips[i], f"{number} {task} held out")
         evaluation += order[n + m : n + m + config.evaluation_prompts]
     for name, records in (("training", train), ("held-out", held_out)):
