@@ -26,4 +26,4 @@ def main(rate: float, scale: float) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(float, sys.argv[1:] or (3e-4, 0.1)))
+    main(*map(float, sys.argv[1:] or (3e-4, 0.4)))
