@@ -72,7 +72,7 @@ def comparison_rows():
     """The README's table of the comparison, line by line, from its tables."""
     folder = ROOT / "notebooks" / "compare"
     table, found = pd.read_csv(folder / "compare.csv"), pd.read_csv(folder / "contrasts.csv")
-    columns = [(condition, budget) for condition in CONDITIONS for budget in BUDGETS]
+    columns = [(condition, budget) for condition in MAIN_CONDITIONS for budget in BUDGETS]
 
     def line(name, values):
         cells = [f"{values[column]:+.3f}".replace("-", "−") for column in columns]
@@ -85,6 +85,7 @@ def comparison_rows():
         "one constant, over the reference": gains.mean(),
         "any policy, over the constant": above[IDEAL],
         "best factor per task (oracle)": above[ORACLE],
+        "a ∝ b, all scored answers": above[TRUE_SLOPES],
         "a ∝ b, 60 scored answers per task": above["1/b, scored answers"],
         "the same, order reversed": above["1/b reversed"],
         "a ∝ b, 60 held-out pairs per task": above["1/b, held-out pairs"],
@@ -93,6 +94,23 @@ def comparison_rows():
         "trained rules, the worst": trained.min(axis=1),
     }
     return [line(name, values) for name, values in rows.items()]
+
+
+def further_rows():
+    """The README's table of other lengths and scales, line by line, from the tables of the comparison."""
+    folder = ROOT / "notebooks" / "compare"
+    table, found = pd.read_csv(folder / "compare.csv"), pd.read_csv(folder / "contrasts.csv")
+    names = ["flips by task", *(name for name in CONDITIONS if name not in MAIN_CONDITIONS)]
+    training = by_condition(table.assign(phase="main"), names).sort_values("margin")
+    above = found[found["budget"] == 0.3].set_index(["condition", "contender"])["mean"].unstack()
+    trained = above[[name for name in TRAINED if name in above]]
+    lines = []
+    for name, row in training.iterrows():
+        numbers = [row["gain 0.3"], row["oracle 0.3"], above.loc[name, "1/b in training"], above.loc[name, "b in training"],
+                   trained.loc[name].max(), trained.loc[name].min()]  # fmt: skip
+        cells = " | ".join(f"{x:+.3f}".replace("-", "−") for x in numbers)
+        lines.append((name, f" | {row['margin']:.2f} | {cells} |"))
+    return lines
 
 
 def test_the_comparison_is_that_of_its_tables():
