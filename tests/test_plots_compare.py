@@ -78,7 +78,7 @@ def test_by_margin():
         assert drawn.lines[0].get_ydata() == pytest.approx([-0.02 * budget, -0.01 * budget])
         (bars,) = drawn.lines[2]
         assert bars.get_segments()[1][:, 1] == pytest.approx([-0.01 * budget - 0.003, -0.01 * budget + 0.003])
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["0.20", "1.50"]
+        assert [label.get_text() for label in ax.get_xticklabels()] == ["0.20\nuniform\nnoise", "1.50\nflips by\ntask"]
 
 
 def test_kl_by_task():

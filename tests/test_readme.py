@@ -11,14 +11,17 @@ from helpers.readme import README, ROOT, blocks
 
 from dpoviz.cli import COMMANDS, _parse, main
 from dpoviz.experiments.bench import INSIDE, OURS
-from dpoviz.experiments.comparison import IDEAL
+from dpoviz.experiments.comparison import IDEAL, by_condition
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
     CHOSEN,
     CONDITIONS,
     CONSTANT,
+    MAIN_CONDITIONS,
     ORACLE,
     TRAINED,
+    TRUE_SLOPES,
+    TURN,
     CompareConfig,
     jobs,
 )
@@ -106,8 +109,8 @@ def further_rows():
     trained = above[[name for name in TRAINED if name in above]]
     lines = []
     for name, row in training.iterrows():
-        numbers = [row["gain 0.3"], row["oracle 0.3"], above.loc[name, "1/b in training"], above.loc[name, "b in training"],
-                   trained.loc[name].max(), trained.loc[name].min()]  # fmt: skip
+        own = trained.loc[name]
+        numbers = [row["gain 0.3"], row["oracle 0.3"], above.loc[name, TURN], own.max(), own.min()]
         cells = " | ".join(f"{x:+.3f}".replace("-", "−") for x in numbers)
         lines.append((name, f" | {row['margin']:.2f} | {cells} |"))
     return lines
@@ -151,7 +154,7 @@ def test_the_array_script_runs_every_row_once(tmp_path):
     program.write_text('#!/bin/bash\necho "${@: -1}"\n')
     program.chmod(0o755)
     phases = [job.phase for job in jobs(CompareConfig())]
-    for phase, first, last in (("tuning", 0, 35), ("main", 36, 315)):
+    for phase, first, last in (("tuning", 0, 671), ("main", 672, 1835)):
         assert f"FIRST={first},LAST={last}" in script
         done = []
         for task in range(32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -44,7 +45,7 @@ def figure_contrasts(contrasts: pd.DataFrame) -> Figure:
                 ax.plot(row["mean"], y, "o", color=color, markersize=5, markerfacecolor=color if filled else "white")
         ax.set_title(condition)
         ax.set_xlabel("reward above the constant\nat the same KL")
-        ax.locator_params(axis="x", nbins=5)
+        ax.locator_params(axis="x", nbins=4)
         ax.set_yticks([-i for i in range(len(names))], names)
         ax.tick_params(axis="y", length=0)
         for i in range(len(names) - 1):
@@ -88,9 +89,9 @@ def figure_levels(table: pd.DataFrame) -> Figure:
 
 
 def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Sequence[str]) -> Figure:
-    """Draw the reward of contenders above the constant against how far training has gone: a panel per budget.
+    """Draw the reward of contenders above the constant by how far training has gone: a panel per budget.
 
-    Points are means over worlds, bars 95 % paired t intervals, each condition at its margin.
+    Points are means over worlds, bars 95 % paired t intervals; the conditions stand in the order of their margins.
 
     Args:
         contrasts: the table of `contrasts`: condition, budget, contender, mean, low, high.
@@ -101,21 +102,19 @@ def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Se
     rows = contrasts[contrasts["condition"].isin(margins.index)]
     order = margins.sort_values()
     budgets = sorted(set(rows["budget"]))
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
     axes = figure.subplots(1, len(budgets), squeeze=False)[0]
     for budget, ax in zip(budgets, axes, strict=True):
         open_axes(ax)
         ax.axhline(0, color=INK, linewidth=0.9)
-        for contender, color, shift in zip(contenders, ("#C4105C", "#3C7FD6"), (0.97, 1.03), strict=False):
+        for contender, color, shift in zip(contenders, ("#C4105C", "#3C7FD6"), (-0.08, 0.08), strict=False):
             own = rows[(rows["budget"] == budget) & (rows["contender"] == contender)].set_index("condition")
             own = own.loc[order.index]
-            x, errors = order.to_numpy() * shift, (own["mean"] - own["low"], own["high"] - own["mean"])
-            ax.errorbar(
-                x, own["mean"], yerr=errors, color=color, marker="o", markersize=5, linewidth=1.2, label=contender
-            )
-        ax.set_xscale("log")
-        ax.set_xticks(order, [f"{margin:.2f}" for margin in order])
-        ax.minorticks_off()
+            errors = own["mean"] - own["low"], own["high"] - own["mean"]
+            ax.errorbar(np.arange(len(own)) + shift, own["mean"], yerr=errors, color=color, marker="o", markersize=5,
+                        linewidth=1.2, label=contender)  # fmt: skip
+        ax.set_xticks(range(len(order)), [f"{margin:.2f}\n{fill(name, 9)}" for name, margin in order.items()])
+        ax.tick_params(axis="x", labelsize="small")
         ax.set_title(f"KL {budget:g} nats")
         ax.set_xlabel("mean margin s·h of the constant (nats)")
     axes[0].set_ylabel("reward above the constant")

@@ -23,6 +23,7 @@ from dpoviz.experiments.comparison_config import (
     RETILTED,
     TRAINED,
     TRUE_SLOPES,
+    TURN,
     CompareConfig,
     Job,
     jobs,
@@ -133,7 +134,7 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         table: the table of `gather`, of worlds that are finished.
 
     Returns:
-        A row per condition, budget and contender but the constant: mean difference in reward, low, high (95 % paired t
+        A row per condition, budget and contender but the constant, and one for `TURN`: mean difference in reward, low, high (95 % paired t
         interval over worlds), p, n (worlds); share of the oracle's gain with share_low and share_high, in which the
         oracle's mean gain is taken as known; detectable, the difference that a test at 5 % finds with a power of 80 %,
         and detectable_share, the same over the training gain of the constant, if it gains. holm is p adjusted over all
@@ -147,6 +148,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         own = wide.loc[condition, budget]
         names = [name for name in (*RETILTED, *TRAINED, IDEAL) if name in own and name != CONSTANT]
         above = own[names].sub(own[CONSTANT], axis=0).dropna(axis=1, how="all")
+        if {"1/b in training", "b in training"} <= set(above):
+            above[TURN] = above["1/b in training"] - above["b in training"]
         most = above[ORACLE].mean()
         for contender, values in above.items():
             found = effect(values.dropna().to_numpy())

@@ -101,6 +101,10 @@ RETILTED = (ORACLE, CHOSEN, TRUE_SLOPES, "1/b, scored answers", "1/b, held-out p
 """The contenders that re-tilt the constant's policy by a factor per task, without training."""
 
 
+TURN = "1/b minus b in training"
+"""The reward of the one minus that of the other: below 0 early in training and above 0 late, if the theory is right."""
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """Train every rule for beta in many small worlds and compare the true reward at exactly equal KL.

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dpoviz.analysis.plots_comparison import figure_contrasts, figure_kl_by_task, figure_levels
 from dpoviz.experiments.comparison import IDEAL, contrasts, finished_worlds, gather
-from dpoviz.experiments.comparison_config import CONDITIONS, CONSTANT, MAIN_CONDITIONS, ORACLE, CompareConfig
+from dpoviz.experiments.comparison_config import CONDITIONS, CONSTANT, MAIN_CONDITIONS, ORACLE, TURN, CompareConfig
 
 
 def write_comparison(config: CompareConfig, out: Path) -> pd.DataFrame:
@@ -73,8 +73,9 @@ def reading_of_contrasts(found: pd.DataFrame) -> list[str]:
         most = ", ".join(f"{mean:+.3f}" for mean in ideal["mean"])
         lines.append(f"{condition}: the best factor per task earns {shown} above the {CONSTANT}; any policy, {most}.")
     tested = found[found["holm"].notna()]
+    compared = tested[tested["contender"] != TURN]
     for sign, word in ((1, "above"), (-1, "below")):
-        some = tested[(tested["holm"] < 0.05) & (tested["mean"] * sign > 0)]
+        some = compared[(compared["holm"] < 0.05) & (compared["mean"] * sign > 0)]
         parts = []
         for contender, own in some.groupby("contender", sort=False):
             where = own.groupby("condition", sort=False)["budget"].agg(lambda x: ", ".join(f"{kl:g}" for kl in x))
