@@ -380,8 +380,8 @@ class TestContrasts:
     def test_the_turn_is_the_difference_of_the_two_orders(self, tmp_path):
         effects = {"1/b in training": [0.010, 0.013, 0.007, 0.014], "b in training": [-0.002, 0.004, 0.001, 0.003]}
         config = CompareConfig.fast(worlds=4, contenders=(CONSTANT, *effects))
-        write_runs(config, tmp_path, lambda job, name: CONSTANTS[job.world % 4] + effects.get(
-            job.contender if name == "own" else name, [0.0] * 4)[job.world % 4])  # fmt: skip
+        write_runs(config, tmp_path, lambda job, name: hand_made(job, name) + (
+            effects.get(job.contender, [0.0] * 4)[job.world % 4] if name == "own" else 0.0))  # fmt: skip
         row = contrasts(gather(config, tmp_path)).set_index(["contender", "budget"]).loc[TURN, 0.3]
         test = ttest_rel(*effects.values())
         assert row["mean"] == pytest.approx(0.0095) and row["p"] == pytest.approx(test.pvalue)

@@ -134,11 +134,12 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         table: the table of `gather`, of worlds that are finished.
 
     Returns:
-        A row per condition, budget and contender but the constant, and one for `TURN`: mean difference in reward, low, high (95 % paired t
-        interval over worlds), p, n (worlds); share of the oracle's gain with share_low and share_high, in which the
-        oracle's mean gain is taken as known; detectable, the difference that a test at 5 % finds with a power of 80 %,
-        and detectable_share, the same over the training gain of the constant, if it gains. holm is p adjusted over all
-        rows but those of the oracle, the ideal and `TRUE_SLOPES`, which read the rewards by which all are measured.
+        A row per condition, budget and contender but the constant, and one for `TURN`: mean difference in reward, low,
+        high (95 % paired t interval over worlds), p, n (worlds); share of the oracle's gain with share_low and
+        share_high, in which the oracle's mean gain is taken as known; detectable, the difference that a test at 5 %
+        finds with a power of 80 %, and detectable_share, the same over the training gain of the constant, if it gains.
+        holm is p adjusted over all rows but those of the oracle, the ideal and `TRUE_SLOPES`, which read the rewards by
+        which all are measured.
     """
     main = table[(table["phase"] == "main") & (table["task"] == "all")]
     wide = main.pivot(index=["condition", "budget", "world"], columns="contender", values="reward")
