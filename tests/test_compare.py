@@ -38,6 +38,7 @@ from dpoviz.experiments.comparison_runs import (
     chosen_rows,
     compare,
     factors,
+    gain_by_answers,
     halve_scale,
     run_job,
 )
@@ -258,6 +259,18 @@ def test_half_the_scale(by_hand, pool, monkeypatch, tmp_path):
         assert found[f"{measure}_retilted"] == pytest.approx(found[f"{measure}_retrained"])
         assert found[f"{measure}_once"] != pytest.approx(found[f"{measure}_retrained"])
     assert found["gain_once_at_0.3"] == pytest.approx(found["gain_retrained_at_0.3"])
+
+
+def test_slopes_from_all_answers_earn_what_the_true_slopes_do(by_hand, monkeypatch, tmp_path):
+    """Where the scored prompts are those of the evaluation, all of their answers give the true slopes, two do not."""
+    ratios = np.random.default_rng(2).normal(size=(180, 6)) * np.repeat([1.0, 0.3, 2.0], 60)[:, None]
+    drawn = draw_world(by_hand, comparison_runs.pool(), CONDITIONS["flips by task"], 0)
+    monkeypatch.setattr(comparison_runs, "draw_world", lambda *_: drawn._replace(scored=drawn.evaluation))
+    monkeypatch.setattr(comparison_runs, "_trained", lambda *_: (None, 0.0))
+    monkeypatch.setattr(comparison_runs, "_log_ratios", lambda _pool, _policy, prompts: ratios[prompts])
+    few, whole = gain_by_answers(by_hand, "flips by task", 0, 1e-3, 0.4, tmp_path, counts=(2, 6))
+    assert whole["gain"] == pytest.approx(whole["gain_all"]) and few["gain"] != pytest.approx(few["gain_all"], rel=1e-3)
+    assert few["answers"] == 2 * by_hand.slope_prompts
 
 
 @pytest.mark.slow

@@ -319,6 +319,45 @@ def halve_scale(config: CompareConfig, world: int, rate: float, scale: float, ca
     return found
 
 
+@one_thread()
+def gain_by_answers(
+    config: CompareConfig, condition: str, world: int, rate: float, scale: float, cache_dir: Path | str,
+    counts: Sequence[int] = (2, 4, 8, 16, 32),
+) -> list[dict]:  # fmt: skip
+    """Train with one constant, and measure what factors a ∝ b earn by the number of scored answers b is estimated from.
+
+    Args:
+        config: the experiment.
+        condition: a name of `CONDITIONS`.
+        world: number of the world.
+        rate: learning rate of the policy.
+        scale: s at the start.
+        cache_dir: folder in which the pool is cached.
+        counts: scored answers of each of the `slope_prompts` prompts per task.
+
+    Returns:
+        A row per count: condition, world, answers (per task), gain (reward above the constant at a mean KL of 0.1 nats)
+        and gain_all (the same with b from all answers to the evaluation prompts).
+    """
+    own = pool(config.reference, str(cache_dir))
+    drawn = _world(config, str(cache_dir), condition, world)
+    policy, _ = _trained(config, Job("main", CONSTANT, condition, world), rate, scale, own, drawn, None)
+    h, scored = (_log_ratios(own, policy, some) for some in (drawn.evaluation, drawn.scored))
+    tables = AnswerTables(own, drawn.evaluation, h)
+
+    def earned(direction: dict[str, float]) -> float:
+        return tables.at_budgets(direction)["0.1"]["reward"]["all"]
+
+    constant = earned(dict.fromkeys(tasks.TASKS, 1.0))
+    most = earned(factors(_slopes_of_answers(own, drawn.evaluation, h))) - constant
+    place = {"condition": condition, "world": world}
+    return [
+        {**place, "answers": count * config.slope_prompts, "gain_all": most,
+         "gain": earned(factors(_slopes_of_answers(own, drawn.scored, scored[:, :count]))) - constant}
+        for count in counts
+    ]  # fmt: skip
+
+
 def compare(
     config: CompareConfig,
     out: Path,
