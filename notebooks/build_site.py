@@ -27,7 +27,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "notebooks" / "site"
 
-README_PICTURES = ("beta_by_task.png", "with_and_without_entropy.png")
+README_PICTURES = ("beta_by_task.png", "with_and_without_entropy.png", "which_order_by_margin.png")
 
 PICTURES = {
     "which-way": ("02", "cell-05"),

@@ -138,6 +138,9 @@ def test_the_comparison_is_that_of_its_tables():
     beyond = main[main["holm"] < 0.05]
     fine = 100 * main[main["contender"].isin(TRAINED)].groupby("budget")["detectable_share"].median()
 
+    answers = pd.read_csv(folder / "answers.csv").groupby("answers")[["gain", "gain_all"]].mean()
+    reached = (100 * answers["gain"] / answers["gain_all"]).round().astype(int)
+
     def three(name):
         return [f"{shares.loc[budget, name]}".replace("-", "−") for budget in BUDGETS]
 
@@ -149,6 +152,8 @@ def test_the_comparison_is_that_of_its_tables():
         "get {} % at 0.1 nats, and {} and {} % farther out".format(*three("1/b, scored answers")),
         "with the slopes of all answers {}, {} and {} %".format(*three(TRUE_SLOPES)),
         "from held-out pairs alone {}, {} and {} %".format(*three("1/b, held-out pairs")),
+        f"slopes from 60 answers earn {reached[60]} % of what those from all answers earn, ",
+        f"from 480 answers to the same prompts {reached[480]} %",
         f"all {len(tested)} contrasts",
         f"{(beyond['mean'] > 0).sum()} of these three conditions are above the constant",
         f"and {(beyond['mean'] < 0).sum()} below",

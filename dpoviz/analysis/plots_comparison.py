@@ -118,7 +118,7 @@ def figure_by_margin(contrasts: pd.DataFrame, margins: pd.Series, contenders: Se
         ax.set_title(f"KL {budget:g} nats")
         ax.set_xlabel("mean margin s·h of the constant (nats)")
     axes[0].set_ylabel("reward above the constant")
-    axes[0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
