@@ -14,7 +14,15 @@ from dpoviz.analysis.statistics import detectable_mean, holm
 from dpoviz.cli import main
 from dpoviz.data import tasks
 from dpoviz.experiments import comparison_runs
-from dpoviz.experiments.comparison import IDEAL, best_settings, by_condition, contrasts, finished_worlds, gather
+from dpoviz.experiments.comparison import (
+    IDEAL,
+    best_settings,
+    by_condition,
+    contrasts,
+    finished_worlds,
+    gather,
+    pooled_shares,
+)
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
     CONDITIONS,
@@ -389,6 +397,17 @@ class TestContrasts:
         gain = np.mean(CONSTANTS) - 0.3
         assert row["detectable_share"] == pytest.approx(detectable_mean(np.std(above, ddof=1), 4) / gain)
         assert found.loc["flips by task", 1.0, ORACLE]["share"] == pytest.approx(1)
+
+    def test_shares_over_conditions_are_mean_over_mean(self, finished):
+        """Where the oracle gains ten times as much in one condition, that condition has ten times the weight."""
+        table = gather(*finished)
+        wide = (table["condition"] == "pairs by task") & (table["contender"] == ORACLE)
+        table.loc[wide, "reward"] += 0.2
+        found = pooled_shares(table, ["ada-dpo", "1/b shuffled"]).set_index(["contender", "budget"])
+        most = 0.0215 + 0.2 / len(CONDITIONS)
+        assert found.loc[("ada-dpo", 0.3), "share"] == pytest.approx(np.mean(ABOVE["ada-dpo"]) / most)
+        low, high = ttest_rel(np.add(CONSTANTS, ABOVE["ada-dpo"]), CONSTANTS).confidence_interval()
+        assert found.loc[("ada-dpo", 1.0), ["low", "high"]].tolist() == pytest.approx([low / most, high / most])
 
     def test_the_turn_is_the_difference_of_the_two_orders(self, tmp_path):
         effects = {"1/b in training": [0.010, 0.013, 0.007, 0.014], "b in training": [-0.002, 0.004, 0.001, 0.003]}

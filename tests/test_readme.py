@@ -11,7 +11,7 @@ from helpers.readme import README, ROOT, blocks
 
 from dpoviz.cli import COMMANDS, _parse, main
 from dpoviz.experiments.bench import INSIDE, OURS
-from dpoviz.experiments.comparison import IDEAL, by_condition
+from dpoviz.experiments.comparison import IDEAL, by_condition, pooled_shares
 from dpoviz.experiments.comparison_config import (
     BUDGETS,
     CHOSEN,
@@ -87,17 +87,47 @@ def comparison_rows():
         "one constant, over the reference": gains.mean(),
         "any policy, over the constant": above[IDEAL],
         "best factor per task (oracle)": above[ORACLE],
-        "a ∝ b, all scored answers": above[TRUE_SLOPES],
+        "a ∝ b, all answers": above[TRUE_SLOPES],
         "a ∝ b, 60 scored answers per task": above["1/b, scored answers"],
         "the same, order reversed": above["1/b reversed"],
         "a ∝ b, 60 held-out pairs per task": above["1/b, held-out pairs"],
-        "factors chosen on 480 scored answers": above[CHOSEN],
+        "factors chosen on 480 scored answers per task": above[CHOSEN],
         "trained rules, the best": trained.max(axis=1),
         "trained rules, the worst": trained.min(axis=1),
     }
     return [line(name, values) for name, values in rows.items()]
 
 
+SHARES = {
+    "factors chosen on 480 scored answers per task": CHOSEN,
+    "a ∝ b, all answers": TRUE_SLOPES,
+    "a ∝ b, 60 scored answers per task": "1/b, scored answers",
+    "a ∝ b, 60 held-out pairs per task": "1/b, held-out pairs",
+}
+
+
+def share_rows():
+    """The README's table of the primary endpoint, line by line, from the table of the comparison."""
+    table = pd.read_csv(ROOT / "notebooks" / "compare" / "compare.csv").assign(phase="main")
+    found = pooled_shares(table[table["condition"].isin(MAIN_CONDITIONS)], list(SHARES.values()))
+    cells = (100 * found.set_index(["contender", "budget"])).round().astype(int).astype(str)
+    cells = cells.apply(lambda column: column.str.replace("-", "−")).apply(
+        "{0.share} [{0.low}, {0.high}]".format, axis=1
+    )
+    return [
+        " | ".join([f"| {name}", *(cells[who, budget] for budget in BUDGETS)]) + " |" for name, who in SHARES.items()
+    ]
+
+
+def halved_words():
+    """The factors and correlations of training with half the scale, in English and in Chinese."""
+    means = pd.read_csv(ROOT / "notebooks" / "compare" / "halved.csv").groupby("epochs").mean()
+    assert means.index.tolist() == [0.5, 2, 8, 32]
+    lists = [[f"{x:.2f}" for x in means[name]] for name in ("ratio", "correlation")]
+    return [f"{', '.join(x[:-1])} and {x[-1]}" for x in lists] + [f"{'、'.join(x[:-1])} 和 {x[-1]}" for x in lists]
+
+
+NAMES = {"madpo": "MADPO", "lsc": "LSC-DPO", "1/b in training": "s ∝ 1/b", "b in training": "s ∝ b"}
 FURTHER = {
     "flips by task": "two epochs, each rule from its own best scale",
     "half an epoch, s 0.4": "half an epoch from s = 0.4",
@@ -117,7 +147,7 @@ def further_rows():
     for name, row in training.iterrows():
         trained = above.loc[name]["mean"].reindex(list(TRAINED)).dropna()
         turn = above.loc[(name, TURN)]
-        best, worst = (f"{x:+.3f} ({who})" for who, x in ((trained.idxmax(), trained.max()),
+        best, worst = (f"{x:+.3f} ({NAMES.get(who, who)})" for who, x in ((trained.idxmax(), trained.max()),
                                                          (trained.idxmin(), trained.min())))  # fmt: skip
         cells = [f"{row['margin']:.2f}", f"{row['gain 0.3']:+.3f}", f"{row['oracle 0.3']:+.3f}",
                  f"{turn['mean']:+.3f} [{turn['low']:+.3f}, {turn['high']:+.3f}]", best, worst]  # fmt: skip
@@ -128,40 +158,47 @@ def further_rows():
 def test_the_comparison_is_that_of_its_tables():
     folder = ROOT / "notebooks" / "compare"
     table, found = pd.read_csv(folder / "compare.csv"), pd.read_csv(folder / "contrasts.csv")
-    assert [line for line in [*comparison_rows(), *further_rows()] if line not in README] == []
+    assert [line for line in [*comparison_rows(), *share_rows(), *further_rows()] if line not in README] == []
     trained = table[table["contender"].isin(TRAINED)].drop_duplicates(["condition", "world", "contender"])
     main, tested = found[found["condition"].isin(MAIN_CONDITIONS)], found[found["holm"].notna()]
     oracle = main[main["contender"] == ORACLE].groupby("budget")["mean"].mean()
     gains = table[(table["task"] == "all") & (table["contender"] == CONSTANT)]
     gain = gains[gains["condition"].isin(MAIN_CONDITIONS)].groupby("budget")["gain"].mean()
-    shares = (100 * main.groupby(["budget", "contender"])["share"].mean().unstack()).round().astype(int)
     beyond = main[main["holm"] < 0.05]
     fine = 100 * main[main["contender"].isin(TRAINED)].groupby("budget")["detectable_share"].median()
 
     answers = pd.read_csv(folder / "answers.csv").groupby("answers")[["gain", "gain_all"]].mean()
     reached = (100 * answers["gain"] / answers["gain_all"]).round().astype(int)
 
-    def three(name):
-        return [f"{shares.loc[budget, name]}".replace("-", "−") for budget in BUDGETS]
-
     of_gain = [f"{100 * oracle[budget] / gain[budget]:.0f} % at {budget:g}" for budget in BUDGETS]
+    madpo = main[(main["contender"] == "madpo") & (main["mean"] > 0)]
+    single = (madpo["p"] < 0.05).sum()
+    tuning = pd.read_csv(folder / "tuning.csv").groupby(["contender", "learning_rate", "scale"])["gain"].mean()
+    scales = tuning.groupby("contender").idxmax().map(lambda at: at[2])
+    low = (scales == min(CompareConfig().scales)).sum()
+    ratios, correlations, *_ = halved_words()
     said = [
+        f"h becomes {ratios} times as large",
+        f"correlates with the first h by {correlations}",
         f"{table['world'].nunique()} worlds and {len(trained):,} trainings",
         "{} nats, {} and {}".format(*of_gain),
-        "scored answers per task get {}, {} and {} %".format(*three(CHOSEN)),
-        "get {} % at 0.1 nats, and {} and {} % farther out".format(*three("1/b, scored answers")),
-        "with the slopes of all answers {}, {} and {} %".format(*three(TRUE_SLOPES)),
-        "from held-out pairs alone {}, {} and {} %".format(*three("1/b, held-out pairs")),
-        f"slopes from 60 answers earn {reached[60]} % of what those from all answers earn, ",
-        f"from 480 answers to the same prompts {reached[480]} %",
-        f"all {len(tested)} contrasts",
-        f"{(beyond['mean'] > 0).sum()} of these three conditions are above the constant",
-        f"and {(beyond['mean'] < 0).sum()} below",
-        f"would find {fine[0.1]:.0f} % of the training gain at 0.1 nats and {fine[0.3]:.0f} % at 0.3",
+        f"those from 60 answers earn {reached[60]} % of what those from all answers earn, ",
+        f"those from 480 answers to the same prompts {reached[480]} %",
+        f"correcting for all {len(tested)} comparisons",
+        f"{(beyond['mean'] > 0).sum()} contrasts are above the constant",
+        f"and {(beyond['mean'] < 0).sum()} below: {(beyond['contender'] == '1/b shuffled').sum()} of shuffled factors",
+        f"{(beyond['contender'] == 'label smoothing').sum()} of label smoothing",
+        f"above the constant in {single} of 9 before the correction, in none after it",
+        f"finds {fine[0.1]:.0f} % of the training gain at 0.1 nats and {fine[0.3]:.0f} % at 0.3",
+        f"one of all {(found['contender'] == TURN).sum()} is",
+        f"the constant and {low - 1} of {len(TRAINED) - 1} rules do best at the smallest".replace("the c", "The c"),
     ]
     assert [text for text in said if text not in README] == []
     assert set(beyond[beyond["mean"] > 0]["contender"]) == {CHOSEN}
     assert set(beyond[beyond["mean"] < 0]["contender"]) == {"1/b shuffled", "label smoothing"}
+    assert (found[(found["contender"] == TURN) & (found["holm"] < 0.05)]["condition"] == "half an epoch, s 0.4").all()
+    wide = gains.groupby(["condition", "budget"])["gain"].mean().unstack()
+    assert (wide[1.0] < wide[0.3]).loc[list(MAIN_CONDITIONS)].sum() == 2  # gone too far
     # from too large a scale
     large = found[(found["condition"] == "two epochs, s 1.6") & (found["holm"] < 0.05) & (found["mean"] > 0)]
     assert set(large["contender"]) - {CHOSEN} == {"epsilon-dpo", "lsc", "network, standard"}

@@ -127,6 +127,30 @@ def by_condition(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def pooled_shares(table: pd.DataFrame, contenders: Sequence[str]) -> pd.DataFrame:
+    """Return the share of the oracle's gain over several conditions: mean gain over mean gain, the world as the unit.
+
+    Args:
+        table: the table of `gather`, of worlds that are finished, with the conditions to average over.
+        contenders: names of contenders in the table.
+
+    Returns:
+        A row per contender and budget: share, low, high (95 % paired t interval over worlds, in which the oracle's mean
+        gain is taken as known).
+    """
+    main = table[(table["phase"] == "main") & (table["task"] == "all")]
+    means = main.groupby(["budget", "world", "contender"])["reward"].mean().unstack()
+    above = means.sub(means[CONSTANT], axis=0)
+    rows = []
+    for budget, own in above.groupby(level="budget"):
+        for contender in contenders:
+            found = effect(own[contender].to_numpy())
+            shares = {part: getattr(found, name) / own[ORACLE].mean()
+                      for part, name in (("share", "mean"), ("low", "low"), ("high", "high"))}  # fmt: skip
+            rows.append({"contender": contender, "budget": budget, **shares})
+    return pd.DataFrame(rows)
+
+
 def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     """Compare every contender with one constant at equal KL, world by world.
 
