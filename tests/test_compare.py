@@ -287,7 +287,7 @@ class TestRuns:
         one, two = tmp_path / "one", tmp_path / "two"
         config = replace(by_hand, contenders=tuple(TRAINED))
         rows = jobs(config)
-        with pytest.raises(ValueError, match="tuning jobs have not been run, first tuning_constant"):
+        with pytest.raises(ValueError, match="1 tuning jobs have not been run, first tuning_label-smoothing"):
             run_job(config, rows[-1], one, tmp_path)
         compare(config, one, cache_dir=tmp_path, workers=1, progress=False)
         table = gather(config, one)
