@@ -15,3 +15,4 @@ PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
+PartialState().destroy_process_group()  # its threads may end the process with an abort otherwise
