@@ -4,9 +4,11 @@ PyTorch's FSDP and DeepSpeed run on the CPU too. accelerate and transformers do 
 they are told that there are some; ACCELERATE_TORCH_DEVICE=cpu says where the tensors are.
 """
 
+import os
 import runpy
 import sys
 
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -15,4 +17,7 @@ PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-PartialState().destroy_process_group()  # its threads may end the process with an abort otherwise
+# all is written: end without PyTorch's own clearing up, in which its threads sometimes abort the process
+torch.distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
