@@ -51,6 +51,23 @@ def test_code_preference_pairs(write):
     )  # fmt: skip
 
 
+def test_a_reward_margin_is_that_of_one_pair(write):
+    """It is kept beside a layout; of a row that becomes several pairs nobody knows whose it is."""
+    row = {"prompt": "Write f.", "chosen": "a", "rejected": "b", "id": "x", "reward_margin": 0.5}
+    (pair,) = load_pairs(write(row), preset="py-dpo")
+    assert pair["reward_margin"] == 0.5
+    solutions = [{"solution": f"so it is {n}\nA: {n}", "is_correct": n < 2} for n in range(4)]
+    names = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    row = {
+        "question": "How many?",
+        "ground_truth": "1",
+        **dict(zip(names, solutions, strict=True)),
+        "reward_margin": 0.5,
+    }
+    several = load_pairs(write(row), preset="gsm8k-solutions")
+    assert len(several) == 4 and "reward_margin" not in several.column_names
+
+
 def test_py_dpo(write):
     (pair,) = load_pairs(write({"prompt": "Write f.", "chosen": "a", "rejected": "b", "id": "x"}), preset="py-dpo")
     assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["task"]) == ("Write f.", "a", "b", "code")

@@ -196,7 +196,11 @@ def test_the_comparison_is_that_of_its_tables():
     assert [text for text in said if text not in README] == []
     assert set(beyond[beyond["mean"] > 0]["contender"]) == {CHOSEN}
     assert set(beyond[beyond["mean"] < 0]["contender"]) == {"1/b shuffled", "label smoothing"}
-    assert (found[(found["contender"] == TURN) & (found["holm"] < 0.05)]["condition"] == "half an epoch, s 0.4").all()
+    turn = found[found["contender"] == TURN]
+    sure = turn[turn["holm"] < 0.05]
+    assert sure[["condition", "budget"]].to_numpy().tolist() == [["half an epoch, s 0.4", 0.1]]
+    shown = turn[turn["condition"].isin(FURTHER) & (turn["budget"] == 0.3)]
+    assert len(shown) == 5 and (shown["low"] * shown["high"] > 0).all()
     wide = gains.groupby(["condition", "budget"])["gain"].mean().unstack()
     assert (wide[1.0] < wide[0.3]).loc[list(MAIN_CONDITIONS)].sum() == 2  # gone too far
     # from too large a scale
@@ -207,6 +211,8 @@ def test_the_comparison_is_that_of_its_tables():
                        for name in ("flips by task", "two epochs, s 1.6"))  # fmt: skip
         own = found[(found["condition"] == "two epochs, s 1.6") & (found["budget"] == budget)].set_index("contender")
         assert high + own.loc[["epsilon-dpo", "lsc", "network, standard"], "mean"].max() < tuned
+        if budget == 0.3:
+            assert f"{high + own.loc['lsc', 'mean'] - tuned:+.3f} at 0.3 nats".replace("-", "−") in README
 
 
 def test_the_array_script_runs_every_row_once(tmp_path):

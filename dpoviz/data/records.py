@@ -176,6 +176,8 @@ class _Loading:
         if not found:
             self.left_out.append(f"{row.shown}: no preference")
         named = {name: row.record[name] for name in KEPT if layout is not None and name in row.record}
+        if len(found) > 1:
+            named.pop("reward_margin", None)  # of which pair it is, nobody knows
         for record in found:
             try:
                 record = self.reader.read(named | record)

@@ -103,7 +103,7 @@ def finished_worlds(config: CompareConfig, table: pd.DataFrame) -> list[int]:
 
 
 def by_condition(table: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """Return what training with the constant came to in each condition, in means over worlds.
+    """Return how far training with the constant went and what it earned, by condition, in means over worlds.
 
     Args:
         table: the table of `gather`, of worlds that are finished.
